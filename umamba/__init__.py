@@ -1,0 +1,31 @@
+"""Medical image segmentation with U-shaped Mamba networks, in the nnU-Net style."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("umamba")
+except PackageNotFoundError:  # running from a source tree that was never installed
+    __version__ = "0.0.0"
+
+__all__ = ["__version__", "create_network", "list_networks", "predict_volume"]
+
+# Where each name lives; loaded on first use, so that importing umamba imports no torch.
+_HOMES = {
+    "create_network": "umamba.networks",
+    "list_networks": "umamba.networks",
+    "predict_volume": "umamba.inference.predictor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'umamba' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,111 @@
+"""The Mamba-1 mixer: projections around a selective scan along one or several token orders.
+
+B batch, C d_model, E d_inner, N d_state, R dt_rank, K d_conv.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from umamba.ops.directions import DirectionParameters, scan_directions
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+
+
+class Mamba(nn.Module):
+    """Mixes the tokens of a feature map (state-spaces/mamba, `Mamba`; arXiv 2312.00752).
+
+    Each entry of `orders` names how the tokens are walked and has its own parameters (Direction);
+    in_proj and out_proj are shared and the directions' gated results are merged before out_proj.
+    One order, the default, is plain Mamba. There is no norm and no residual inside.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        bias: bool = False,
+        conv_bias: bool = True,
+        orders: Sequence[str] = ("raster",),
+        merge: str = "sum",
+    ) -> None:
+        super().__init__()
+        d_inner = int(expand * d_model)
+        rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.orders = tuple(orders)
+        self.merge = merge
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
+        self.directions = nn.ModuleList(
+            Direction(d_inner, d_state, d_conv, rank, conv_bias, spread_dt=k == 0)
+            for k in range(len(self.orders))
+        )
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, *spatial, C) -> the same shape; *spatial may be one axis (a sequence)."""
+        features, gate = self.in_proj(tokens).movedim(-1, 1).chunk(2, dim=1)  # (B, E, *spatial)
+        parameters = [direction() for direction in self.directions]
+        mixed = scan_directions(features, self.orders, parameters, gate=gate, merge=self.merge)
+        return self.out_proj(mixed.movedim(1, -1))
+
+
+class Direction(nn.Module):
+    """The parameters of one scan direction: causal convolution, dt/B/C projections, A and D.
+
+    spread_dt: the step sizes start log-uniformly in [0.001, 0.1]. Only the first direction of the
+    official blocks does that; the others start as plain linear layers.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int,
+        d_conv: int,
+        rank: int,
+        conv_bias: bool,
+        *,
+        spread_dt: bool,
+    ) -> None:
+        super().__init__()
+        self.conv_weight = nn.Parameter(uniform((d_inner, 1, d_conv), d_conv))
+        self.conv_bias = nn.Parameter(uniform((d_inner,), d_conv)) if conv_bias else None
+        self.x_proj_weight = nn.Parameter(uniform((rank + 2 * d_state, d_inner), d_inner))
+        self.dt_proj_weight = nn.Parameter(uniform((d_inner, rank), rank))
+        start = spread_dt_bias(d_inner) if spread_dt else uniform((d_inner,), rank)
+        self.dt_proj_bias = nn.Parameter(start)
+        states = torch.arange(1, d_state + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(states.log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+
+    def forward(self) -> DirectionParameters:
+        """The parameters as scan_directions takes them."""
+        return DirectionParameters(
+            conv_weight=self.conv_weight,
+            conv_bias=self.conv_bias,
+            x_proj_weight=self.x_proj_weight,
+            dt_proj_weight=self.dt_proj_weight,
+            A_log=self.A_log,
+            D=self.D,
+            delta_bias=self.dt_proj_bias,
+        )
+
+
+def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
+    """torch's own start of linear layers and convolutions: uniform in +-fan_in^-0.5."""
+    bound = fan_in**-0.5
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
+def spread_dt_bias(d_inner: int) -> Tensor:
+    """The bias whose softplus is log-uniform in [DT_MIN, DT_MAX]."""
+    exponent = torch.rand(d_inner) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)
+    dt = exponent.exp().clamp(min=DT_FLOOR)
+    return dt + torch.log(-torch.expm1(-dt))

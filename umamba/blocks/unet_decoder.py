@@ -1,0 +1,62 @@
+"""The decoder of the residual U-Nets: skips of all stages to deep-supervised logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from umamba.blocks.conv import Shortcut, convolution, residual_stage
+
+
+class UNetDecoder(nn.Module):
+    """Goes up stage by stage: upsample, concatenate [upsampled, skip], residual blocks.
+
+    `upsample(in_channels, out_channels, stride)` builds the layer that goes up. With
+    `joins_full_resolution=False` the last stage does not see the skip of the full resolution.
+    `deep_supervision` may be switched at any time (nnU-Net's trainer does).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        features_per_stage: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        kernel_sizes: Sequence[Sequence[int]],
+        n_conv_per_stage: Sequence[int],
+        upsample: Callable[[int, int, Sequence[int]], nn.Module],
+        shortcut: Shortcut,
+        joins_full_resolution: bool = True,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.joins_full_resolution = joins_full_resolution
+        self.upsample = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        self.seg_layers = nn.ModuleList()
+        n_stages = len(features_per_stage)
+        for i, n_blocks in enumerate(n_conv_per_stage):
+            stage = n_stages - 2 - i
+            below, width = features_per_stage[stage + 1], features_per_stage[stage]
+            kernel = kernel_sizes[stage]
+            joined = 2 * width if stage > 0 or joins_full_resolution else width
+            self.upsample.append(upsample(below, width, strides[stage + 1]))
+            self.stages.append(residual_stage(joined, width, kernel, 1, n_blocks, shortcut))
+            self.seg_layers.append(convolution(width, num_classes, [1] * len(kernel)))
+
+    def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """skips finest first -> logits of the full resolution, or a list of them, finest first."""
+        features = skips[-1]
+        logits = []
+        last = len(self.stages) - 1
+        for i, (upsample, stage) in enumerate(zip(self.upsample, self.stages, strict=True)):
+            features = upsample(features)
+            if i < last or self.joins_full_resolution:
+                features = torch.cat([features, skips[-2 - i]], dim=1)
+            features = stage(features)
+            if self.deep_supervision or i == last:
+                logits.append(self.seg_layers[i](features))
+        return logits[::-1] if self.deep_supervision else logits[0]

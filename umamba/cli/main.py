@@ -1,0 +1,83 @@
+"""The `umamba` command: finds the subcommand, runs it, and turns errors into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = (
+    "run",
+    "audit",
+    "plan",
+    "train",
+    "predict",
+    "evaluate",
+    "report",
+    "models",
+    "demo",
+    "doctor",
+    "env",
+)
+
+
+class UsageError(ValueError):
+    """A wrong name or combination of arguments: exit code 2."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands; importing their files loads nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="umamba",
+        description="Medical image segmentation with U-shaped Mamba networks, nnU-Net style.",
+        epilog="Start with: umamba demo   or   umamba run DATASET_FOLDER",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"umamba.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0 done, 1 failed, 2 usage, 3 some cases failed."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    parser = build_parser()
+    args = parser.parse_args([word for word in words if word != "--debug"])
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"umamba {version('umamba')}")
+        return 0
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return int(args.run(args) or 0)
+    except UsageError as error:
+        return _fail(error, 2, debug)
+    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        return _fail(error, 1, debug)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue", file=sys.stderr)
+        return 1
+    except Exception as error:  # noqa: BLE001  the last resort: name it, keep the traceback at hand
+        if debug:
+            raise
+        message = f"{type(error).__name__}: {error}"
+        print(f"error: {message}\n(the traceback: the same command with --debug)", file=sys.stderr)
+        return 1
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The sliding window with float32 sums: tiles are weighted by a Gaussian and averaged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
+# Legend: B tiles, C input channels, K classes or regions; a tile is (C, *patch_size).
+
+GAUSSIAN_FLOOR = 1e-3
+Window = tuple[slice | int, ...]
+
+
+def accumulate_windows(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    data: torch.Tensor,
+    windows: Sequence[Window],
+    *,
+    patch_size: Sequence[int],
+    n_outputs: int,
+    device: torch.device,
+    use_gaussian: bool = True,
+    mirror_axes: Sequence[int] | None = None,
+    max_batch: int = 1,
+    progress: Callable[[int], object] | None = None,
+) -> torch.Tensor:
+    """Logits (K, z, y, x) in float32 on the device of `data`, the weighted mean over the windows.
+
+    Args:
+        network: maps (B, C, *patch_size) to logits (B, K, *patch_size).
+        data: (C, z, y, x), at least as large as the patch.
+        windows: nnU-Net's slicers into `data`, the first entry for the channels; a plane index as the
+            second entry for 2-D networks.
+        device: where the network computes; tiles are moved there one batch at a time.
+        use_gaussian: weigh by `importance_map` instead of evenly.
+        mirror_axes: spatial axes of the patch over which mirrored predictions are averaged.
+        max_batch: tiles, and mirrored copies of them, that go through the network together.
+        progress: called with the number of windows just done.
+    """
+    weight = importance_map(tuple(patch_size)) if use_gaussian else torch.ones(tuple(patch_size))
+    weight = weight.to(data.device)
+    logits = torch.zeros((n_outputs, *data.shape[1:]), dtype=torch.float32, device=data.device)
+    weight_sum = torch.zeros(data.shape[1:], dtype=torch.float32, device=data.device)
+    for first in range(0, len(windows), max_batch):
+        chunk = windows[first : first + max_batch]
+        tiles = torch.stack([data[w] for w in chunk]).to(device)
+        predicted = predict_mirrored(network, tiles, mirror_axes, max_batch).to(data.device)
+        if len(windows) == 1 and predicted.shape[2:] == data.shape[1:]:
+            logits = predicted[0]
+        else:
+            for window, tile in zip(chunk, predicted, strict=True):
+                logits[window].addcmul_(tile, weight)
+                weight_sum[window[1:]].add_(weight)
+        if progress is not None:
+            progress(len(chunk))
+    if len(windows) > 1 or logits.shape[1:] != tuple(patch_size):
+        logits /= weight_sum
+    if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):
+        raise ValueError(
+            "the network's output is not finite (NaN or Inf); its weights are damaged, or the input "
+            "has intensities far from those it was trained on"
+        )
+    return logits
+
+
+def predict_mirrored(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    tiles: torch.Tensor,
+    mirror_axes: Sequence[int] | None,
+    max_batch: int = 1,
+) -> torch.Tensor:
+    """Mean logits (B, K, *patch) in float32 over all combinations of mirrored axes, plain included."""
+    axes = sorted(a + 2 for a in mirror_axes or ())
+    combinations = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
+    per_pass = max(1, max_batch // len(tiles))
+    total: torch.Tensor | None = None
+    for first in range(0, len(combinations), per_pass):
+        chunk = combinations[first : first + per_pass]
+        batch = torch.cat([torch.flip(tiles, c) if c else tiles for c in chunk])
+        for flipped, c in zip(network(batch).float().chunk(len(chunk)), chunk, strict=True):
+            part = torch.flip(flipped, c) if c else flipped
+            total = part if total is None else total.add_(part)
+    assert total is not None
+    return total if len(combinations) == 1 else total.div_(len(combinations))
+
+
+@lru_cache(maxsize=4)
+def importance_map(patch_size: tuple[int, ...]) -> torch.Tensor:
+    """nnU-Net's Gaussian (sigma = patch / 8) with peak 1, in float32, never below `GAUSSIAN_FLOOR`.
+
+    nnU-Net's own map is float16: its corners are subnormal, and logits there lose all but one digit.
+    """
+    weight = compute_gaussian(
+        patch_size, sigma_scale=1.0 / 8, dtype=torch.float64, device=torch.device("cpu")
+    )
+    return weight.clamp(min=GAUSSIAN_FLOOR * float(weight.max())).float()

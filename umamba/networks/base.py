@@ -1,0 +1,79 @@
+"""The contract that every segmentation network keeps, and the check of its input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from umamba.networks.state_dict import KeyMap
+
+
+class SegmentationNetwork(nn.Module):
+    """A network from (B, input_channels, *spatial) to logits (B, num_classes, *spatial).
+
+    Its keyword arguments are plain JSON values and are what the plans hold. `decoder` has
+    `deep_supervision` (a switch: when on, forward returns a list of len(strides) - 1 logits,
+    finest first) and `seg_layers`. Initialization happens in the constructor: nnU-Net would apply
+    an attribute `initialize` to every submodule, so there is none.
+    """
+
+    spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
+    fixed_strides: ClassVar[tuple[tuple[int, ...], ...] | None] = None
+
+    decoder: nn.Module
+
+    def __init__(
+        self, input_channels: int, num_classes: int, *, strides: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__()
+        dims = len(strides[0])
+        if dims not in self.spatial_dims or any(len(stride) != dims for stride in strides):
+            supported = " or ".join(f"{d}D" for d in self.spatial_dims)
+            raise ValueError(
+                f"{type(self).__name__} is {supported}: strides need that many values per stage, "
+                f"got {[list(stride) for stride in strides]}"
+            )
+        self.input_channels = input_channels
+        self.num_classes = num_classes
+        self.divisor = tuple(math.prod(stride[axis] for stride in strides) for axis in range(dims))
+
+    @classmethod
+    def official_key_map(cls) -> KeyMap:
+        """The names of the official state dict and ours."""
+        raise NotImplementedError(f"{cls.__name__} has no official checkpoint")
+
+    @classmethod
+    def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The official constructor's arguments turned into all of ours."""
+        raise NotImplementedError(f"{cls.__name__} has no official constructor")
+
+    def check_input(self, images: Tensor) -> None:
+        """Raises ValueError for a shape that the network does not take, naming one that it does."""
+        dims = len(self.divisor)
+        name = type(self).__name__
+        if images.ndim != dims + 2 or images.shape[1] != self.input_channels:
+            raise ValueError(
+                f"{name} takes images of (batch, {self.input_channels} channels, "
+                f"{dims} spatial axes), got the shape {tuple(images.shape)}"
+            )
+        shape = tuple(images.shape[2:])
+        if any(size % d for size, d in zip(shape, self.divisor, strict=True)):
+            larger = tuple(-(-size // d) * d for size, d in zip(shape, self.divisor, strict=True))
+            raise ValueError(
+                f"{name} takes images divisible by {self.divisor}, got {shape}; "
+                f"the next larger valid shape is {larger}"
+            )
+
+
+def check_stages(**per_stage: Sequence[Any]) -> None:
+    """Raises ValueError unless all arguments have as many entries as the first."""
+    (first, values), *others = per_stage.items()
+    for name, other in others:
+        if len(other) != len(values):
+            raise ValueError(
+                f"{name} has {len(other)} entries where {first} has {len(values)}: "
+                "both need one per stage"
+            )

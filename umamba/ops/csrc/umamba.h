@@ -1,0 +1,68 @@
+/* Argument structures and entry points shared by every part of the CPU scan library. */
+#ifndef UMAMBA_H
+#define UMAMBA_H
+
+#include <stdint.h>
+
+#define CHUNK 64 /* tokens between two saved states; equals CHUNK in umamba/ops/layout.py */
+#define MAX_TAPS 8
+
+enum { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
+enum { STATUS_DONE = 0, STATUS_NO_MEMORY = 1, STATUS_NO_ISA = 2 };
+
+/* A tensor (batch, group, token, channel or state); strides in elements; data is NULL if absent. */
+typedef struct {
+    void *data;
+    int64_t batch, group, token, channel;
+    int64_t dtype;
+} Tensor;
+
+/* Dense float32 arrays: A (D,N), skip and bias (D), initial and last (B,D,N),
+ * states (B,n_chunks,N,D) before each chunk in walk order. */
+typedef struct {
+    int64_t B, D, L, N, G;
+    int64_t softplus, reverse, n_threads;
+    Tensor u, delta, z, Bm, Cm, out;
+    const float *A, *skip, *bias, *initial;
+    float *last, *states;
+} ScanForward;
+
+/* dA (B,D,N), dskip and dbias (B,D): one part per sample, for the caller to sum in order. */
+typedef struct {
+    int64_t B, D, L, N, G;
+    int64_t softplus, reverse, n_threads;
+    Tensor u, delta, z, Bm, Cm, dout;
+    Tensor du, ddelta, dz, dBm, dCm;
+    const float *A, *skip, *bias, *states, *dlast;
+    float *dA, *dskip, *dbias, *dinitial;
+} ScanBackward;
+
+/* weight (D,K), bias (D); dweight (parts,D,K) and dbias (parts,D): one part per CONV_SEGMENT tokens
+ * of a sample, for the caller to sum in order. dout and dx are absent in the forward. */
+typedef struct {
+    int64_t B, D, L, K;
+    int64_t reverse, n_threads;
+    Tensor x, out, dout, dx;
+    const float *weight, *bias;
+    float *dweight, *dbias;
+} Conv;
+
+#define CONV_SEGMENT 256
+
+typedef struct {
+    int lanes;
+    int (*scan_forward)(const ScanForward *);
+    int (*scan_backward)(const ScanBackward *);
+    int (*conv_forward)(const Conv *);
+    int (*conv_backward)(const Conv *);
+} Kernels;
+
+/* Runs work(context, item, worker) for every item; worker < n_threads, the caller is worker 0. */
+void umamba_parallel(int64_t n_threads, int64_t n_items,
+                     void (*work)(void *context, int64_t item, int64_t worker), void *context);
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#endif

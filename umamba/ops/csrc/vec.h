@@ -1,0 +1,269 @@
+/* Vectors of 4, 8 or 16 floats, exp2, log1p and sigmoid on them, and chunk-wise tensor access. */
+#ifndef UMAMBA_VEC_H
+#define UMAMBA_VEC_H
+
+#include <stddef.h>
+#include <string.h>
+
+#include "umamba.h"
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOG2E 1.44269504088896341f
+#define LN2 0.693147180559945309f
+
+typedef float vf __attribute__((vector_size(4 * LANES), may_alias));
+typedef float vfu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+
+INLINE vf vload(const float *p) { return *(const vfu *)p; }
+INLINE void vstore(float *p, vf x) { *(vfu *)p = x; }
+INLINE vf vset(float x) { return x - (vf){0}; }
+
+#if defined(__AVX512F__)
+INLINE vf vfma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+/* The second operand survives a NaN, so a NaN in x is never hidden by a limit. */
+INLINE vf at_least(vf limit, vf x) { return (vf)_mm512_max_ps((__m512)limit, (__m512)x); }
+INLINE vf vabs(vf x) { return (vf)_mm512_abs_ps((__m512)x); }
+/* positive where x >= 0 (or NaN), else negative */
+INLINE vf by_sign(vf x, vf positive, vf negative) {
+    return (vf)_mm512_mask_mov_ps((__m512)positive, _mm512_movepi32_mask((__m512i)x),
+                                  (__m512)negative);
+}
+INLINE vf reciprocal(vf x) { /* x in [1, 2]: one Newton step from 14 bits */
+    vf r = (vf)_mm512_rcp14_ps((__m512)x);
+    return vfma(r, 1.0f - x * r, r);
+}
+/* mantissa * 2^n, n integral, with under- and overflow to 0 and infinity */
+INLINE vf scale(vf mantissa, vf n) { return (vf)_mm512_scalef_ps((__m512)mantissa, (__m512)n); }
+#else
+INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
+INLINE vf reciprocal(vf x) { return 1.0f / x; }
+#if defined(__AVX2__)
+INLINE vf at_least(vf limit, vf x) { return (vf)_mm256_max_ps((__m256)limit, (__m256)x); }
+INLINE vf at_most(vf limit, vf x) { return (vf)_mm256_min_ps((__m256)limit, (__m256)x); }
+INLINE vf by_sign(vf x, vf positive, vf negative) {
+    return (vf)_mm256_blendv_ps((__m256)positive, (__m256)negative, (__m256)x);
+}
+#else
+INLINE vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+INLINE vf at_least(vf limit, vf x) { return choose(limit > x, limit, x); }
+INLINE vf at_most(vf limit, vf x) { return choose(limit < x, limit, x); }
+INLINE vf by_sign(vf x, vf positive, vf negative) { return choose((vi)x >> 31, negative, positive); }
+#endif
+#endif
+
+/* 2^r for r in [-0.5, 0.5]. The constant is exactly 1, so that slow decays are not biased;
+ * minimax in (2^r - 1) / r, relative error 4e-7 of that. */
+INLINE vf exp2_fraction(vf r) {
+    vf p = vfma(r, vset(1.3333544e-3f), vset(9.6662454e-3f));
+    p = vfma(p, r, vset(5.5505004e-2f));
+    p = vfma(p, r, vset(0.24022351f));
+    p = vfma(p, r, vset(0.69314712f));
+    return vfma(p, r, vset(1.0f));
+}
+
+/* 2^(x*y), rounding to the nearest integer by adding 1.5 * 2^23. */
+INLINE vf exp2_product(vf x, vf y) {
+    const vf magic = vset(12582912.0f);
+#if defined(__AVX512F__)
+    vf n = vfma(x, y, magic) - magic;
+    return scale(exp2_fraction((vf)_mm512_fmsub_ps((__m512)x, (__m512)y, (__m512)n)), n);
+#else
+    vf t = at_most(vset(127.0f), at_least(vset(-126.0f), x * y));
+    vf shifted = t + magic;
+    vf p = exp2_fraction(t - (shifted - magic));
+    return (vf)(((vi)shifted << 23) + (vi)p);
+#endif
+}
+
+/* log(1 + e) for e in [0, 1], relative error 3e-8 before rounding. */
+INLINE vf log1p_unit(vf e) {
+    vf p = vfma(e, vset(5.3661742e-3f), vset(-3.0071408e-2f));
+    p = vfma(p, e, vset(7.9214096e-2f));
+    p = vfma(p, e, vset(-0.13754657f));
+    p = vfma(p, e, vset(0.19154082f));
+    p = vfma(p, e, vset(-0.24857281f));
+    p = vfma(p, e, vset(0.33321339f));
+    p = vfma(p, e, vset(-0.49999648f));
+    p = vfma(p, e, vset(1.0f));
+    return p * e;
+}
+
+INLINE vf sigmoid(vf x) {
+    vf e = exp2_product(vabs(x), vset(-LOG2E));
+    return reciprocal(1.0f + e) * by_sign(x, vset(1.0f), e);
+}
+
+/* softplus(x); its derivative goes to *slope */
+INLINE vf softplus(vf x, vf *slope) {
+    vf e = exp2_product(vabs(x), vset(-LOG2E));
+    *slope = reciprocal(1.0f + e) * by_sign(x, vset(1.0f), e);
+    return at_least(vset(0.0f), x) + log1p_unit(e);
+}
+
+/* Sums over the lanes of LANES vectors: out[i] = sum of rows[i]. */
+INLINE vf sum_lanes(const float *rows) {
+#if defined(__AVX512F__)
+    __m512 v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(rows + 16 * i);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
+                             _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x88),
+                             _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 2]),
+                             _mm512_unpackhi_ps(v[i], v[i + 2]));
+    __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    /* 128-bit parts hold rows (0..3), (8..11), (4..7), (12..15) */
+    return (vf)_mm512_shuffle_f32x4(s, s, 0xd8);
+#else
+    vf out;
+    for (int i = 0; i < LANES; i++) {
+        float part[LANES];
+        memcpy(part, rows + LANES * i, sizeof part);
+        for (int width = LANES / 2; width; width /= 2)
+            for (int k = 0; k < width; k++) part[k] += part[k + width];
+        out[i] = part[0];
+    }
+    return out;
+#endif
+}
+
+INLINE float half_to_float(uint16_t h) {
+    /* exponent and mantissa shifted into float32; the product with 2^112 corrects the exponent */
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13, scale_bits = 0x77800000u, out_bits;
+    float f, factor;
+    memcpy(&f, &bits, 4);
+    memcpy(&factor, &scale_bits, 4);
+    f *= factor;
+    memcpy(&out_bits, &f, 4);
+    out_bits |= bits >= 0x0f800000u ? 0x7f800000u : 0;
+    out_bits |= (uint32_t)(h & 0x8000) << 16;
+    memcpy(&f, &out_bits, 4);
+    return f;
+}
+
+INLINE uint16_t float_to_half(float f) {
+    uint32_t bits, sign, out;
+    memcpy(&bits, &f, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits >= 0x47800000u) { /* overflow, infinity, NaN */
+        out = bits > 0x7f800000u ? 0x7e00 : 0x7c00;
+    } else if (bits < 0x38800000u) { /* subnormal: the addition of 0.5 rounds at 2^-24 */
+        float tiny;
+        memcpy(&tiny, &bits, 4);
+        tiny += 0.5f;
+        memcpy(&out, &tiny, 4);
+        out -= 0x3f000000u;
+    } else {
+        out = (bits + 0xc8000fffu + (bits >> 13 & 1)) >> 13;
+    }
+    return (uint16_t)(sign | out);
+}
+
+INLINE float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Copies n_rows x n_columns elements with any strides to rows of `pitch` floats, zeros to the right. */
+#define COPY_IN(type, convert)                                                        \
+    for (int64_t i = 0; i < n_rows; i++) {                                            \
+        const type *from = (const type *)x + i * row;                                 \
+        float *to = out + i * pitch;                                                  \
+        if (column == 1)                                                              \
+            for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k]);         \
+        else                                                                          \
+            for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k * column]); \
+        for (int64_t k = n_columns; k < pitch; k++) to[k] = 0.0f;                     \
+    }
+static void copy_in(const void *x, int64_t dtype, int64_t row, int64_t column, int64_t n_rows,
+                    int64_t n_columns, int64_t pitch, float *out) {
+    if (dtype == DTYPE_F32) {
+        COPY_IN(float, )
+    } else if (dtype == DTYPE_BF16) {
+        COPY_IN(uint16_t, bf16_to_float)
+    } else {
+        COPY_IN(uint16_t, half_to_float)
+    }
+}
+
+#define COPY_OUT(type, convert)                                               \
+    for (int64_t i = 0; i < n_rows; i++) {                                    \
+        type *to = (type *)x + i * row;                                       \
+        const float *from = in + i * pitch;                                   \
+        for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k]);     \
+    }
+static void copy_out(void *x, int64_t dtype, int64_t row, int64_t n_rows, int64_t n_columns,
+                     int64_t pitch, const float *in) {
+    if (dtype == DTYPE_F32) {
+        COPY_OUT(float, )
+    } else if (dtype == DTYPE_BF16) {
+        COPY_OUT(uint16_t, float_to_bf16)
+    } else {
+        COPY_OUT(uint16_t, float_to_half)
+    }
+}
+
+/* Rows of LANES floats, `stride` floats apart: the tensor's own memory or a scratch copy of it. */
+typedef struct {
+    float *rows;
+    int64_t stride;
+} Rows;
+
+INLINE char *element(const Tensor *x, int64_t offset) {
+    return (char *)x->data + offset * (x->dtype == DTYPE_F32 ? 4 : 2);
+}
+
+/* n_tokens of one channel block in walk order; `step` is the token stride times the sign of walk. */
+INLINE Rows read_rows(const Tensor *x, int64_t offset, int64_t step, int64_t n_tokens,
+                      int64_t n_channels, float *scratch) {
+    if (x->dtype == DTYPE_F32 && x->channel == 1 && n_channels == LANES)
+        return (Rows){(float *)element(x, offset), step};
+    copy_in(element(x, offset), x->dtype, step, x->channel, n_tokens, n_channels, LANES, scratch);
+    return (Rows){scratch, LANES};
+}
+
+/* Where results of a block are written; finish_rows copies them out when that is scratch. */
+INLINE Rows write_rows(const Tensor *x, int64_t offset, int64_t step, int64_t n_channels,
+                       float *scratch) {
+    if (x->dtype == DTYPE_F32 && n_channels == LANES)
+        return (Rows){(float *)element(x, offset), step};
+    return (Rows){scratch, LANES};
+}
+
+INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, int64_t step, int64_t n_tokens,
+                        int64_t n_channels, const float *scratch) {
+    if (r.rows == scratch)
+        copy_out(element(x, offset), x->dtype, step, n_tokens, n_channels, LANES, r.rows);
+}
+
+#endif

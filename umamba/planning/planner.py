@@ -1,0 +1,376 @@
+"""UMambaPlanner: nnU-Net's experiment planner with a registered network in place of its U-Net."""
+
+import contextlib
+import copy
+import difflib
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
+    ExperimentPlanner,
+)
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from umamba.networks.registry import NetworkEntry, get_entry
+from umamba.planning import plans as plans_files
+from umamba.planning.footprint import Footprint, conv_features, count_footprint
+from umamba.planning.machine import GIB, default_memory_gb
+from umamba.planning.topology import network_divisor, round_patch, strides_for_axes
+
+logger = logging.getLogger(__name__)
+
+STOCK_PLANS = "nnUNetPlans"
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
+SHARED_ARGUMENTS = (
+    "strides",
+    "features_per_stage",
+    "kernel_sizes",
+    "n_conv_per_stage",
+    "n_conv_per_stage_decoder",
+)
+PLANNED_ARGUMENTS = ("patch_size", "deep_supervision")
+MIN_MEMORY_GB = 0.5
+MIN_TARGET_GB = 0.05
+
+
+def plan_dataset(
+    dataset_name: str,
+    *,
+    network: str = "umamba_bot",
+    plans_name: str | None = None,
+    memory_gb: float | None = None,
+    network_args: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    configurations: Sequence[str] | None = None,
+    overwrite_target_spacing: Sequence[float] | None = None,
+) -> plans_files.Plans:
+    """Plans a dataset whose fingerprint is there, writes the plans file and returns the plans.
+
+    Args:
+        dataset_name: nnU-Net's dataset name (or id).
+        plans_name: default the network's name, and a short hash of `network_args` if given.
+        memory_gb: GiB that a training step may use. Default: that of plans already made under this
+            name, so that planning again changes nothing; else the GPU's, else half of the free RAM.
+        network_args: keyword arguments of the network that differ from the planner's choice.
+        recipe: the training recipe as a plain dict; empty is nnU-Net's own.
+        configurations: names to plan; default all that nnU-Net finds sensible.
+        overwrite_target_spacing: mm, in the images' axis order, for the 3D configurations and 2d.
+    """
+    planner = UMambaPlanner(
+        dataset_name,
+        plans_name=plans_name,
+        gpu_memory_target_in_gb=memory_gb,
+        overwrite_target_spacing=overwrite_target_spacing,
+        network=network,
+        network_args=network_args,
+        recipe=recipe,
+        configurations=configurations,
+    )
+    return planner.plan_experiment()
+
+
+class UMambaPlanner(ExperimentPlanner):
+    """Lets nnU-Net plan, then puts the network in and makes patch and batch fit network and memory.
+
+    nnU-Net's own search decides the patch: where the network needs more memory than nnU-Net's
+    U-Net, the search is run again with a smaller memory target until the network's step fits.
+    """
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float | None = None,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str | None = None,
+        overwrite_target_spacing: Sequence[float] | None = None,
+        suppress_transpose: bool = False,
+        *,
+        network: str = "umamba_bot",
+        network_args: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        configurations: Sequence[str] | None = None,
+        half_precision: bool | None = None,
+    ) -> None:
+        self.entry = get_entry(network)
+        self.network_args = dict(network_args or {})
+        check_network_args(self.entry, self.network_args)
+        self.recipe = dict(recipe or {})
+        self.wanted = _check_configurations(configurations)
+        name = plans_name or default_plans_name(self.entry.name, self.network_args)
+        spacing = overwrite_target_spacing
+        super().__init__(
+            dataset_name_or_id,
+            8,
+            preprocessor_name,
+            name,
+            [float(mm) for mm in spacing] if spacing is not None else None,
+            suppress_transpose,
+        )
+        self.plans_path = plans_files.plans_file(self.dataset_name, name)
+        existing = self._existing_plans()
+        planned = existing.get("umamba", {}).get("memory_gb")
+        memory = gpu_memory_target_in_gb or planned or default_memory_gb()
+        if memory < MIN_MEMORY_GB:
+            raise ValueError(f"--memory must be at least {MIN_MEMORY_GB} GB, got {memory:g}")
+        self.UNet_vram_target_GB = self.memory_gb = float(memory)
+        if half_precision is None:
+            precision = self.recipe.get("precision")
+            half_precision = torch.cuda.is_available() and precision != "fp32"
+        self.half_precision = half_precision
+        self.num_classes = LabelManager(
+            self.dataset_json["labels"], self.dataset_json.get("regions_class_order")
+        ).num_segmentation_heads
+
+    @staticmethod
+    def static_estimate_VRAM_usage(
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: Mapping[str, Any],
+        arch_kwargs_req_import: Sequence[str],
+    ) -> int:
+        """Returns nnU-Net's number of feature elements, counted on the meta device."""
+        architecture = {
+            "network_class_name": arch_class_name,
+            "arch_kwargs": arch_kwargs,
+            "_kw_requires_import": arch_kwargs_req_import,
+        }
+        with torch.device("meta"):
+            network = plans_files.network_builder(
+                {"architecture": architecture}, input_channels, output_channels, False
+            )()
+        return conv_features(network, input_channels, patch_size)
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        """Returns the stock plan's folder; `save_plans` gives another where the data differ."""
+        return f"{STOCK_PLANS}_{configuration_name}"
+
+    def get_plans_for_configuration(
+        self,
+        spacing: Sequence[float],
+        median_shape: Sequence[int],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict[Any, Any],
+    ) -> dict[str, Any]:
+        """Returns nnU-Net's configuration with our network, patch and batch fitted to memory."""
+        arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache)
+        stock = super().get_plans_for_configuration(*arguments)
+        if len(spacing) not in self.entry.spatial_dims:
+            return stock
+        budget = int(self.memory_gb * GIB)
+        plan = copy.deepcopy(stock)
+        try:
+            while True:
+                footprint = self._put_network_in(plan, _cache)
+                batch_size = self._largest_batch(footprint, budget, plan["batch_size"])
+                if batch_size >= self.UNet_min_batch_size:
+                    break
+                need = footprint.training_bytes(self.UNet_min_batch_size, self.half_precision)
+                self.UNet_vram_target_GB *= min(max(budget / need, 0.5), 0.9)
+                if self.UNet_vram_target_GB < MIN_TARGET_GB:
+                    batch_size = self.UNet_min_batch_size
+                    break
+                plan = super().get_plans_for_configuration(*arguments)
+        finally:
+            self.UNet_vram_target_GB = self.memory_gb
+        plan["batch_size"] = batch_size
+        plan["recipe"] = copy.deepcopy(self.recipe)
+        plan["planning"] = self._explain(stock, plan, footprint)
+        return plan
+
+    def plan_experiment(self) -> plans_files.Plans:
+        """Plans all configurations, writes the plans file and returns its content."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            super().plan_experiment()
+        logger.debug("nnU-Net's planner said:\n%s", said.getvalue())
+        assert self.plans is not None
+        return self.plans
+
+    def save_plans(self, plans: plans_files.Plans) -> None:
+        """Leaves out what the network or the user does not want, names the data, and writes."""
+        self._select_configurations(plans)
+        recursive_fix_for_json_export(plans)
+        plain = json.loads(json.dumps(plans))
+        self._name_data(plain)
+        plain["umamba"] = {
+            "network": self.entry.name,
+            "network_args": self.network_args,
+            "fixed_strides": self.entry.fixed_strides is not None,
+            "memory_gb": self.memory_gb,
+        }
+        for name, configuration in self._existing_plans().get("configurations", {}).items():
+            if name not in CONFIGURATIONS:
+                plain["configurations"].setdefault(name, configuration)
+        plans_files.save_plans(plain, self.plans_path)
+        self.plans = plain
+
+    def _put_network_in(self, plan: dict[str, Any], cache: dict[Any, Any]) -> Footprint:
+        """Writes the network block and the rounded patch into `plan`; returns its footprint."""
+        dims = len(plan["patch_size"])
+        stock = plan["architecture"]["arch_kwargs"]
+        block = self._network_arguments(stock, dims)
+        patch = round_patch(plan["patch_size"], network_divisor(block["strides"]))
+        if "patch_size" in self.entry.keywords:
+            block["patch_size"] = list(patch)
+        plan["patch_size"] = list(patch)
+        plan["architecture"] = {
+            "network_class_name": self.entry.class_path,
+            "arch_kwargs": json.loads(json.dumps(block)),
+            "_kw_requires_import": [],
+        }
+        key = ("footprint", patch, str(block["strides"]))
+        if key not in cache:
+            channels = self._input_channels()
+            build = plans_files.network_builder(plan, channels, self.num_classes)
+            cache[key] = count_footprint(build, channels, patch)
+        return cache[key]
+
+    def _network_arguments(self, stock: Mapping[str, Any], dims: int) -> dict[str, Any]:
+        fixed = self.entry.fixed_strides
+        if fixed is None:
+            block = {key: stock[key] for key in SHARED_ARGUMENTS if key in self.entry.keywords}
+        else:
+            block = {"strides": strides_for_axes(fixed, dims)}
+        return {**block, **self.entry.arguments, **self.network_args}
+
+    def _largest_batch(self, footprint: Footprint, budget: int, at_most: int) -> int:
+        """Returns the largest batch up to `at_most` whose step fits, 0 if none does."""
+        fixed = footprint.training_bytes(0, self.half_precision)
+        per_sample = footprint.training_bytes(1, self.half_precision) - fixed
+        return max(min(at_most, (budget - fixed) // per_sample), 0)
+
+    def _explain(
+        self, stock: Mapping[str, Any], plan: Mapping[str, Any], footprint: Footprint
+    ) -> dict[str, Any]:
+        name, patch, batch = self.entry.name, plan["patch_size"], plan["batch_size"]
+        stock_patch, stock_batch = [int(n) for n in stock["patch_size"]], int(stock["batch_size"])
+        divisor = network_divisor(plan["architecture"]["arch_kwargs"]["strides"])
+        need = footprint.training_bytes(batch, self.half_precision)
+        reasons = [
+            f"nnU-Net's search gave patch {_by(stock_patch)} and batch {stock_batch} at "
+            f"{self.memory_gb:g} GB.",
+            f"{name} takes patches divisible by {_by(divisor)}.",
+            f"A training step of {name} at patch {_by(patch)} and batch {batch} needs about "
+            f"{need / GIB:.1f} GB of {self.memory_gb:g} GB.",
+        ]
+        if need > self.memory_gb * GIB:
+            reasons.append("This is more than there is, and the patch cannot shrink any further.")
+            logger.warning("%s: %s", plan["data_identifier"], reasons[-2])
+        elif patch != stock_patch or batch != stock_batch:
+            reasons.append("Patch and batch were changed so that network and memory agree.")
+        return {
+            "input_channels": self._input_channels(),
+            "num_classes": self.num_classes,
+            "divisor": list(divisor),
+            "nnunet_patch_size": stock_patch,
+            "nnunet_batch_size": stock_batch,
+            "memory_gb": self.memory_gb,
+            "half_precision": self.half_precision,
+            "training_bytes": need,
+            "parameters": footprint.parameter_bytes // 4,
+            "reasons": reasons,
+        }
+
+    def _input_channels(self) -> int:
+        return len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
+
+    def _existing_plans(self) -> plans_files.Plans:
+        """Returns the plans of this name, empty if none; ValueError if they are someone else's."""
+        if not self.plans_path.is_file():
+            return {}
+        existing = plans_files.load_plans(self.plans_path)
+        facts = existing.get("umamba", {})
+        if facts.get("network") != self.entry.name or facts["network_args"] != self.network_args:
+            raise ValueError(
+                f"{self.plans_path} holds other plans (of {facts.get('network', 'nnU-Net')}): "
+                "give yours another name with --plans-name"
+            )
+        return existing
+
+    def _select_configurations(self, plans: plans_files.Plans) -> None:
+        found = plans["configurations"]
+        for name in list(found):
+            dims = 2 if name == "2d" else 3
+            if dims not in self.entry.spatial_dims or (self.wanted and name not in self.wanted):
+                del found[name]
+        if "3d_fullres" not in found or "3d_lowres" not in found:
+            found.pop("3d_cascade_fullres", None)
+            if "3d_lowres" in found:
+                found["3d_lowres"].pop("next_stage", None)
+        if not found:
+            asked = ", ".join(self.wanted) or "any configuration"
+            raise ValueError(
+                f"{self.dataset_name} cannot be planned as {asked} with {self.entry.name}, which "
+                f"is a network for {' and '.join(f'{d}D' for d in self.entry.spatial_dims)}"
+            )
+
+    def _name_data(self, plans: plans_files.Plans) -> None:
+        """Gives a folder of its own to every configuration whose data are not the stock plan's."""
+        own = self.overwrite_target_spacing is not None or self.suppress_transpose
+        if not own and "3d_lowres" not in plans["configurations"]:
+            return
+        stock = self._stock_plans()
+        for name, configuration in plans["configurations"].items():
+            if "inherits_from" in configuration:
+                continue
+            shared = name in stock["configurations"] and plans_files.preprocessing_part(
+                plans, name
+            ) == plans_files.preprocessing_part(stock, name)
+            if not shared:
+                configuration["data_identifier"] = f"{self.plans_identifier}_{name}"
+
+    def _stock_plans(self) -> plans_files.Plans:
+        with contextlib.redirect_stdout(io.StringIO()):
+            plans = _StockPlanner(self.dataset_name).plan_experiment()
+        recursive_fix_for_json_export(plans)
+        return json.loads(json.dumps(plans))
+
+
+class _StockPlanner(ExperimentPlanner):
+    """nnU-Net's planner as it is, but counting on the meta device and writing no plans."""
+
+    static_estimate_VRAM_usage = staticmethod(  # noqa: N815
+        UMambaPlanner.static_estimate_VRAM_usage
+    )
+
+    def save_plans(self, plans: plans_files.Plans) -> None:
+        pass
+
+
+def default_plans_name(network: str, network_args: Mapping[str, Any]) -> str:
+    """Returns the network's name, with a short hash where arguments differ from the planner's."""
+    return f"{network}_{plans_files.digest(network_args)[:6]}" if network_args else network
+
+
+def check_network_args(entry: NetworkEntry, network_args: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument that the network does not have or that is planned."""
+    allowed = [key for key in entry.keywords if key not in PLANNED_ARGUMENTS]
+    for key in network_args:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(allowed)}"
+            raise ValueError(f"{entry.name} has no argument {key!r} to set: {hint}")
+
+
+def _check_configurations(names: Sequence[str] | None) -> tuple[str, ...]:
+    for name in names or ():
+        if name not in CONFIGURATIONS:
+            near = difflib.get_close_matches(name, CONFIGURATIONS, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONFIGURATIONS)}"
+            raise ValueError(f"no configuration is called {name!r}: {hint}")
+    wanted = set(names or ())
+    if "3d_cascade_fullres" in wanted:
+        wanted |= {"3d_fullres", "3d_lowres"}
+    return tuple(name for name in CONFIGURATIONS if name in wanted)
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(str(int(size)) for size in sizes)

@@ -1,0 +1,286 @@
+"""Plans files: read, check, write, compare, and change one configuration consistently."""
+
+import copy
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from umamba.planning.footprint import count_footprint
+from umamba.planning.topology import fit_stages, network_divisor, round_patch, stages_for_patch
+
+Plans = dict[str, Any]
+
+REQUIRED = ("dataset_name", "plans_name", "image_reader_writer", "transpose_forward")
+PREPROCESSING_KEYS = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+MAX_FEATURES = {2: 512, 3: 320}
+
+
+def load_plans(path: Path) -> Plans:
+    """Returns the plans in `path`; ValueError or FileNotFoundError name the file and the cure."""
+    path = Path(path)
+    if not path.is_file():
+        there = ", ".join(list_plans(path.parent)) or "none"
+        raise FileNotFoundError(
+            f"no plans file {path} (plans there: {there}): run `umamba plan` first"
+        )
+    plans = read_json(path)
+    missing = [key for key in (*REQUIRED, "configurations") if key not in plans]
+    if missing:
+        raise ValueError(f"{path} is no plans file, it has no {', '.join(missing)}: plan again")
+    return plans
+
+
+def list_plans(folder: Path) -> list[str]:
+    """Returns the names of the plans files in a preprocessed dataset folder, sorted."""
+    names = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and "configurations" in content and "plans_name" in content:
+            names.append(path.stem)
+    return names
+
+
+def plans_file(dataset_name: str, plans_name: str) -> Path:
+    """Returns where nnU-Net keeps the plans of a dataset."""
+    return preprocessed_folder(dataset_name) / f"{plans_name}.json"
+
+
+def preprocessed_folder(dataset_name: str) -> Path:
+    """Returns `<nnUNet_preprocessed>/<dataset>`."""
+    from nnunetv2.paths import nnUNet_preprocessed
+
+    return Path(nnUNet_preprocessed) / dataset_name
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file; ValueError names the file that cannot be read as JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): repair or delete it") from error
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Writes JSON to a temporary name in the same folder and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=4)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def save_plans(plans: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Writes plans atomically, to their place under nnUNet_preprocessed unless `path` is given."""
+    path = path or plans_file(plans["dataset_name"], plans["plans_name"])
+    write_json(plans, path)
+    return path
+
+
+def get_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a copy of a configuration with what it inherits; ValueError with nearest names."""
+    configurations = plans["configurations"]
+    if name not in configurations:
+        near = difflib.get_close_matches(name, configurations, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"plans {plans['plans_name']} have no configuration {name!r}, only "
+            f"{', '.join(configurations)}; {hint}".rstrip("; ")
+        )
+    configuration: dict[str, Any] = copy.deepcopy(configurations[name])
+    if "inherits_from" not in configuration:
+        return configuration
+    parent = configuration["inherits_from"]
+    if parent == name or parent not in configurations:
+        raise ValueError(f"configuration {name} inherits from {parent}, which is not in the plans")
+    return get_configuration(plans, parent) | configuration
+
+
+def network_builder(
+    configuration: Mapping[str, Any],
+    input_channels: int,
+    num_classes: int,
+    deep_supervision: bool = True,
+) -> Callable[[], nn.Module]:
+    """Returns a function that builds the configuration's network the way nnU-Net builds it."""
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    architecture = configuration["architecture"]
+    return lambda: get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        input_channels,
+        num_classes,
+        allow_init=False,
+        deep_supervision=deep_supervision,
+    )
+
+
+def replan(
+    plans: Mapping[str, Any],
+    configuration: str,
+    *,
+    patch_size: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    features_per_stage: Sequence[int] | None = None,
+    n_conv: int | Sequence[int] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    reason: str = "as asked",
+) -> Plans:
+    """Returns plans in which one configuration is changed and stays consistent.
+
+    A new patch gets nnU-Net's stages for it (unless the network's strides are fixed), is rounded
+    up to the divisor and enters the arguments of a network that is tied to it; the numbers per
+    stage are cut or extended to the stages. A configuration that inherits keeps doing so for
+    everything that is not changed.
+
+    Args:
+        patch_size: voxels per axis.
+        features_per_stage: as many as the stages of the (new) patch, or more.
+        n_conv: blocks of every stage, or one number per stage; the decoder takes the first ones.
+        recipe: values that are merged over those of the configuration's recipe.
+        reason: sentence for the report.
+    """
+    changed: Plans = copy.deepcopy(dict(plans))
+    before = get_configuration(changed, configuration)
+    after = copy.deepcopy(before)
+    arguments = after["architecture"]["arch_kwargs"]
+    if patch_size is not None:
+        _set_patch(after, patch_size, tied_strides=_strides_are_fixed(changed))
+    n_stages = len(arguments["strides"])
+    if features_per_stage is not None:
+        arguments["features_per_stage"] = [int(f) for f in features_per_stage]
+    _fit_arguments(arguments, n_stages)
+    if n_conv is not None:
+        counts = [n_conv] * n_stages if isinstance(n_conv, int) else list(n_conv)
+        arguments["n_conv_per_stage"] = fit_stages(counts, n_stages, False, 0)
+        arguments["n_conv_per_stage_decoder"] = fit_stages(counts, n_stages - 1, False, 0)
+    if batch_size is not None:
+        if batch_size < 1:
+            raise ValueError(f"a batch size must be at least 1, got {batch_size}")
+        after["batch_size"] = int(batch_size)
+    if recipe is not None:
+        after["recipe"] = {**after.get("recipe", {}), **recipe}
+    _note(before, after, reason)
+    own = changed["configurations"][configuration]
+    own.update({key: value for key, value in after.items() if before.get(key) != value})
+    return changed
+
+
+def diff_plans(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Returns one line per value that differs: `path: first -> second`."""
+    lines: list[str] = []
+
+    def compare(path: str, a: Any, b: Any) -> None:
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for key in [*a, *(key for key in b if key not in a)]:
+                compare(f"{path}.{key}" if path else str(key), a.get(key), b.get(key))
+        elif json.dumps(a) != json.dumps(b):
+            lines.append(f"{path}: {json.dumps(a)} -> {json.dumps(b)}")
+
+    compare("", first, second)
+    return lines
+
+
+def preprocessing_part(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Returns what decides the content of a configuration's preprocessed folder."""
+    resolved = get_configuration(plans, configuration)
+    return {
+        "image_reader_writer": plans["image_reader_writer"],
+        "transpose_forward": plans["transpose_forward"],
+        "intensities": plans["foreground_intensity_properties_per_channel"],
+        **{key: resolved[key] for key in PREPROCESSING_KEYS},
+    }
+
+
+def digest(content: Any) -> str:
+    """Returns 16 hexadecimal digits that identify a JSON value."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _set_patch(
+    configuration: dict[str, Any], patch_size: Sequence[int], tied_strides: bool
+) -> None:
+    axes = len(configuration["patch_size"])
+    if len(patch_size) != axes or any(int(size) < 1 for size in patch_size):
+        raise ValueError(f"patch_size must be {axes} positive numbers, got {list(patch_size)}")
+    arguments = configuration["architecture"]["arch_kwargs"]
+    if not tied_strides:
+        strides, kernels, _ = stages_for_patch(configuration["spacing"], patch_size)
+        arguments["strides"] = [list(stride) for stride in strides]
+        if "kernel_sizes" in arguments:
+            arguments["kernel_sizes"] = [list(kernel) for kernel in kernels]
+        if "n_stages" in arguments:
+            arguments["n_stages"] = len(strides)
+    patch = list(round_patch(patch_size, network_divisor(arguments["strides"])))
+    configuration["patch_size"] = patch
+    if "patch_size" in arguments:
+        arguments["patch_size"] = patch
+
+
+def _fit_arguments(arguments: dict[str, Any], n_stages: int) -> None:
+    maximum = MAX_FEATURES[len(arguments["strides"][0])]
+    for key, n_values in (
+        ("features_per_stage", n_stages),
+        ("n_conv_per_stage", n_stages),
+        ("n_conv_per_stage_decoder", n_stages - 1),
+    ):
+        if isinstance(arguments.get(key), list | tuple):
+            grow = key == "features_per_stage"
+            arguments[key] = fit_stages(arguments[key], n_values, grow, maximum)
+
+
+def _strides_are_fixed(plans: Mapping[str, Any]) -> bool:
+    """Whether the strides belong to the network or to its user, not to the planner."""
+    facts = plans.get("umamba", {})
+    return bool(facts.get("fixed_strides")) or "strides" in facts.get("network_args", {})
+
+
+def _note(before: Mapping[str, Any], after: dict[str, Any], reason: str) -> None:
+    """Keeps the figures of the "planning" entry true and adds the reason."""
+    planning = after.setdefault("planning", {})
+    planning["divisor"] = list(network_divisor(after["architecture"]["arch_kwargs"]["strides"]))
+    changes = [
+        f"{key} {before[key]} -> {after[key]}"
+        for key in ("patch_size", "batch_size")
+        if before[key] != after[key]
+    ]
+    old, new = (c["architecture"]["arch_kwargs"] for c in (before, after))
+    changes += [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in ("features_per_stage", "n_conv_per_stage")
+        if old.get(key) != new.get(key)
+    ]
+    planning.setdefault("reasons", []).append(f"{'; '.join(changes) or 'recipe'}: {reason}")
+    if "input_channels" in planning:
+        build = network_builder(after, planning["input_channels"], planning["num_classes"])
+        footprint = count_footprint(build, planning["input_channels"], after["patch_size"])
+        planning["training_bytes"] = footprint.training_bytes(
+            after["batch_size"], planning["half_precision"]
+        )
+        planning["parameters"] = footprint.parameter_bytes // 4

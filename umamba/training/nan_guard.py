@@ -1,0 +1,121 @@
+"""The NaN guard: names the first module that computes a non-finite value, and rolls training back."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+class NanGuard:
+    """Keeps a recent finite state of network and optimizer, and returns to it when a loss is not finite.
+
+    `check(batch, loss)` is called after each training step; True means that the step was undone.  The
+    batch, the random state and the culprit's name go to `folder/non_finite_<n>.pt`.  After `max_events`
+    such events training stops with a RuntimeError.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        folder: Path,
+        keep_every: int = 50,
+        max_events: int = 5,
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.folder = Path(folder)
+        self.keep_every = keep_every
+        self.max_events = max_events
+        self.n_events = 0
+        self._steps = 0
+        self._kept: tuple[dict, dict] | None = None
+        self._keep()
+
+    def check(self, batch: dict, loss: float) -> bool:
+        """Whether the step was undone; keeps the state now and then when all is finite."""
+        if torch.isfinite(torch.as_tensor(loss)).all():
+            self._steps += 1
+            if self._steps % self.keep_every == 0 and self._parameters_are_finite():
+                self._keep()
+            return False
+        self.n_events += 1
+        self._restore()
+        culprit = first_non_finite(self.network, batch["data"])
+        path = self._save(batch, culprit)
+        message = (
+            f"the loss became {float(loss)}: {culprit}. The weights went back to the last finite state; "
+            f"the batch is in {path}."
+        )
+        logger.warning(message)
+        if self.n_events >= self.max_events:
+            raise RuntimeError(
+                f"training stopped after {self.n_events} non-finite losses; {message} Try a lower "
+                f"initial_lr, or precision fp32 in the recipe."
+            )
+        return True
+
+    def _parameters_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
+
+    def _keep(self) -> None:
+        weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self._kept = (weights, copy.deepcopy(self.optimizer.state_dict()))
+
+    def _restore(self) -> None:
+        assert self._kept is not None
+        weights, optimizer = self._kept
+        self.network.load_state_dict(weights)
+        self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+
+    def _save(self, batch: dict, culprit: str) -> Path:
+        path = self.folder / f"non_finite_{self.n_events}.pt"
+        temporary = path.with_suffix(".pt.tmp")
+        content = {
+            "data": batch["data"],
+            "target": batch["target"],
+            "culprit": culprit,
+            "random_state": torch.get_rng_state(),
+        }
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+        return path
+
+
+def first_non_finite(network: nn.Module, data: torch.Tensor) -> str:
+    """A sentence about the first module whose output is not finite for `data` (B, C, *spatial)."""
+    if not bool(torch.isfinite(data).all()):
+        return "the batch itself holds a non-finite value"
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs = output if isinstance(output, (list, tuple)) else (output,)
+            for value in outputs:
+                is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+                if is_float and not found and not bool(torch.isfinite(value).all()):
+                    found.append(
+                        f"{name} ({type(module).__name__}) gives the first non-finite value"
+                    )
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in network.named_modules() if n]
+    device = next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            network(data.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    return "the forward pass is finite from the last kept state, so an update before it diverged"

@@ -1,0 +1,137 @@
+"""The training recipe: how a network is trained, as plain data in the plans, apart from the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("poly", "cosine"),
+    "augmentation": ("nnunet", "light", "none"),
+    "precision": ("auto", "fp16", "bf16", "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything of a training but the network; the defaults are stock nnU-Net's.
+
+    `train_seconds` makes the schedule follow the wall clock instead of the epochs: the learning rate
+    reaches its end, and the training ends, when that many seconds have passed, however many iterations
+    the machine got through.  `precision` concerns CUDA only ("auto": bf16 where the GPU has it, else
+    fp16); on a CPU training is float32.  `warmup` is the share of the schedule in which the learning
+    rate rises linearly from zero.  `mirroring` decides about mirrored training patches and, with them,
+    whether prediction may mirror.
+    """
+
+    optimizer: str = "sgd"
+    initial_lr: float = 1e-2
+    final_lr: float = 0.0
+    weight_decay: float = 3e-5
+    momentum: float = 0.99
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "poly"
+    warmup: float = 0.0
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    train_seconds: float | None = None
+    enable_deep_supervision: bool = True
+    augmentation: str = "nnunet"
+    mirroring: bool = True
+    precision: str = "auto"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"recipe: {name} is {value!r}; choose one of {', '.join(allowed)}")
+        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"recipe: {name} is {value!r}; it must be a whole number above 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"recipe: warmup is {self.warmup}; it is a share of the schedule, 0 to 1"
+            )
+        if self.train_seconds is not None and self.train_seconds <= 0:
+            raise ValueError(f"recipe: train_seconds is {self.train_seconds}; it must be above 0")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+    @classmethod
+    def from_dict(cls, values: dict | None) -> Recipe:
+        """The recipe of the plans' `"recipe"` entry; raises ValueError on an unknown key."""
+        values = dict(values or {})
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                close = get_close_matches(key, names, 1)
+                hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
+                raise ValueError(f"recipe: unknown key {key!r}{hint}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values, only those that differ from the defaults."""
+        default = Recipe()
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != getattr(default, field.name):
+                values[field.name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+    @property
+    def follows_iterations(self) -> bool:
+        """Whether the learning rate changes within an epoch (stock nnU-Net's changes per epoch)."""
+        return self.train_seconds is not None or self.schedule != "poly" or self.warmup > 0
+
+    def learning_rate(self, progress: float) -> float:
+        """The learning rate at `progress`, the share of the schedule that has passed (0 to 1)."""
+        progress = min(max(progress, 0.0), 1.0)
+        if progress < self.warmup:
+            return self.initial_lr * progress / self.warmup
+        if self.schedule == "poly":
+            return self.initial_lr * (1 - progress) ** 0.9
+        left = (progress - self.warmup) / (1 - self.warmup)
+        return self.final_lr + (self.initial_lr - self.final_lr) * 0.5 * (
+            1 + math.cos(math.pi * left)
+        )
+
+    def build_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimizer over `parameters` at the initial learning rate."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters,
+                self.initial_lr,
+                momentum=self.momentum,
+                nesterov=self.momentum > 0,
+                weight_decay=self.weight_decay,
+            )
+        return torch.optim.AdamW(
+            parameters, self.initial_lr, betas=self.betas, weight_decay=self.weight_decay
+        )
+
+
+class RateSchedule:
+    """Sets the optimizer's learning rate from the recipe; `step(epoch)` is what nnU-Net calls."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        self.optimizer = optimizer
+        self.recipe = recipe
+
+    def step(self, epoch: int) -> None:
+        """The per-epoch call of nnU-Net's trainer; of no effect where the rate follows iterations."""
+        if not self.recipe.follows_iterations:
+            self.set_progress(epoch / self.recipe.num_epochs)
+
+    def set_progress(self, progress: float) -> None:
+        """The learning rate of `progress` (0 to 1) in every parameter group."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(progress)

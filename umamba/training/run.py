@@ -1,0 +1,97 @@
+"""Trains one fold: resolves the trainer class itself, resumes, and starts several GPUs if asked."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+from nnunetv2.run.run_training import (
+    cleanup_ddp,
+    find_free_network_port,
+    maybe_load_checkpoint,
+    setup_ddp,
+)
+from torch.backends import cudnn
+
+from umamba.training.trainer import UMambaTrainer
+
+Validator = Callable[[UMambaTrainer, bool], None]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One fold of one configuration; `validator` (a module-level function) does the validation."""
+
+    plans: dict
+    configuration: str
+    fold: int | str
+    dataset_json: dict
+    device: str = "cpu"
+    continue_training: bool = False
+    only_validation: bool = False
+    validate_best: bool = False
+    save_probabilities: bool = False
+    disable_checkpointing: bool = False
+    pretrained_weights: str | None = None
+    n_gpus: int = 1
+    validator: Validator | None = None
+
+
+def train_fold(run: TrainingRun) -> Path:
+    """Trains and validates; returns the fold's folder. nnU-Net's variables must be set."""
+    os.environ.setdefault("nnUNet_n_proc_DA", str(loader_processes()))
+    if run.n_gpus > 1:
+        if not run.device.startswith("cuda"):
+            raise ValueError(f"-num_gpus {run.n_gpus} needs CUDA devices, not {run.device}")
+        os.environ["MASTER_ADDR"] = "localhost"
+        os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
+        torch.multiprocessing.spawn(_train_rank, args=(run,), nprocs=run.n_gpus, join=True)
+        return fold_folder(run)
+    return _train(run)
+
+
+def fold_folder(run: TrainingRun) -> Path:
+    """Where this run's checkpoints and validation go."""
+    base = Path(os.environ["nnUNet_results"]) / run.plans["dataset_name"]
+    name = f"{UMambaTrainer.__name__}__{run.plans['plans_name']}__{run.configuration}"
+    return base / name / f"fold_{run.fold}"
+
+
+def loader_processes() -> int:
+    """Processes that load and augment: all cores but one, 12 at most (nnU-Net's usual number)."""
+    return max(1, min((os.cpu_count() or 1) - 1, 12))
+
+
+def _train(run: TrainingRun) -> Path:
+    plans = copy.deepcopy(run.plans)
+    plans["continue_training"] = run.continue_training
+    trainer = UMambaTrainer(
+        plans, run.configuration, run.fold, run.dataset_json, torch.device(run.device)
+    )
+    trainer.disable_checkpointing = run.disable_checkpointing
+    trainer.validator = run.validator
+    maybe_load_checkpoint(
+        trainer, run.continue_training, run.only_validation, run.pretrained_weights
+    )
+    if torch.cuda.is_available():
+        cudnn.deterministic = False
+        cudnn.benchmark = True
+    if not run.only_validation:
+        trainer.run_training()
+    folder = Path(trainer.output_folder)
+    if run.validate_best:
+        trainer.load_checkpoint(str(folder / "checkpoint_best.pth"))
+    trainer.perform_actual_validation(run.save_probabilities)
+    return folder
+
+
+def _train_rank(rank: int, run: TrainingRun) -> None:
+    setup_ddp(rank, run.n_gpus)
+    torch.cuda.set_device(rank)
+    _train(run)
+    cleanup_ddp()

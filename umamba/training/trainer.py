@@ -1,0 +1,310 @@
+"""`UMambaTrainer`: nnU-Net's trainer, driven by the recipe in the plans and, if asked, by the clock."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from tqdm import tqdm
+
+from umamba.networks.state_dict import load_checkpoint_file
+from umamba.training.nan_guard import NanGuard
+from umamba.training.recipe import RateSchedule, Recipe
+
+INTENSITY = ("Gaussian", "Multiplicative", "Contrast", "SimulateLow", "Gamma")
+SAVE_EVERY_SECONDS = 120.0
+
+
+class UMambaTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with recipe, NaN guard, time budget and validation by a callable that is handed in.
+
+    The recipe is read from `plans["configurations"][configuration]["recipe"]`; without one, training is
+    stock nnU-Net's.  `validator(trainer, save_probabilities)` replaces nnU-Net's final validation.
+    """
+
+    verbose = False
+    validator: Callable[[UMambaTrainer, bool], None] | None = None
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        recipe = Recipe.from_dict(self.configuration_manager.configuration.get("recipe"))
+        self.recipe = recipe
+        self.initial_lr = recipe.initial_lr
+        self.weight_decay = recipe.weight_decay
+        self.num_epochs = recipe.num_epochs
+        self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
+        self.enable_deep_supervision = recipe.enable_deep_supervision
+        self.iteration = 0
+        self.trained_seconds = 0.0
+        self._seconds_before = 0.0
+        self._started: float | None = None
+        self._saved_at = time.monotonic()
+        self._guard: NanGuard | None = None
+        self._bar: tqdm | None = None
+
+    # --- what the recipe decides -------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, RateSchedule]:
+        """Optimizer and schedule of the recipe."""
+        optimizer = self.recipe.build_optimizer(self.network.parameters())
+        return optimizer, RateSchedule(optimizer, self.recipe)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
+        """nnU-Net's choice, without mirroring where the recipe switches it off."""
+        rotation, dummy_2d, initial, axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if not self.recipe.mirroring:
+            axes = None
+            self.inference_allowed_mirroring_axes = None
+        if self.recipe.augmentation == "none":
+            initial = self.configuration_manager.patch_size
+        return rotation, dummy_2d, initial, axes
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's training transforms, thinned out as the recipe's `augmentation` says."""
+        transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        if self.recipe.augmentation != "nnunet":
+            thin_out(transforms, self.recipe.augmentation)
+        return transforms
+
+    def initialize(self) -> None:
+        """Builds network, optimizer and loss, and settles the precision."""
+        super().initialize()
+        if self.device.type == "cuda":
+            self._set_precision()
+
+    def _set_precision(self) -> None:
+        precision = self.recipe.precision
+        if precision == "auto":
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        if precision != "fp16":
+            self.grad_scaler = None
+        if precision == "bf16":
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+        elif precision == "fp32":
+            self.network.forward = without_autocast(self.network.forward)
+        self.print_to_log_file(f"precision: {precision}")
+
+    # --- one training ------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Loaders, network and files as nnU-Net makes them; then the clock starts."""
+        if self.recipe.seed is not None:
+            torch.manual_seed(self.recipe.seed)
+            np.random.seed(self.recipe.seed)
+        super().on_train_start()
+        self._guard = NanGuard(self.network, self.optimizer, Path(self.output_folder))
+        self._started = time.monotonic()
+        self._saved_at = self._started
+
+    def plot_network_architecture(self) -> None:
+        """Nothing: nnU-Net's plot needs a package that no longer works, and says so in every log."""
+
+    @property
+    def progress(self) -> float:
+        """The share of the schedule that has passed, 0 to 1."""
+        if self.recipe.train_seconds is not None:
+            return min(1.0, self._elapsed() / self.recipe.train_seconds)
+        return min(1.0, self.iteration / (self.num_epochs * self.recipe.num_iterations_per_epoch))
+
+    def _elapsed(self) -> float:
+        running = time.monotonic() - self._started if self._started is not None else 0.0
+        return self._seconds_before + running
+
+    def on_train_epoch_start(self) -> None:
+        """Sets the epoch's iterations from the time that is left, where a time is given."""
+        if self.recipe.train_seconds is not None and self.iteration > 0:
+            left = max(0.0, self.recipe.train_seconds - self._elapsed())
+            per_iteration = self._elapsed() / self.iteration
+            epochs_left = self.num_epochs - self.current_epoch
+            wanted = left / epochs_left / per_iteration
+            self.num_iterations_per_epoch = max(1, round(wanted))
+        super().on_train_epoch_start()
+        self._bar = tqdm(
+            total=self.num_iterations_per_epoch,
+            desc=f"epoch {self.current_epoch + 1}/{self.num_epochs}",
+            unit="it",
+            leave=False,
+            disable=self.local_rank != 0 or not sys.stderr.isatty(),
+        )
+
+    def train_step(self, batch: dict) -> dict:
+        """One iteration at the schedule's learning rate; skipped when the time is used up."""
+        if self.recipe.follows_iterations:
+            self.lr_scheduler.set_progress(self.progress)
+        if self.recipe.train_seconds is not None and self.progress >= 1.0 and self.iteration > 0:
+            return {"loss": self._last_loss}
+        output = super().train_step(batch)
+        self.iteration += 1
+        if self._guard is not None and self._guard.check(batch, output["loss"]):
+            output = {"loss": self._last_loss}
+        self._last_loss = output["loss"]
+        if self._bar is not None:
+            self._bar.update()
+        return output
+
+    _last_loss: Any = np.asarray(np.nan, np.float32)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Closes the epoch's bar and logs the loss."""
+        if self._bar is not None:
+            self._bar.close()
+        super().on_train_epoch_end(train_outputs)
+
+    def on_epoch_end(self) -> None:
+        """Checkpoints at least every two minutes, writes `progress.jsonl`, prints one line."""
+        due = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
+        epoch = self.current_epoch
+        every, self.save_every = self.save_every, 1 if due else self.save_every
+        super().on_epoch_end()
+        self.save_every = every
+        if due:
+            self._saved_at = time.monotonic()
+        if self.local_rank == 0:
+            self._report_epoch(epoch)
+
+    def _report_epoch(self, epoch: int) -> None:
+        def last(key: str) -> Any:
+            return self.logger.get_value(key, step=-1)
+
+        dice = [float(value) for value in last("dice_per_class_or_region")]
+        elapsed = self._elapsed()
+        record = {
+            "epoch": epoch,
+            "elapsed_s": round(elapsed, 3),
+            "epoch_s": round(last("epoch_end_timestamps") - last("epoch_start_timestamps"), 3),
+            "train_loss": float(last("train_losses")),
+            "val_loss": float(last("val_losses")),
+            "mean_fg_dice": float(last("mean_fg_dice")),
+            "dice_per_class": dice,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "iterations": self.iteration,
+        }
+        with open(os.path.join(self.output_folder, "progress.jsonl"), "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.recipe.train_seconds is not None:
+            left = max(0.0, self.recipe.train_seconds - elapsed)
+        else:
+            done = max(self.progress, 1e-9)
+            left = elapsed / done * (1 - done) if self.current_epoch else 0.0
+        shown = " ".join(f"{value:.3f}" for value in dice[:12])
+        print(
+            f"epoch {epoch + 1:>4}/{self.num_epochs}  {format_seconds(left):>8} left  "
+            f"loss {record['train_loss']:+.3f}  pseudo Dice {shown}  lr {record['lr']:.2e}",
+            flush=True,
+        )
+
+    def print_to_log_file(
+        self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True
+    ) -> None:
+        """nnU-Net's log goes to its file; the terminal shows one line per epoch instead."""
+        super().print_to_log_file(
+            *args,
+            also_print_to_console=also_print_to_console and self.verbose,
+            add_timestamp=add_timestamp,
+        )
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Final validation by the `validator` that was handed in, else nnU-Net's own."""
+        if self.validator is None:
+            super().perform_actual_validation(save_probabilities)
+        else:
+            self.validator(self, save_probabilities)
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Writes nnU-Net's checkpoint whole or not at all, readable by stock nnU-Net's prediction."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        buffer = io.BytesIO()
+        super().save_checkpoint(buffer)
+        buffer.seek(0)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # our own bytes
+        # Stock prediction looks this name up; the network comes from the plans either way.
+        checkpoint["trainer_name"] = "nnUNetTrainer"
+        checkpoint["umamba"] = {"iteration": self.iteration, "trained_seconds": self._elapsed()}
+        temporary = f"{filename}.tmp"
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Reads `filename` safely first (`weights_only=True`), then as nnU-Net does."""
+        checkpoint = load_checkpoint_file(Path(filename_or_checkpoint))
+        super().load_checkpoint(str(filename_or_checkpoint))
+        own = checkpoint.get("umamba", {})
+        self.iteration = int(
+            own.get("iteration", self.current_epoch * self.num_iterations_per_epoch)
+        )
+        self._seconds_before = float(own.get("trained_seconds", 0.0))
+
+
+def thin_out(transforms: BasicTransform, level: str) -> None:
+    """Reduces nnU-Net's composed training transforms in place to `level`: "light" or "none".
+
+    "light" keeps rotation and scaling within narrower limits, brightness, one gamma, and mirroring;
+    "none" keeps only what training needs (cropping, label handling, deep supervision targets).
+    """
+    kept = []
+    gammas = 0
+    for transform in transforms.transforms:
+        inner = transform.transform if isinstance(transform, RandomTransform) else transform
+        if isinstance(inner, SpatialTransform):
+            inner.p_rotation, inner.p_scaling = (0.2, 0.2) if level == "light" else (0.0, 0.0)
+            inner.scaling = (0.8, 1.2)
+        elif isinstance(inner, MirrorTransform) and level == "none":
+            continue
+        elif type(inner).__name__.startswith(INTENSITY):
+            if level == "none":
+                continue
+            if isinstance(inner, GammaTransform):
+                gammas += 1
+            light = isinstance(inner, (MultiplicativeBrightnessTransform, GammaTransform))
+            if not light or (isinstance(inner, GammaTransform) and gammas == 1):
+                continue
+        kept.append(transform)
+    transforms.transforms = kept
+
+
+def without_autocast(forward: Callable) -> Callable:
+    """`forward` in float32, shielded from the autocast that nnU-Net's steps always open."""
+
+    def shielded(x: torch.Tensor) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    return shielded
+
+
+def format_seconds(seconds: float) -> str:
+    """`1:02:03` or `2:03`; days from 48 hours on."""
+    seconds = round(seconds)
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.1f} d"
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
