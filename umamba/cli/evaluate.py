@@ -157,7 +157,9 @@ def _read_dataset_json(args: argparse.Namespace) -> dict[str, Any]:
                 raise ValueError(f"{file}: is not JSON ({error}); correct it") from error
     if args.dataset_json:
         raise FileNotFoundError(f"{args.dataset_json}: no such file; check -djfile")
-    raise ValueError(
+    from umamba.cli.main import UsageError
+
+    raise UsageError(
         f"no dataset.json beside {args.predictions} or {args.references}; say which labels to "
         "evaluate with --labels 1 2, or name the file with -djfile"
     )
@@ -177,7 +179,9 @@ def _label(text: str) -> int | tuple[int, ...]:
     except ValueError:
         values = ()
     if not values:
-        raise ValueError(f"label {text!r}: give whole numbers, a region as 1,2")
+        from umamba.cli.main import UsageError
+
+        raise UsageError(f"label {text!r}: give whole numbers, a region as 1,2")
     return values[0] if len(values) == 1 else values
 
 
@@ -189,7 +193,9 @@ def _tolerance(texts: list[str]) -> dict[str, float]:
         try:
             tolerances[label or "default"] = float(value)
         except ValueError:
-            raise ValueError(f"tolerance {text!r}: give mm as 1.5, or LABEL=1.5") from None
+            from umamba.cli.main import UsageError
+
+            raise UsageError(f"tolerance {text!r}: give mm as 1.5, or LABEL=1.5") from None
     return tolerances
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from umamba.data.audit import audit_dataset
     from umamba.data.dataset import prepare_dataset
 
-    dataset, workspace = prepare_dataset(args.dataset, args.workspace)
+    dataset, workspace = prepare_dataset(args.dataset, args.workspace, strict=False)
     print(workspace.describe())
     for note in dataset.notes:
         print(f"note: {note}")

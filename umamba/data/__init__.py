@@ -1,0 +1,1 @@
+"""Finds, links and checks datasets, and decides where everything goes."""

@@ -9,7 +9,8 @@ import nibabel
 import numpy as np
 import SimpleITK
 
-from umamba.data.images import read_image, split_ending
+from umamba.data.content import split_ending
+from umamba.data.images import read_image
 
 NIFTI = (".nii", ".nii.gz")
 PIXELS = (".png", ".bmp", ".tif", ".tiff")

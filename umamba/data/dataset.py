@@ -54,6 +54,8 @@ def prepare_dataset(
     if folder is None:
         place = resolve_workspace(None, workspace)
         folder = _find_by_name(spec, place)
+        if folder.parent == place.preprocessed:
+            return _without_raw(folder, place), place.activate()
     else:
         place = resolve_workspace(folder, workspace)
     raw = _prepare(folder, place)
@@ -64,29 +66,29 @@ def prepare_dataset(
 
 def _prepare(folder: Path, place: Workspace) -> RawDataset:
     bare = find_bare_folders(folder)
-    content: dict[str, Any] = {}
+    content: dict[str, Any] | None = None
     if (folder / "dataset.json").is_file() or bare is None:
         content = _read_content(folder)
-    decathlon = is_decathlon(content)
+    decathlon = content is not None and is_decathlon(content)
     if folder.parent == place.raw.resolve() and NAME.fullmatch(folder.name) and not decathlon:
         source = read_state(folder).get("source")
         if source and Path(source).is_dir():
             return _prepare(Path(source), place)
-        if content:
+        if content is not None:
             _refuse_second_name(folder.name, place)
             place.activate()
             return _in_place(folder, content)
     preferred = _preferred(folder, decathlon)
-    name = _choose_name(folder, place, preferred, is_nnunet=bool(content) and not decathlon)
+    name = _choose_name(folder, place, preferred, is_nnunet=content is not None and not decathlon)
     place.activate()
     linked = LinkedFolder(place.raw / name, folder)
-    if decathlon:
-        result, notes, faults = link_decathlon(linked, content)
-    elif content:
-        result, notes, faults = _link_raw(linked, content)
-    else:
+    if content is None:
         assert bare is not None
         result, notes, faults = link_bare_folders(linked, *bare)
+    elif decathlon:
+        result, notes, faults = link_decathlon(linked, content)
+    else:
+        result, notes, faults = _link_raw(linked, content)
     linked.finish(result)
     return RawDataset(_id(name), name, place.raw / name, result, folder, notes, faults)
 
@@ -131,6 +133,10 @@ def _find_by_name(spec: str, place: Workspace) -> Path:
         hits = [name for name in present if name == text]
     if hits:
         return place.raw.resolve() / hits[0]
+    for name in sorted(_dataset_names(place.preprocessed)):
+        is_it = _id(name) == int(text) if text.isdigit() else name == text
+        if is_it and (place.preprocessed / name / "dataset.json").is_file():
+            return place.preprocessed / name
     if not present:
         raise ValueError(
             f"There is no dataset {text}: {place.raw} holds none ({place.chosen_by}); "
@@ -160,6 +166,14 @@ def _read_content(folder: Path) -> dict[str, Any]:
             "labels; add them or give another folder"
         )
     return read_dataset_json(path)
+
+
+def _without_raw(folder: Path, place: Workspace) -> RawDataset:
+    """Return a dataset of which only the preprocessed files are left; enough to train on."""
+    raw = place.raw / folder.name
+    notes = [f"There are no raw images in {raw}; only what is preprocessed can be used."]
+    content = read_dataset_json(folder / "dataset.json")
+    return RawDataset(_id(folder.name), folder.name, raw, content, raw, notes)
 
 
 def _in_place(folder: Path, content: dict[str, Any]) -> RawDataset:

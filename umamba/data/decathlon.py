@@ -9,9 +9,9 @@ from typing import Any
 
 import nibabel
 
+from umamba.data.content import split_ending
 from umamba.data.convert import split_channel
 from umamba.data.faults import Fault
-from umamba.data.images import split_ending
 from umamba.data.links import LinkedFolder
 
 TASK = re.compile(r"Task(\d{2,3})_(.+)")

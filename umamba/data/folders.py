@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from umamba.data.content import NATURAL_ENDINGS, split_ending
 from umamba.data.convert import (
     can_convert,
     convert_format,
-    label_pixels,
     map_labels,
     match_color,
     read_pixels,
     split_channel,
 )
 from umamba.data.decathlon import count_volumes
-from umamba.data.faults import Fault, UnreadableImageError
-from umamba.data.images import NATURAL_ENDINGS, label_counts, read_image, split_ending
+from umamba.data.faults import Fault
 from umamba.data.layout import CHANNEL, list_files
-from umamba.data.links import LinkedFolder, stamp_of
+from umamba.data.links import LinkedFolder
+from umamba.data.masks import LabelTable, read_labels, read_names
 
 IMAGE_FOLDERS, LABEL_FOLDERS = ("images", "imagesTr"), ("labels", "labelsTr", "masks")
-MOST_LABELS = 128  # more values than this are instances or gray levels, not classes
 
 
 @dataclass
@@ -76,17 +71,19 @@ def link_bare_folders(
             case, i = (match[1], int(match[2])) if match and suffixed else (parts[0], channels[0])
             if i in channels:
                 _link_image(linked, plan, f"imagesTs/{case}", channels.index(i), path)
-    names, mapping = _label_names(linked, plan)
-    _link_labels(linked, plan, mapping)
+    table = read_labels(linked, [plan.labels[c] for c in plan.images if c in plan.labels])
+    plan.notes += table.notes
+    plan.faults += table.faults
+    _link_labels(linked, plan, table)
     n_channels = max(len(channels), plan.n_colors, plan.n_volumes)
     dataset_json = {
         "channel_names": _channel_names(linked.source, n_channels, plan),
-        "labels": names,
+        "labels": table.names,
         "numTraining": len(plan.images),
         "file_ending": plan.ending,
     }
-    if any(old != new for old, new in mapping.items()):
-        dataset_json["label_values_in_source"] = {str(old): new for old, new in mapping.items()}
+    if any(old != new for old, new in table.mapping.items()):
+        dataset_json["label_values_in_source"] = {str(v): n for v, n in table.mapping.items()}
     return dataset_json, plan.notes, plan.faults
 
 
@@ -220,81 +217,23 @@ def _link_image(linked: LinkedFolder, plan: _Plan, stem: str, channel: int, path
         plan.faults.append(Fault(str(path), what, "use one format for all images"))
 
 
-def _label_names(linked: LinkedFolder, plan: _Plan) -> tuple[dict[str, int], dict[int, int]]:
-    """Return label names with the values nnU-Net shall see, and source value -> that value."""
-    known = linked.memory.get("label_values", {})
-    paths = [plan.labels[case] for case in plan.images if case in plan.labels]
-    stamps = {str(path): list(stamp_of(path)) for path in paths}
-    todo = [path for path in paths if known.get(str(path), [None])[0] != stamps[str(path)]]
-    with ThreadPoolExecutor(2) as pool:
-        fresh = dict(zip(map(str, todo), pool.map(_values, todo), strict=True))
-    per_file = {
-        name: [stamp, fresh[name] if name in fresh else known[name][1]]
-        for name, stamp in stamps.items()
-    }
-    linked.memory["label_values"] = per_file
-    seen = sorted({int(v) for _, values in per_file.values() for v in values})
-    given = _read_names(linked.source / "labels.json")
-    if not given and len(seen) > MOST_LABELS:
-        raise ValueError(
-            f"The masks in {paths[0].parent} hold {len(seen)} different values; they look like "
-            "instances or gray levels: save one value per class, or name the values in labels.json"
-        )
-    if given:
-        for name, (_, values) in per_file.items():
-            unknown = sorted(set(values) - given.keys() - {0})
-            if unknown:
-                listed = ", ".join(map(str, unknown))
-                what = f"holds the value(s) {listed} that labels.json does not name"
-                plan.faults.append(Fault(name, what, "name them there or correct the mask"))
-    else:
-        foreground = [value for value in seen if value > 0]
-        only = {foreground[0]: "foreground"} if len(foreground) == 1 else {}
-        given = only or {value: f"label_{value}" for value in foreground}
-        plan.notes.append(
-            f"Labels read from the masks: {', '.join(given.values()) or 'none'}; "
-            f'name them in {linked.source / "labels.json"} as {{"1": "name"}}.'
-        )
-    given = {value: name for value, name in sorted(given.items()) if value != 0}
-    mapping = {0: 0, **{value: i + 1 for i, value in enumerate(given)}}
-    changed = [f"{old} -> {new}" for old, new in mapping.items() if old != new]
-    if changed:
-        plan.notes.append(f"Label values are renumbered in copies: {', '.join(changed)}.")
-    names = {"background": 0, **{name: mapping[value] for value, name in given.items()}}
-    return names, mapping
-
-
-def _values(path: Path) -> list[int]:
-    """Return the whole, non-negative values of a mask; none when the audit must name it."""
-    try:
-        if _ending(path) in (".png", ".bmp", ".tif", ".tiff"):
-            found = np.unique(label_pixels(read_pixels(path)))
-        else:
-            found = np.array(list(label_counts(read_image(path, True, is_label=True))))
-    except (UnreadableImageError, OSError, ValueError, RuntimeError, SyntaxError):
-        return []
-    if found.dtype.kind == "f" and not (np.isfinite(found) & (found == np.rint(found))).all():
-        return []
-    return [int(v) for v in found] if found.size and found.min() >= 0 else []
-
-
-def _link_labels(linked: LinkedFolder, plan: _Plan, mapping: dict[int, int]) -> None:
+def _link_labels(linked: LinkedFolder, plan: _Plan, table: LabelTable) -> None:
     for case in plan.images:
         path = plan.labels.get(case)
         if path is None:
             continue
         name, ending = f"labelsTr/{case}{plan.ending}", _ending(path)
-        values = linked.memory["label_values"][str(path)][1]
+        values = table.values[str(path)]
         needs_gray = ending in NATURAL_ENDINGS and values and _colors(path) != 1
-        needs_map = any(mapping.get(value, value) != value for value in values)
+        mapping = {value: table.mapping.get(value, value) for value in values}
+        needs_map = any(old != new for old, new in mapping.items())
         same = ending == plan.ending or {ending, plan.ending} == {".tif", ".tiff"}
         if not same and not can_convert(ending, plan.ending):
             what = f"is a {ending} label for {plan.ending} images"
             plan.faults.append(Fault(str(path), what, "use one kind of format for both"))
         elif values and (needs_gray or needs_map or not same):
-            table = {value: mapping.get(value, value) for value in values}
-            make = partial(map_labels, path, mapping=table)
-            linked.convert(name, path, f"labels {table}", make)
+            make = partial(map_labels, path, mapping=mapping)
+            linked.convert(name, path, f"labels {mapping}", make)
         elif same:
             linked.link(name, path)
         else:
@@ -306,7 +245,7 @@ def _link_labels(linked: LinkedFolder, plan: _Plan, mapping: dict[int, int]) -> 
 
 def _channel_names(source: Path, n: int, plan: _Plan) -> dict[str, str]:
     path = source / "channels.json"
-    given = _read_names(path)
+    given = read_names(path)
     if given and sorted(given) != list(range(n)):
         raise ValueError(f"{path} must name the channels 0 to {n - 1}; the images have {n}")
     if not given:
@@ -318,23 +257,6 @@ def _channel_names(source: Path, n: int, plan: _Plan) -> dict[str, str]:
             f'for CT write {{"0": "CT"}} to {path}.'
         )
     return {str(i): given.get(i, f"channel_{i}") for i in range(n)}
-
-
-def _read_names(path: Path) -> dict[int, str]:
-    """Return number -> name from {"1": "liver"} or {"liver": 1}; empty when there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        pairs = [
-            (int(key), str(value)) if str(key).strip().isdigit() else (int(value), str(key))
-            for key, value in content.items()
-        ]
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f'{path} is not a table {{"1": "name"}} of numbers and names') from None
-    if len({number for number, _ in pairs}) < len(pairs) or len({n for _, n in pairs}) < len(pairs):
-        raise ValueError(f"{path} gives a number or a name twice; name each once")
-    return dict(pairs)
 
 
 def _ending(path: Path) -> str:

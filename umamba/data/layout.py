@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umamba.data.content import FILE_ENDINGS, NATURAL_ENDINGS, split_ending
 from umamba.data.faults import Fault
-from umamba.data.images import FILE_ENDINGS, NATURAL_ENDINGS, split_ending
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
@@ -202,8 +202,8 @@ def _check_channels(
     """Return a fault per missing or surplus channel file."""
     ending = content["file_ending"]
     expected = set(range(n_channels(content)))
-    if ending.lower() in NATURAL_ENDINGS and n_channels(content) in (3, 4):
-        # one RGB(A) file holds all channels, so the names cannot tell how many files are due
+    if not expected or (ending.lower() in NATURAL_ENDINGS and len(expected) in (3, 4)):
+        # one RGB(A) file may hold all channels, so the most frequent set of files counts
         usual = Counter(frozenset(files) for files in channels.values()).most_common(1)
         expected = set(usual[0][0]) if usual else expected
     faults = []

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from umamba.data.images import split_ending
+from umamba.data.content import split_ending
 
 STATE = "umamba_source.json"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FOLDER_NAME = "umamba-work"
+_set_here: dict[str, str] = {}  # what activate() put into the environment of this process
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Workspace:
                     f"The folder {folder} cannot be made ({error.strerror}); "
                     "name another place with --workspace DIR"
                 ) from error
-            os.environ[variable] = str(folder)
+            if os.environ.get(variable) != str(folder):
+                os.environ[variable] = _set_here[variable] = str(folder)
         return self
 
     def variables(self) -> dict[str, Path]:
@@ -60,12 +62,17 @@ def resolve_workspace(
     together; a umamba.toml at or above the dataset, or above the current folder where no dataset
     folder is known (key `workspace`, relative to the file); the workspace the dataset itself lies
     in; <dataset>/umamba-work; ./umamba-work/<dataset name> where the dataset cannot be written to.
+    Variables that `activate` set itself count only where no dataset folder is known.
     Raises ValueError when only some of the variables are set or a umamba.toml is broken.
     """
     if workspace:
         return _workspace(Path(workspace).expanduser().absolute(), "--workspace")
     from_variables = _from_variables()
-    if from_variables is not None:
+    # a second dataset in one process shall not land in the first one's workspace by accident
+    of_another = dataset_folder is not None and _set_here == {
+        v: os.environ.get(v) for v in VARIABLES
+    }
+    if from_variables is not None and not of_another:
         return from_variables
     start = (dataset_folder or Path.cwd()).absolute()
     from_file = _from_file(start)

@@ -80,10 +80,34 @@ def read_label_map(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     return labels, geometry.spacing
 
 
-def read_image(file: Path) -> SimpleITK.Image:
-    """Returns the image of a file, whole and checked as label maps are."""
-    _check_presence(file)
-    return _read(file)
+@dataclass(frozen=True)
+class View:
+    """An image turned for looking at it.
+
+    array: (z, y, x) or (y, x), with a last axis of 3 for colour; spacing: of the spatial axes, mm.
+    anatomical: the axes run to superior, posterior and left, else they are the file's own.
+    """
+
+    array: np.ndarray
+    spacing: tuple[float, ...]
+    anatomical: bool
+
+
+def read_view(file: Path) -> View:
+    """Returns an image or label map for display; files with a patient's axes are turned to LPS.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    geometry = read_geometry(file)
+    image = _read(file)
+    anatomical = image.GetDimension() == 3 and not is_natural(file) and min(image.GetSize()) > 1
+    if anatomical:
+        image = SimpleITK.DICOMOrient(image, "LPS")
+    array = SimpleITK.GetArrayFromImage(image)
+    spacing = tuple(image.GetSpacing()[::-1]) if not is_natural(file) else geometry.spacing
+    if geometry.n_components > 1:
+        array = array[..., :3] if geometry.n_components > 2 else array[..., 0]
+    return View(array, spacing, anatomical)
 
 
 def is_natural(file: Path) -> bool:

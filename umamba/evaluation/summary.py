@@ -84,9 +84,13 @@ def evaluate_folder(
     rules = {
         "tolerance_mm": dict(zip(map(label_key, named.values()), tolerances, strict=True)),
         "ignore_label": ignore_label,
-        "both_empty": "undefined (null), left out of every mean",
+        "both_empty": "undefined, left out of every mean",
         "one_empty": "Dice 0, IoU 0, NSD 0; HD95 and ASSD "
-        + ("undefined (null), counted" if one_empty_hd95 == "exclude" else "the image's diagonal"),
+        + (
+            "undefined, left out of their means and counted"
+            if one_empty_hd95 == "exclude"
+            else "the image's diagonal"
+        ),
         "NSD": "share of both surfaces within the tolerance, weighted by area (length in 2D)",
         "HD95": "larger of the two directed 95th percentiles in mm, weighted by area",
         "ASSD": "mean distance over both surfaces in mm, weighted by area",

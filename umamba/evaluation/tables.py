@@ -134,6 +134,13 @@ def label_key(label: Label) -> str:
     return str(label)
 
 
+def label_of_key(key: str) -> Label:
+    """Returns the label that `label_key` spelled."""
+    if key.startswith("("):
+        return tuple(int(part) for part in key.strip("()").split(",") if part.strip())
+    return int(key)
+
+
 def case_values(values: Mapping[str, float]) -> dict[str, float | None]:
     """Returns the values with None for what is undefined (nan, inf)."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

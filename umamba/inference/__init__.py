@@ -1,1 +1,1 @@
-"""Prediction: sliding window in float32, export under a memory limit, final validation of a fold."""
+"""Prediction: sliding window in float32, export under a memory limit, validation of a fold."""

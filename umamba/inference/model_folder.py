@@ -1,10 +1,11 @@
-"""Reads a model folder: its plans, folds and checkpoints, and builds the network from them alone."""
+"""Reads a model folder: plans, folds and checkpoints, and builds the network from them alone."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import pydoc
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,17 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """A training checkpoint, read as tensors, numbers and names only: no code in it can run."""
     try:
-        with torch.serialization.safe_globals(_numpy_scalar_types()):
+        with (
+            torch.serialization.safe_globals(_numpy_scalar_types()),
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+        ):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is damaged or holds objects other than tensors and numbers, and is not read; "
             "copy it again, or choose another with -chk"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read, it seems truncated; copy it again, or choose another with -chk"
         ) from error
@@ -134,8 +138,8 @@ def build_network(
         ) from error
     if found is None:
         raise ValueError(
-            f"plans.json names the network {class_path}, which is not installed; install the package "
-            f"{class_path.split('.')[0]} that it comes from"
+            f"plans.json names the network {class_path}, which is not installed; install the "
+            f"package {class_path.split('.')[0]} that it comes from"
         )
     return get_network_from_plans(
         class_path,
@@ -170,7 +174,6 @@ def _is_model_folder(path: Path) -> bool:
 def _numpy_scalar_types() -> list[Any]:
     """What nnU-Net's own checkpoints hold beside tensors: numpy numbers of its training log."""
     scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]
-    names = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
-    types: list[Any] = [type(np.dtype(n)) for n in names]
+    types: list[Any] = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
     modules = ("numpy._core.multiarray", "numpy.core.multiarray")
     return [np.dtype, *types, *((scalar, f"{m}.scalar") for m in modules)]

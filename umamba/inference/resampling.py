@@ -1,4 +1,4 @@
-"""nnU-Net's spline resampling as one small matrix per axis, applied to the part that is asked for."""
+"""nnU-Net's spline resampling as one matrix per axis, applied to the part that is asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skimage.transform import resize
 # Legend: C channels; z, y, x extents before, Z, Y, X extents after resampling.
 
 SEPARABLE_FUNCTION = "resample_data_or_seg_to_shape"
-# Weights of a cubic spline fall by 0.27 per voxel and never reach zero; below this they are dropped.
+# Weights of a cubic spline fall by 0.27 per voxel without end; below this they are dropped.
 NEGLIGIBLE_WEIGHT = 1e-9
 ROWS_PER_BAND = 64
 
@@ -31,8 +31,8 @@ def separable_resampling(
 ) -> SeparableResampling | None:
     """The operator equal to nnU-Net's function of that name, or None where it is not separable.
 
-    `function_name` and `kwargs` are those of the plans (`resampling_fn_probabilities` and its kwargs,
-    or those of the data); shapes (z, y, x) and spacings in mm, as nnU-Net hands them over.
+    `function_name` and `kwargs` are those of the plans, for probabilities or for the data;
+    shapes (z, y, x) and spacings in mm, as nnU-Net hands them over.
     """
     options = {
         "is_seg": False,
@@ -55,18 +55,17 @@ def separable_resampling(
     shape, new_shape = tuple(map(int, shape)), tuple(map(int, new_shape))
     if shape == new_shape:
         return SeparableResampling(shape, new_shape, (None, None, None), None, clip=False)
-    matrices = [
-        None
-        if n_in == n_out
-        else axis_matrix(n_in, n_out, options["order_z"] if separate and i == axis else options["order"],
-                         through_plane=bool(separate and i == axis))
-        for i, (n_in, n_out) in enumerate(zip(shape, new_shape, strict=True))
-    ]  # fmt: skip
+    through_plane = int(axis) if separate and axis is not None else None
+    matrices = []
+    for i, (n_in, n_out) in enumerate(zip(shape, new_shape, strict=True)):
+        order = options["order_z"] if i == through_plane else options["order"]
+        same = n_in == n_out
+        matrices.append(None if same else axis_matrix(n_in, n_out, order, i == through_plane))
     return SeparableResampling(
         shape,
         new_shape,
         (matrices[0], matrices[1], matrices[2]),
-        int(axis) if separate and axis is not None else None,
+        through_plane,
         # skimage clips to the range of its input; order 0 and 1 cannot leave it
         clip=options["order"] > 1,
     )
@@ -84,8 +83,10 @@ class AxisMatrix:
         touched = [(a, b) for first, last, a, b, _ in self.bands if first < stop and last > start]
         return min(a for a, _ in touched), max(b for _, b in touched)
 
-    def apply(self, data: torch.Tensor, axis: int, start: int, stop: int, offset: int = 0):
-        """Outputs start..stop along `axis` of data (C, z, y, x), whose index 0 is input `offset`."""
+    def apply(
+        self, data: torch.Tensor, axis: int, start: int, stop: int, offset: int
+    ) -> torch.Tensor:
+        """Outputs start..stop along `axis` of data (C, z, y, x), whose first input is `offset`."""
         extent = list(data.shape)
         extent[axis] = stop - start
         out = data.new_empty(extent)
@@ -135,7 +136,7 @@ class SeparableResampling:
         columns: slice,
         bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Part `rows` of axis z, `columns` of axis y (whole x) of the resampled data, (C, Z', Y', X)."""
+        """The resampled data (C, Z', Y', X) at `rows` of axis z and `columns` of axis y."""
         wanted = (
             (rows.start, rows.stop),
             (columns.start, columns.stop),
@@ -168,7 +169,7 @@ class SeparableResampling:
         matrix = self.matrices[axis]
         if matrix is None:
             return data
-        return matrix.apply(data, axis + 1, *wanted, offset=offset)
+        return matrix.apply(data, axis + 1, *wanted, offset)
 
     def whole(self, data: torch.Tensor, memory_limit: int = 2**26) -> torch.Tensor:
         """All of the resampled data (C, Z, Y, X), with little more memory than the result."""
@@ -184,7 +185,7 @@ class SeparableResampling:
 def output_blocks(
     shape: Sequence[int], n_channels: int, memory_limit: int
 ) -> list[tuple[slice, slice]]:
-    """Blocks (z range, y range) of an output (Z, Y, X), so that one takes about `memory_limit` bytes.
+    """Blocks (z range, y range) of an output (Z, Y, X), of about `memory_limit` bytes each.
 
     The working set of a block is counted as three float32 copies of it.
     """
@@ -200,7 +201,7 @@ def output_blocks(
 
 @lru_cache(maxsize=64)
 def axis_matrix(n_in: int, n_out: int, order: int, through_plane: bool = False) -> AxisMatrix:
-    """The operator of one axis, found by resampling unit vectors with the calls that nnU-Net makes."""
+    """The operator of one axis, found by resampling unit vectors with the calls of nnU-Net."""
     unit = np.eye(n_in)
     if through_plane:
         positions = float(n_in) / n_out * (np.arange(n_out) + 0.5) - 0.5

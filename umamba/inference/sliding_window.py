@@ -26,20 +26,20 @@ def accumulate_windows(
     use_gaussian: bool = True,
     mirror_axes: Sequence[int] | None = None,
     max_batch: int = 1,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[float], object] | None = None,
 ) -> torch.Tensor:
     """Logits (K, z, y, x) in float32 on the device of `data`, the weighted mean over the windows.
 
     Args:
         network: maps (B, C, *patch_size) to logits (B, K, *patch_size).
         data: (C, z, y, x), at least as large as the patch.
-        windows: nnU-Net's slicers into `data`, the first entry for the channels; a plane index as the
-            second entry for 2-D networks.
+        windows: nnU-Net's slicers into `data`, the first entry for the channels; 2-D networks have
+            a plane index as the second.
         device: where the network computes; tiles are moved there one batch at a time.
         use_gaussian: weigh by `importance_map` instead of evenly.
         mirror_axes: spatial axes of the patch over which mirrored predictions are averaged.
         max_batch: tiles, and mirrored copies of them, that go through the network together.
-        progress: called with the number of windows just done.
+        progress: called with the share of the windows just done, 1 in total.
     """
     weight = importance_map(tuple(patch_size)) if use_gaussian else torch.ones(tuple(patch_size))
     weight = weight.to(data.device)
@@ -49,20 +49,20 @@ def accumulate_windows(
         chunk = windows[first : first + max_batch]
         tiles = torch.stack([data[w] for w in chunk]).to(device)
         predicted = predict_mirrored(network, tiles, mirror_axes, max_batch).to(data.device)
-        if len(windows) == 1 and predicted.shape[2:] == data.shape[1:]:
-            logits = predicted[0]
+        if len(windows) == 1:
+            logits[windows[0]] = predicted[0]
         else:
             for window, tile in zip(chunk, predicted, strict=True):
                 logits[window].addcmul_(tile, weight)
                 weight_sum[window[1:]].add_(weight)
         if progress is not None:
-            progress(len(chunk))
-    if len(windows) > 1 or logits.shape[1:] != tuple(patch_size):
+            progress(len(chunk) / len(windows))
+    if len(windows) > 1:
         logits /= weight_sum
     if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):
         raise ValueError(
-            "the network's output is not finite (NaN or Inf); its weights are damaged, or the input "
-            "has intensities far from those it was trained on"
+            "the network's output is not finite (NaN or Inf); its weights are damaged, or the "
+            "input has intensities far from those it was trained on"
         )
     return logits
 
@@ -73,7 +73,7 @@ def predict_mirrored(
     mirror_axes: Sequence[int] | None,
     max_batch: int = 1,
 ) -> torch.Tensor:
-    """Mean logits (B, K, *patch) in float32 over all combinations of mirrored axes, plain included."""
+    """Mean logits (B, K, *patch) in float32 over all combinations of mirrored axes."""
     axes = sorted(a + 2 for a in mirror_axes or ())
     combinations = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
     per_pass = max(1, max_batch // len(tiles))
@@ -92,7 +92,7 @@ def predict_mirrored(
 def importance_map(patch_size: tuple[int, ...]) -> torch.Tensor:
     """nnU-Net's Gaussian (sigma = patch / 8) with peak 1, in float32, never below `GAUSSIAN_FLOOR`.
 
-    nnU-Net's own map is float16: its corners are subnormal, and logits there lose all but one digit.
+    nnU-Net's own map is float16: its corners are subnormal, and logits there lose their digits.
     """
     weight = compute_gaussian(
         patch_size, sigma_scale=1.0 / 8, dtype=torch.float64, device=torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The operators: the selective scan with its backends, the causal convolution, token orders."""

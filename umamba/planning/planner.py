@@ -100,7 +100,7 @@ class UMambaPlanner(ExperimentPlanner):
         self.network_args = dict(network_args or {})
         check_network_args(self.entry, self.network_args)
         self.recipe = dict(recipe or {})
-        self.wanted = _check_configurations(configurations)
+        self.wanted = check_configurations(configurations)
         name = plans_name or default_plans_name(self.entry.name, self.network_args)
         spacing = overwrite_target_spacing
         super().__init__(
@@ -122,9 +122,10 @@ class UMambaPlanner(ExperimentPlanner):
             precision = self.recipe.get("precision")
             half_precision = torch.cuda.is_available() and precision != "fp32"
         self.half_precision = half_precision
-        self.num_classes = LabelManager(
+        self.labels = LabelManager(
             self.dataset_json["labels"], self.dataset_json.get("regions_class_order")
-        ).num_segmentation_heads
+        )
+        self.num_classes = self.labels.num_segmentation_heads
 
     @staticmethod
     def static_estimate_VRAM_usage(
@@ -135,7 +136,7 @@ class UMambaPlanner(ExperimentPlanner):
         arch_kwargs: Mapping[str, Any],
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """Returns nnU-Net's number of feature elements, counted on the meta device."""
+        """Returns nnU-Net's number of feature elements, of a network on the meta device."""
         architecture = {
             "network_class_name": arch_class_name,
             "arch_kwargs": arch_kwargs,
@@ -145,6 +146,9 @@ class UMambaPlanner(ExperimentPlanner):
             network = plans_files.network_builder(
                 {"architecture": architecture}, input_channels, output_channels, False
             )()
+        own_count = getattr(network, "compute_conv_feature_map_size", None)
+        if own_count is not None:
+            return int(own_count(patch_size))
         return conv_features(network, input_channels, patch_size)
 
     def generate_data_identifier(self, configuration_name: str) -> str:
@@ -206,6 +210,7 @@ class UMambaPlanner(ExperimentPlanner):
             "fixed_strides": self.entry.fixed_strides is not None,
             "memory_gb": self.memory_gb,
         }
+        self._plan_cascade(plain["configurations"])
         for name, configuration in self._existing_plans().get("configurations", {}).items():
             if name not in CONFIGURATIONS:
                 plain["configurations"].setdefault(name, configuration)
@@ -239,7 +244,13 @@ class UMambaPlanner(ExperimentPlanner):
             block = {key: stock[key] for key in SHARED_ARGUMENTS if key in self.entry.keywords}
         else:
             block = {"strides": strides_for_axes(fixed, dims)}
-        return {**block, **self.entry.arguments, **self.network_args}
+        block = {**block, **self.entry.arguments, **self.network_args}
+        if "strides" in self.network_args:
+            n_stages = len(block["strides"])
+            if "kernel_sizes" in block and "kernel_sizes" not in self.network_args:
+                block["kernel_sizes"] = [[3] * dims] * n_stages
+            plans_files.fit_arguments(block)
+        return block
 
     def _largest_batch(self, footprint: Footprint, budget: int, at_most: int) -> int:
         """Returns the largest batch up to `at_most` whose step fits, 0 if none does."""
@@ -312,6 +323,15 @@ class UMambaPlanner(ExperimentPlanner):
                 f"is a network for {' and '.join(f'{d}D' for d in self.entry.spatial_dims)}"
             )
 
+    def _plan_cascade(self, configurations: dict[str, Any]) -> None:
+        """Says that the second stage of a cascade sees the first one's labels as channels."""
+        if "3d_cascade_fullres" in configurations:
+            planning = copy.deepcopy(configurations["3d_fullres"]["planning"])
+            n_labels = len(self.labels.foreground_labels)
+            planning["input_channels"] += n_labels
+            planning["reasons"].append(f"The labels of 3d_lowres are {n_labels} further channels.")
+            configurations["3d_cascade_fullres"]["planning"] = planning
+
     def _name_data(self, plans: plans_files.Plans) -> None:
         """Gives a folder of its own to every configuration whose data are not the stock plan's."""
         own = self.overwrite_target_spacing is not None or self.suppress_transpose
@@ -360,7 +380,8 @@ def check_network_args(entry: NetworkEntry, network_args: Mapping[str, Any]) -> 
             raise ValueError(f"{entry.name} has no argument {key!r} to set: {hint}")
 
 
-def _check_configurations(names: Sequence[str] | None) -> tuple[str, ...]:
+def check_configurations(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the wanted configurations in order, empty for all; ValueError names the nearest."""
     for name in names or ():
         if name not in CONFIGURATIONS:
             near = difflib.get_close_matches(name, CONFIGURATIONS, n=1, cutoff=0.3)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from umamba.planning.footprint import count_footprint
+from umamba.planning.footprint import StepCheck, count_footprint, measure_step
 from umamba.planning.topology import fit_stages, network_divisor, round_patch, stages_for_patch
 
 Plans = dict[str, Any]
@@ -140,6 +140,22 @@ def network_builder(
     )
 
 
+def check_plan(
+    plans: Mapping[str, Any], configuration: str, *, n_steps: int = 1, device: str | None = None
+) -> StepCheck:
+    """Runs training steps on noise at the planned patch and batch; returns what they cost."""
+    part = get_configuration(plans, configuration)
+    channels, classes = part["planning"]["input_channels"], part["planning"]["num_classes"]
+    return measure_step(
+        network_builder(part, channels, classes),
+        channels,
+        part["patch_size"],
+        part["batch_size"],
+        n_steps=n_steps,
+        device=device,
+    )
+
+
 def replan(
     plans: Mapping[str, Any],
     configuration: str,
@@ -174,7 +190,7 @@ def replan(
     n_stages = len(arguments["strides"])
     if features_per_stage is not None:
         arguments["features_per_stage"] = [int(f) for f in features_per_stage]
-    _fit_arguments(arguments, n_stages)
+    fit_arguments(arguments)
     if n_conv is not None:
         counts = [n_conv] * n_stages if isinstance(n_conv, int) else list(n_conv)
         arguments["n_conv_per_stage"] = fit_stages(counts, n_stages, False, 0)
@@ -243,7 +259,9 @@ def _set_patch(
         arguments["patch_size"] = patch
 
 
-def _fit_arguments(arguments: dict[str, Any], n_stages: int) -> None:
+def fit_arguments(arguments: dict[str, Any]) -> None:
+    """Cuts or extends the numbers per stage to as many stages as there are strides, in place."""
+    n_stages = len(arguments["strides"])
     maximum = MAX_FEATURES[len(arguments["strides"][0])]
     for key, n_values in (
         ("features_per_stage", n_stages),

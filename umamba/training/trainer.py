@@ -22,7 +22,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tqdm import tqdm
 
-from umamba.networks.state_dict import load_checkpoint_file
+from umamba.networks.checkpoint import read_checkpoint
 from umamba.training.nan_guard import NanGuard
 from umamba.training.recipe import RateSchedule, Recipe
 
@@ -254,7 +254,7 @@ class UMambaTrainer(nnUNetTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Reads `filename` safely first (`weights_only=True`), then as nnU-Net does."""
-        checkpoint = load_checkpoint_file(Path(filename_or_checkpoint))
+        checkpoint = read_checkpoint(Path(filename_or_checkpoint))
         super().load_checkpoint(str(filename_or_checkpoint))
         own = checkpoint.get("umamba", {})
         self.iteration = int(

@@ -27,7 +27,7 @@ typedef struct {
     float *last, *states;
 } ScanForward;
 
-/* dA (B,D,N), dskip and dbias (B,D): one part per sample, for the caller to sum in order. */
+/* dA (B,D,N), dskip and dbias (B,D) hold one part per sample; the first ends as their sum. */
 typedef struct {
     int64_t B, D, L, N, G;
     int64_t softplus, reverse, n_threads;
@@ -37,8 +37,8 @@ typedef struct {
     float *dA, *dskip, *dbias, *dinitial;
 } ScanBackward;
 
-/* weight (D,K), bias (D); dweight (parts,D,K) and dbias (parts,D): one part per CONV_SEGMENT tokens
- * of a sample, for the caller to sum in order. dout and dx are absent in the forward. */
+/* weight (D,K), bias (D); dweight (parts,D,K) and dbias (parts,D) hold one part per CONV_SEGMENT tokens
+ * of a sample; the first ends as their sum. dout, dx, dweight and dbias are absent in the forward. */
 typedef struct {
     int64_t B, D, L, K;
     int64_t reverse, n_threads;

@@ -3,6 +3,7 @@
 #define UMAMBA_VEC_H
 
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "umamba.h"
@@ -22,7 +23,7 @@
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
 
-typedef float vf __attribute__((vector_size(4 * LANES), may_alias));
+typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef float vfu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
@@ -134,6 +135,13 @@ INLINE vf sum_lanes(const float *rows) {
     __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
     /* 128-bit parts hold rows (0..3), (8..11), (4..7), (12..15) */
     return (vf)_mm512_shuffle_f32x4(s, s, 0xd8);
+#elif defined(__AVX2__)
+    __m256 v[8];
+    for (int i = 0; i < 8; i++) v[i] = _mm256_load_ps(rows + 8 * i);
+    for (int i = 0; i < 4; i++) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+    __m256 low = _mm256_hadd_ps(v[0], v[1]), high = _mm256_hadd_ps(v[2], v[3]);
+    return (vf)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                             _mm256_permute2f128_ps(low, high, 0x31));
 #else
     vf out;
     for (int i = 0; i < LANES; i++) {
@@ -148,17 +156,14 @@ INLINE vf sum_lanes(const float *rows) {
 }
 
 INLINE float half_to_float(uint16_t h) {
-    /* exponent and mantissa shifted into float32; the product with 2^112 corrects the exponent */
-    uint32_t bits = (uint32_t)(h & 0x7fff) << 13, scale_bits = 0x77800000u, out_bits;
-    float f, factor;
-    memcpy(&f, &bits, 4);
-    memcpy(&factor, &scale_bits, 4);
-    f *= factor;
-    memcpy(&out_bits, &f, 4);
-    out_bits |= bits >= 0x0f800000u ? 0x7f800000u : 0;
-    out_bits |= (uint32_t)(h & 0x8000) << 16;
-    memcpy(&f, &out_bits, 4);
-    return f;
+    /* subnormals go through an integer: as float32 bits they would be flushed to zero */
+    uint32_t magnitude = h & 0x7fff, bits = magnitude << 13;
+    float f = (float)magnitude * 0x1p-24f;
+    if (magnitude >= 0x0400) {
+        bits += magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u;
+        memcpy(&f, &bits, 4);
+    }
+    return h & 0x8000 ? -f : f;
 }
 
 INLINE uint16_t float_to_half(float f) {
@@ -192,6 +197,18 @@ INLINE uint16_t float_to_bf16(float f) {
     memcpy(&bits, &f, 4);
     if ((bits & 0x7fffffff) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Scratch arrays start a whole number of cache lines apart. */
+INLINE int64_t padded(int64_t n_floats) { return divide_up(n_floats, 16) * 16; }
+static float *allocate(int64_t n_floats) {
+    return aligned_alloc(64, (size_t)padded(n_floats) * sizeof(float));
+}
+
+/* x[0] += x[1] + ... in index order, whatever the number of threads that made the parts */
+static void sum_into_first(float *x, int64_t n_parts, int64_t size) {
+    for (int64_t i = 1; x && i < n_parts; i++)
+        for (int64_t k = 0; k < size; k++) x[k] += x[i * size + k];
 }
 
 /* Copies n_rows x n_columns elements with any strides to rows of `pitch` floats, zeros to the right. */

@@ -1,0 +1,136 @@
+"""The Mamba mixer and the layer around it: token order, causality, precision, controls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from umamba.blocks.mamba import Mamba
+from umamba.blocks.mixer import ConvMixer, MixerLayer, count_parameters
+
+
+@pytest.fixture(autouse=True)
+def _seeded(one_thread: None) -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "count"), [(48, 19_680), (96, 68_160), (192, 251_520), (384, 963_840)]
+)
+def test_parameter_counts_of_mamba_are_the_official_ones(d_model: int, count: int) -> None:
+    with torch.device("meta"):
+        assert count_parameters(Mamba(d_model)) == count
+
+
+def test_mamba_equals_its_equations_written_as_a_loop() -> None:
+    mixer = Mamba(6, d_state=4, d_conv=3, expand=2, dt_rank=2).double()
+    tokens = torch.randn(2, 11, 6, dtype=torch.float64)
+    torch.testing.assert_close(mixer(tokens), mamba_by_hand(mixer, tokens))
+
+
+def test_a_token_reaches_only_those_that_come_later_in_raster_order() -> None:
+    layer = MixerLayer(5, spatial_dims=3).double()
+    features = torch.randn(1, 5, 2, 3, 4, dtype=torch.float64)
+    changed = features.clone()
+    changed[..., 1, 0, 2] += 1
+    moved = (layer(features) != layer(changed)).any(dim=1).flatten()
+    position = 1 * 12 + 0 * 4 + 2
+    assert not moved[:position].any()
+    assert moved[position:].any()
+    assert moved[position]
+
+
+def test_the_layer_has_no_residual_unless_asked() -> None:
+    plain = MixerLayer(4, spatial_dims=2)
+    residual = MixerLayer(4, spatial_dims=2, residual=True)
+    residual.load_state_dict(plain.state_dict())
+    features = torch.randn(1, 4, 3, 5)
+    torch.testing.assert_close(residual(features), features + plain(features))
+
+
+def test_channel_tokens_are_the_channels_as_wide_as_the_map() -> None:
+    layer = MixerLayer(15, spatial_dims=2, tokens="channels")
+    features = torch.randn(2, 7, 3, 5)
+    expected = layer.mixer(layer.norm(features.reshape(2, 7, 15))).reshape(features.shape)
+    torch.testing.assert_close(layer(features), expected)
+
+
+@pytest.mark.parametrize("mixer", ["scan", "conv"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_mixed_in_float32_even_under_autocast(
+    mixer: str, dtype: torch.dtype
+) -> None:
+    layer = MixerLayer(6, spatial_dims=2, mixer=mixer)
+    features = torch.randn(1, 6, 4, 5).to(dtype)
+    exact = layer(features.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = layer(features)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, exact)
+
+
+def test_the_scan_of_large_features_stays_finite() -> None:
+    layer = MixerLayer(6, spatial_dims=2)
+    assert torch.isfinite(layer(1e4 * torch.randn(1, 6, 9, 7))).all()
+
+
+def test_no_mixer_means_no_parameters_and_the_input_itself() -> None:
+    layer = MixerLayer(6, spatial_dims=3, mixer="none", residual=True)
+    features = torch.randn(1, 6, 2, 3, 4)
+    assert layer(features) is features
+    assert not list(layer.parameters())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_convolution_mixer_sees_the_neighbours_of_a_voxel_and_no_others(dims: int) -> None:
+    mixer = ConvMixer(4, spatial_dims=dims, n_parameters=500).double()
+    shape = (5, 6, 7)[:dims]
+    tokens = torch.randn(1, *shape, 4, dtype=torch.float64)
+    changed = tokens.clone()
+    changed[0, *[2] * dims] += 1
+    moved = (mixer(tokens) != mixer(changed)).any(dim=-1)[0]
+    neighbours = torch.zeros(shape, dtype=torch.bool)
+    neighbours[*[slice(1, 4)] * dims] = True
+    assert torch.equal(moved, neighbours)
+
+
+@pytest.mark.parametrize("d_model", [24, 32, 64, 210, 320])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_convolution_mixer_is_as_large_as_mamba(d_model: int, dims: int) -> None:
+    with torch.device("meta"):
+        size = count_parameters(Mamba(d_model))
+        control = count_parameters(ConvMixer(d_model, spatial_dims=dims, n_parameters=size))
+    assert abs(control / size - 1) < 0.02
+
+
+def mamba_by_hand(mixer: Mamba, tokens: torch.Tensor) -> torch.Tensor:
+    p = mixer.directions[0]
+    n_state, rank = p.A_log.shape[1], p.dt_proj_weight.shape[1]
+    u, z = mixer.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E)
+    taps = p.conv_weight.shape[-1]
+    padded = functional.pad(u, (0, 0, taps - 1, 0))
+    windows = padded.unfold(1, taps, 1)  # (B, L, E, K)
+    u = functional.silu((windows * p.conv_weight[:, 0]).sum(-1) + p.conv_bias)
+    dt, b, c = (u @ p.x_proj_weight.t()).split([rank, n_state, n_state], dim=-1)
+    delta = functional.softplus(dt @ p.dt_proj_weight.t() + p.dt_proj_bias)
+    decay = -p.A_log.exp()
+    state = torch.zeros(*u.shape[::2], n_state, dtype=u.dtype)
+    results = []
+    for t in range(u.shape[1]):
+        inflow = (delta[:, t] * u[:, t])[..., None] * b[:, t, None]
+        state = torch.exp(delta[:, t, :, None] * decay) * state + inflow
+        results.append((state * c[:, t, None]).sum(-1) + p.D * u[:, t])
+    return mixer.out_proj(torch.stack(results, 1) * functional.silu(z))
+
+
+def test_each_order_has_its_own_parameters_and_only_the_first_spreads_its_steps() -> None:
+    with torch.device("cpu"):
+        mixer = Mamba(32, orders=("raster", "raster_reversed"))
+    assert len(mixer.directions) == 2
+    steps = [nn.functional.softplus(d.dt_proj_bias).median().item() for d in mixer.directions]
+    assert steps[0] < 0.1 < 0.4 < steps[1]
+    assert count_parameters(mixer) == count_parameters(Mamba(32)) + count_parameters(
+        mixer.directions[1]
+    )

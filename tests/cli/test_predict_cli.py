@@ -1,0 +1,183 @@
+"""Tests of `umamba predict`: arguments, exit codes, outputs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from umamba.cli import predict
+from umamba.cli.main import UsageError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+
+from model_folders import make_dataset_json, make_model_folder, make_plans, read_array, write_cases
+
+SHAPES = {"a": (5, 12, 13), "b": (4, 9, 17), "c": (6, 10, 8)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model") / "m", folds=(0, 1))
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_cases(tmp_path / "images", SHAPES)
+
+
+def call(*words):
+    parser = argparse.ArgumentParser()
+    predict.add_parser(parser.add_subparsers())
+    args = parser.parse_args(
+        ["predict", *map(str, words), "-device", "cpu", "--disable_progress_bar"]
+    )
+    return args.run(args)
+
+
+def test_folder_is_predicted_with_nnunets_side_files(model, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("-m", model, "-i", images, "-o", out, "-f", 0, "--disable_tta") == 0
+    assert {p.name for p in out.iterdir()} == {
+        "a.nii.gz", "b.nii.gz", "c.nii.gz",
+        "dataset.json", "plans.json", "predict_from_raw_data_args.json",
+    }  # fmt: skip
+    assert read_array(out / "a.nii.gz").shape == SHAPES["a"]
+    assert json.loads((out / "plans.json").read_text())["plans_name"] == "tiny"
+    assert json.loads((out / "predict_from_raw_data_args.json").read_text())["folds"] == [0]
+    assert "3 of 3 cases predicted" in capsys.readouterr().out
+
+
+def test_single_file_is_predicted_into_a_single_file(model, images, tmp_path):
+    out = tmp_path / "new" / "label.nii.gz"
+    assert call("-m", model, "-i", images / "b_0000.nii.gz", "-o", out) == 0
+    assert [p.name for p in out.parent.iterdir()] == ["label.nii.gz"]
+    assert read_array(out).shape == SHAPES["b"]
+
+
+def test_channels_of_one_case_are_given_one_after_the_other(tmp_path):
+    model = make_model_folder(tmp_path / "m", make_plans(n_channels=2), make_dataset_json(2))
+    images = write_cases(tmp_path / "images", {"a": SHAPES["a"]}, n_channels=2)
+    files = sorted(images.iterdir())
+    assert call("-m", model, "-i", *files, "-o", tmp_path / "out") == 0
+    assert call("-m", model, "-i", images, "-o", tmp_path / "out2") == 0
+    first, second = (read_array(tmp_path / o / "a.nii.gz") for o in ("out", "out2"))
+    assert np.array_equal(first, second)
+
+
+def test_truncated_image_is_named_the_others_are_done_and_the_code_is_three(
+    model, images, tmp_path, capsys
+):
+    bad = images / "b_0000.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    out = tmp_path / "out"
+    assert call("-m", model, "-i", images, "-o", out) == 3
+    assert {p.name for p in out.glob("*.nii.gz")} == {"a.nii.gz", "c.nii.gz"}
+    captured = capsys.readouterr()
+    assert "2 of 3 cases predicted" in captured.out
+    assert "b_0000.nii.gz" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_missing_channel_is_named(tmp_path, capsys):
+    model = make_model_folder(tmp_path / "m", make_plans(n_channels=2), make_dataset_json(2))
+    images = write_cases(tmp_path / "images", {"a": SHAPES["a"], "b": SHAPES["b"]}, n_channels=2)
+    (images / "b_0001.nii.gz").unlink()
+    assert call("-m", model, "-i", images, "-o", tmp_path / "out") == 3
+    assert "b_0000.nii.gz" in capsys.readouterr().err
+
+
+def test_code_is_one_where_no_case_could_be_predicted(model, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a_0000.nii.gz").write_bytes(b"")
+    assert call("-m", model, "-i", tmp_path / "images", "-o", tmp_path / "out") == 1
+
+
+def test_continued_prediction_leaves_whole_outputs_and_redoes_broken_ones(
+    model, images, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert call("-m", model, "-i", images, "-o", out) == 0
+    expected = {p.name: read_array(p) for p in out.glob("*.nii.gz")}
+    whole, broken = out / "a.nii.gz", out / "b.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:60])
+    before = whole.stat().st_mtime_ns
+    capsys.readouterr()
+    assert call("-m", model, "-i", images, "-o", out, "--continue_prediction") == 0
+    assert "1 of 3 cases predicted, 2 were there already" in capsys.readouterr().out
+    assert whole.stat().st_mtime_ns == before
+    assert np.array_equal(read_array(broken), expected["b.nii.gz"])
+
+
+def test_parts_predict_their_own_cases(model, images, tmp_path):
+    out = tmp_path / "out"
+    assert call("-m", model, "-i", images, "-o", out, "-num_parts", 2, "-part_id", 1) == 0
+    assert [p.name for p in out.glob("*.nii.gz")] == ["b.nii.gz"]
+
+
+def test_exact_arithmetic_and_float32_agree_on_most_voxels(model, images, tmp_path):
+    assert call("-m", model, "-i", images, "-o", tmp_path / "ours") == 0
+    assert call("-m", model, "-i", images, "-o", tmp_path / "exact", "--nnunet-exact") == 0
+    for name in SHAPES:
+        ours, exact = (read_array(tmp_path / o / f"{name}.nii.gz") for o in ("ours", "exact"))
+        assert (ours != exact).mean() < 0.1
+
+
+def test_images_in_two_dimensions_keep_their_format(tmp_path):
+    plans = make_plans(patch_size=(16, 12), spacing=(1.0, 1.0), reader="NaturalImage2DIO")
+    model = make_model_folder(
+        tmp_path / "m", plans, make_dataset_json(ending=".png"), mirror_axes=(0, 1)
+    )
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(1, 255, (33, 21)).astype(np.uint8)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels), str(images / "p_0000.png"))
+    assert call("-m", model, "-i", images, "-o", tmp_path / "out") == 0
+    assert read_array(tmp_path / "out" / "p.png").shape == (33, 21)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["-f", "3"], "fold 3 .*: 0, 1"),
+        (["-f", "best"], "-f takes fold numbers"),
+        (["-chk", "checkpoint_best.pth"], r"checkpoint_best\.pth.*checkpoint_final\.pth"),
+        (["-step_size", "1.5"], "-step_size"),
+        (["-num_parts", "2", "-part_id", "2"], "-part_id must be 0 to 1"),
+    ],
+    ids=["fold", "fold name", "checkpoint", "step", "part"],
+)
+def test_wrong_names_and_numbers_are_usage_errors(model, images, tmp_path, words, match):
+    with pytest.raises(UsageError, match=match):
+        call("-m", model, "-i", images, "-o", tmp_path / "out", *words)
+
+
+def test_cascade_asks_for_the_first_stage(images, tmp_path, capsys):
+    plans = make_plans(configuration="3d_cascade_fullres")
+    plans["configurations"]["3d_cascade_fullres"]["previous_stage"] = "3d_lowres"
+    model = make_model_folder(tmp_path / "m", plans)
+    words = ("-m", model, "-i", images, "-o", tmp_path / "out")
+    with pytest.raises(ValueError, match="3d_lowres first"):
+        call(*words)
+    empty = tmp_path / "low"
+    empty.mkdir()
+    assert call(*words, "-prev_stage_predictions", empty) == 1
+    assert "a.nii.gz of the first stage is missing" in capsys.readouterr().err
+
+
+def test_importing_the_command_loads_nothing_heavy():
+    code = (
+        "import argparse, sys; from umamba.cli import predict; "
+        "predict.add_parser(argparse.ArgumentParser().add_subparsers()); "
+        "print([m for m in ('torch', 'numpy', 'nnunetv2', 'SimpleITK') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

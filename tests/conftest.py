@@ -1,0 +1,72 @@
+"""Options and fixtures that several test folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+PARITY_FOLDER = Path(__file__).parent / "parity"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--parity-dir",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="a further folder of parity cases; every file in it becomes a test",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives every test that takes `parity_file` all files of the parity folders."""
+    if "parity_file" not in metafunc.fixturenames:
+        return
+    files: dict[str, Path] = {}
+    for folder in (PARITY_FOLDER, *metafunc.config.getoption("--parity-dir")):
+        found = sorted(folder.glob("*.json.gz"))
+        if not found:
+            raise pytest.UsageError(f"{folder} holds no parity cases (*.json.gz)")
+        files.update({file.name.removesuffix(".json.gz"): file for file in found})
+    marks = getattr(metafunc.module, "marks_of_parity_file", lambda file: ())
+    metafunc.parametrize(
+        "parity_file", [pytest.param(f, id=name, marks=marks(f)) for name, f in files.items()]
+    )
+
+
+@pytest.fixture
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what torch.empty and torch.empty_like give with NaN: unwritten elements show."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        original = getattr(torch, name)
+
+        def filled(*args: object, _original=original, **kwargs: object) -> torch.Tensor:
+            tensor = _original(*args, **kwargs)
+            if tensor.is_floating_point() and not tensor.is_meta:
+                tensor.fill_(float("nan"))
+            return tensor
+
+        monkeypatch.setattr(torch, name, filled)
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Temporary nnU-Net folders (raw, preprocessed, results), set in the environment."""
+    folders = {name: tmp_path / name for name in ("raw", "preprocessed", "results")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(folder))
+    return folders
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Runs the test with one torch thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,310 @@
+"""Each bad input is found, named with its file and cured in one sentence; all come at once."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+import tifffile
+from dataset_makers import (
+    SHAPE,
+    make_bare,
+    make_image,
+    make_label,
+    make_nnunet,
+    write_dataset_json,
+    write_picture,
+    write_volume,
+)
+
+from umamba.data.audit import audit_dataset, check_images
+from umamba.data.dataset import prepare_dataset
+from umamba.data.workspace import VARIABLES
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch, tmp_path):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+    monkeypatch.chdir(tmp_path)
+
+
+def audit(source: Path):
+    raw, _ = prepare_dataset(str(source), source.parent / "W", strict=False)
+    return audit_dataset(raw, progress=False)
+
+
+def cut(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def spoil(array: np.ndarray, value: float) -> np.ndarray:
+    array = array.copy()
+    array[2, 3, 4] = value
+    return array
+
+
+def save_float(path: Path, array: np.ndarray) -> None:
+    write_volume(path, array.astype(np.float32))
+
+
+def save_nan(path: Path, value: float) -> None:
+    """Write through nibabel and check that the file holds it: SimpleITK reads 0 there."""
+    image = nibabel.load(path)
+    data = np.asarray(image.dataobj).copy()
+    data[2, 3, 1] = value
+    nibabel.save(nibabel.Nifti1Image(data, image.affine), path)
+    assert not np.isfinite(np.asarray(nibabel.load(path).dataobj)).all()
+
+
+def make_4d(path: Path) -> None:
+    array = np.stack([make_image(0), make_image(1)])
+    nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), path)
+
+
+def shear(path: Path) -> None:
+    affine = np.diag([0.9, 0.8, 2.5, 1.0])
+    affine[0, 1] = 0.5
+    image = nibabel.Nifti1Image(make_image(0).T, affine)
+    image.set_qform(None, code=0)
+    image.set_sform(affine, code=1)
+    nibabel.save(image, path)
+
+
+IMAGE_FAULTS = {
+    "cut in half": (lambda p: cut(p, 0.5), "is cut short"),
+    "last bytes lost": (lambda p: cut(p, 0.99), "is cut short"),
+    "end mark lost": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "gzip stream has no end"),
+    "wrong checksum": (
+        lambda p: p.write_bytes(p.read_bytes()[:-8] + b"\0\0\0\0" + p.read_bytes()[-4:]),
+        "does not decompress",
+    ),
+    "no byte": (lambda p: p.write_bytes(b""), r"is empty \(0 bytes\)"),
+    "text": (lambda p: p.write_text("not an image, at all" * 40), "broken NIfTI header"),
+    "damaged": (lambda p: p.write_bytes(p.read_bytes()[:60] + b"\0" * 500), "is damaged|is cut"),
+    "shorter than its header says": (
+        lambda p: p.write_bytes(gzip.compress(gzip.decompress(p.read_bytes())[:-100])),
+        "100 bytes of its voxels are missing",
+    ),
+    "NaN": (lambda p: save_nan(p, np.nan), "holds 1 NaN of 280 voxels"),
+    "infinite": (lambda p: save_nan(p, np.inf), "holds 1 infinite"),
+    "4D": (make_4d, r"is 4D with shape \(2, 5, 8, 7\)"),
+    "shear": (shear, "not orthonormal"),
+    "other size": (lambda p: write_volume(p, make_image(0, (5, 8, 6))), r"has shape \(5, 8, 7\)"),
+    "other spacing": (lambda p: write_volume(p, make_image(0), (2.5, 0.8, 1.0)), "has spacing"),
+    "other origin": (
+        lambda p: write_volume(p, make_image(0), origin=(-10.0, 20.0, 8.0)),
+        r"lies up to 5 mm \(2 voxels\) off",
+    ),
+    "broken link": (lambda p: p.unlink() or p.symlink_to("nowhere.nii.gz"), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_FAULTS)
+def test_a_bad_image_is_named(tmp_path, name):
+    make, message = IMAGE_FAULTS[name]
+    source = make_nnunet(tmp_path / "Dataset123_Knee")
+    make(source / "imagesTr" / "a1_0000.nii.gz")
+    report = audit(source)
+    assert len(report.faults) == 1, report.faults
+    assert "a1" in report.faults[0].file
+    assert str(source) in report.faults[0].file
+    with pytest.raises(ValueError, match=message):
+        report.raise_if_faults()
+
+
+LABEL_FAULTS = {
+    "cut in half": (lambda p: cut(p, 0.5), "is cut short"),
+    "unknown value": (lambda p: write_volume(p, spoil(make_label(), 5)), r"label value\(s\) 5"),
+    "negative": (
+        lambda p: write_volume(p, spoil(make_label().astype(np.int16), -2)),
+        r"negative labels \(-2\)",
+    ),
+    "fraction": (lambda p: save_float(p, make_label() * 0.5), r"no whole numbers \(0.5\)"),
+    "NaN": (lambda p: (save_float(p, make_label()), save_nan(p, np.nan)), "NaN or infinite"),
+    "other size": (lambda p: write_volume(p, make_label(shape=(4, 8, 7))), "has shape"),
+    "flipped header": (
+        lambda p: write_volume(p, make_label(), origin=(10.0, 20.0, 3.0)),
+        "copy the image's header",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LABEL_FAULTS)
+def test_a_bad_label_is_named(tmp_path, name):
+    make, message = LABEL_FAULTS[name]
+    source = make_nnunet(tmp_path / "Dataset123_Knee")
+    make(source / "labelsTr" / "a1.nii.gz")
+    report = audit(source)
+    assert len(report.faults) == 1, report.faults
+    assert report.faults[0].file == str(source / "labelsTr" / "a1.nii.gz")
+    with pytest.raises(ValueError, match=message):
+        report.raise_if_faults()
+
+
+def test_all_faults_of_a_dataset_are_listed_at_once(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee", n=5, n_channels=2)
+    cut(source / "imagesTr" / "a0_0001.nii.gz", 0.5)
+    (source / "imagesTr" / "a1_0001.nii.gz").unlink()
+    (source / "labelsTr" / "a2.nii.gz").unlink()
+    write_volume(source / "labelsTr" / "a3.nii.gz", spoil(make_label(), 9))
+    save_nan(source / "imagesTr" / "a4_0000.nii.gz", np.nan)
+    write_volume(source / "imagesTr" / "a4_0001.nii.gz", make_image(3), (2.5, 0.8, 2.0))
+    report = audit(source)
+    with pytest.raises(ValueError, match=r"has \d faults") as caught:
+        report.raise_if_faults()
+    for part in ("a0_0001", "a1_0001", "a2.nii.gz", "a3.nii.gz", "a4_0000", "a4_0001"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("n_channels", [1, 2])
+def test_a_clean_dataset_has_neither_faults_nor_warnings(tmp_path, n_channels):
+    report = audit(make_nnunet(tmp_path / "Dataset123_Knee", n_channels=n_channels))
+    assert (report.n_cases, report.faults, report.warnings) == (3, [], [])
+    assert report.summary["shape"]["median"] == list(SHAPE)
+    assert report.summary["spacing_mm"]["largest"] == [2.5, 0.8, 0.9]
+    assert report.summary["labels"]["1"]["n_cases"] == 3
+    share = (make_label() == 1).mean()
+    assert report.summary["labels"]["1"]["share"] == pytest.approx(share)
+
+
+def test_some_empty_labels_are_fine_and_only_empty_ones_are_not(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee")
+    write_volume(source / "labelsTr" / "a0.nii.gz", make_label(()))
+    assert audit(source).faults == []
+    for i in (1, 2):
+        write_volume(source / "labelsTr" / f"a{i}.nii.gz", make_label(()))
+    report = audit(source)
+    assert [f.what for f in report.faults] == ["has no labeled voxel in any of its 3 labels"]
+
+
+def test_doubtful_findings_are_warnings(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee", n=4)
+    write_volume(source / "imagesTr" / "a0_0000.nii.gz", np.zeros(SHAPE, np.float32))
+    shutil.copy(source / "imagesTr" / "a1_0000.nii.gz", source / "imagesTr" / "a2_0000.nii.gz")
+    write_volume(source / "labelsTr" / "a3.nii.gz", make_label(), origin=(-10.0, 20.1, 3.0))
+    for i in range(4):
+        write_volume(source / "labelsTr" / f"a{i}.nii.gz", make_label((1,)), origin=(-10, 20.1, 3))
+    report = audit(source)
+    assert report.faults == []
+    found = "\n".join(map(str, report.warnings))
+    for part in ("is constant", "same image as a1_0000.nii.gz", "lies up to 0.1 mm", "label 2"):
+        assert part in found
+
+
+def test_regions_and_the_ignore_label_are_allowed_values(tmp_path):
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    source = make_nnunet(tmp_path / "Dataset123_Knee", labels=labels, regions_class_order=[1, 2])
+    write_volume(source / "labelsTr" / "a0.nii.gz", make_label((1, 2, 3)))
+    assert audit(source).faults == []
+    write_volume(source / "labelsTr" / "a0.nii.gz", make_label((1, 2, 4)))
+    assert len(audit(source).faults) == 1
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".gipl", ".nii"])
+def test_a_cut_file_of_every_volume_format_is_found(tmp_path, ending):
+    source = make_nnunet(tmp_path / "Dataset123_Knee", ending=ending)
+    assert audit(source).faults == []
+    cut(source / "imagesTr" / f"a1_0000{ending}", 0.9)
+    faults = audit(source).faults
+    assert len(faults) == 1
+    assert faults[0].file.endswith(f"a1_0000{ending}")
+
+
+def make_pictures(folder: Path, n_colors: int = 3) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        pixels = rng.integers(0, 255, (9, 11, 3)[: 3 if n_colors == 3 else 2], dtype=np.uint8)
+        write_picture(folder / "imagesTr" / f"c{i}_0000.png", pixels)
+        write_picture(folder / "labelsTr" / f"c{i}.png", make_label(shape=(9, 11)))
+    names = {str(i): color for i, color in enumerate("RGB"[:n_colors])}
+    write_dataset_json(folder, 3, channel_names=names, file_ending=".png")
+    return folder
+
+
+def test_color_pictures_hold_three_channels_in_one_file(tmp_path):
+    source = make_pictures(tmp_path / "Dataset124_Cells")
+    assert audit(source).faults == []
+    write_picture(source / "imagesTr" / "c1_0000.png", np.eye(9, 11, dtype=np.uint8))
+    cut(source / "imagesTr" / "c2_0000.png", 0.7)
+    found = "\n".join(map(str, audit(source).faults))
+    assert "has 1 channel(s) where 3 are expected" in found
+    assert "c2_0000.png: cannot be read" in found
+
+
+def test_a_color_picture_as_label_is_a_fault(tmp_path):
+    source = make_pictures(tmp_path / "Dataset124_Cells")
+    write_picture(source / "labelsTr" / "c1.png", np.zeros((9, 11, 3), np.uint8))
+    assert "is a color picture" in str(audit(source).faults)
+
+
+def test_stacks_in_tiff_need_a_spacing_and_all_their_pages(tmp_path):
+    source = tmp_path / "Dataset125_Stacks"
+    for name in ("imagesTr", "labelsTr"):
+        (source / name).mkdir(parents=True)
+    for i in range(2):
+        image = source / "imagesTr" / f"s{i}_0000.tif"
+        tifffile.imwrite(image, make_image(i), compression="zlib")
+        tifffile.imwrite(source / "labelsTr" / f"s{i}.tif", make_label())
+        for where in ("imagesTr", "labelsTr"):
+            (source / where / f"s{i}.json").write_text('{"spacing": [2.5, 0.8, 0.9]}')
+    write_dataset_json(source, 2, file_ending=".tif")
+    report = audit(source)
+    assert (report.faults, report.warnings) == ([], [])
+    assert report.summary["spacing_mm"]["median"] == [2.5, 0.8, 0.9]
+    for i in range(2):
+        (source / "imagesTr" / f"s{i}.json").unlink()
+        (source / "labelsTr" / f"s{i}.json").unlink()
+    assert "and 1 more have no spacing" in str(audit(source).warnings)
+    cut(source / "imagesTr" / "s1_0000.tif", 0.5)
+    assert "is cut short: pages are missing" in str(audit(source).faults)
+
+
+def test_faults_of_bare_folders_are_named_as_the_user_knows_them(tmp_path):
+    source = make_bare(tmp_path / "data", values=(3, 7))
+    cut(source / "labels" / "a0.nii.gz", 0.5)
+    save_nan(source / "images" / "a1.nii.gz", np.nan)
+    (source / "labels" / "a2.nii.gz").unlink()
+    report = audit(source)
+    assert sorted(f.file for f in report.faults) == sorted(
+        str(source / name) for name in ("labels/a0.nii.gz", "images/a1.nii.gz", "images/a2.nii.gz")
+    )
+
+
+def test_images_to_predict_are_checked_without_labels(tmp_path):
+    good = write_volume(tmp_path / "g_0000.nii.gz", make_image(0))
+    bad = write_volume(tmp_path / "b_0000.nii.gz", make_image(1))
+    cut(bad, 0.5)
+    second = write_volume(tmp_path / "g_0001.nii.gz", make_image(2), (2.5, 0.8, 2.0))
+    found = check_images({"good": [good], "bad": [bad]}, 1)
+    assert list(found) == ["bad"]
+    assert "is cut short" in found["bad"][0].what
+    assert "1 channel(s) where 2 are expected" in str(check_images({"c": [good]}, 2))
+    assert "has spacing" in str(check_images({"c": [good, second]}, 2))
+    assert "does not exist" in str(check_images({"c": [tmp_path / "no.nii.gz"]}, 1))
+
+
+def test_a_trailing_axis_of_one_is_read_as_3d(tmp_path):
+    path = tmp_path / "t_0000.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(make_image(0).T[..., None], np.eye(4)), path)
+    assert SimpleITK.ReadImage(str(path)).GetDimension() == 3
+    assert check_images({"c": [path]}, 1) == {}
+
+
+def test_a_dataset_json_without_channels_or_ending_does_not_hide_other_faults(tmp_path):
+    source = make_nnunet(tmp_path / "W" / "raw" / "Dataset123_Knee", channel_names={})
+    cut(source / "imagesTr" / "a1_0000.nii.gz", 0.5)
+    raw, _ = prepare_dataset("123", tmp_path / "W", strict=False)
+    found = "\n".join(map(str, audit_dataset(raw, progress=False).faults))
+    assert "has no channel_names" in found
+    assert "a1_0000.nii.gz: is cut short" in found
+    assert found.count("\n") == 1
+    write_dataset_json(source, 3, file_ending=None)
+    raw, _ = prepare_dataset("123", tmp_path / "W", strict=False)
+    assert "has no file_ending" in str(audit_dataset(raw, progress=False).faults)

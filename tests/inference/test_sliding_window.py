@@ -1,0 +1,154 @@
+"""Tests of the float32 sliding window."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
+from umamba.inference.sliding_window import (
+    GAUSSIAN_FLOOR,
+    accumulate_windows,
+    importance_map,
+    predict_mirrored,
+)
+
+CPU = torch.device("cpu")
+
+
+def windows_3d(shape, patch, step=0.5):
+    starts = compute_steps_for_sliding_window(shape, patch, step)
+    return [
+        (slice(None), *(slice(s, s + p) for s, p in zip(corner, patch, strict=True)))
+        for corner in itertools.product(*starts)
+    ]
+
+
+@pytest.fixture
+def conv():
+    torch.manual_seed(0)
+    layer = torch.nn.Conv3d(2, 3, 3, padding=1)
+    layer.requires_grad_(False)
+    return layer
+
+
+def test_pointwise_network_gives_the_same_logits_in_windows_as_in_one_piece():
+    torch.manual_seed(1)
+    layer = torch.nn.Conv3d(1, 4, 1).requires_grad_(False)
+    data = 10 * torch.randn(1, 19, 14, 23)
+    patch = (7, 9, 11)
+    logits = accumulate_windows(
+        layer, data, windows_3d(data.shape[1:], patch), patch_size=patch, n_outputs=4, device=CPU
+    )
+    torch.testing.assert_close(logits, layer(data[None])[0], atol=2e-5, rtol=1e-5)
+
+
+def test_equals_monai_where_the_windows_are_the_same(conv):
+    monai_inferers = pytest.importorskip("monai.inferers")
+    patch, shape = (9, 7, 15), (15, 7, 25)
+    data = torch.randn(2, *shape)
+    windows = windows_3d(shape, patch, step=1 / 3)
+    assert sorted({w[3].start for w in windows}) == [0, 5, 10]
+    # an overlap of 0.66 makes MONAI step by a third of the patch, too
+    inferer = monai_inferers.SlidingWindowInferer(
+        patch, overlap=0.66, mode="gaussian", sigma_scale=0.125
+    )
+    logits = accumulate_windows(conv, data, windows, patch_size=patch, n_outputs=3, device=CPU)
+    torch.testing.assert_close(logits, inferer(data[None], conv)[0], atol=2e-6, rtol=1e-5)
+
+
+def test_batches_of_windows_change_nothing_but_rounding(conv):
+    data = torch.randn(2, 17, 12, 15)
+    patch = (8, 8, 8)
+    windows = windows_3d(data.shape[1:], patch)
+    one, many = (
+        accumulate_windows(
+            conv, data, windows, patch_size=patch, n_outputs=3, device=CPU,
+            mirror_axes=(0, 2), max_batch=n,
+        )
+        for n in (1, 5)
+    )  # fmt: skip
+    torch.testing.assert_close(one, many, atol=1e-6, rtol=1e-5)
+
+
+def test_a_single_window_is_the_output_of_the_network_itself(conv):
+    data = torch.randn(2, 5, 6, 7)
+    logits = accumulate_windows(
+        conv, data, windows_3d((5, 6, 7), (5, 6, 7)), patch_size=(5, 6, 7), n_outputs=3, device=CPU
+    )
+    assert torch.equal(logits, conv(data[None])[0])
+
+
+def test_two_dimensional_windows_fill_every_plane():
+    layer = torch.nn.Conv2d(1, 2, 1).requires_grad_(False)
+    data = torch.randn(1, 3, 10, 9)
+    windows = [
+        (slice(None), z, slice(y, y + 6), slice(x, x + 6))
+        for z in range(3) for y in (0, 4) for x in (0, 3)
+    ]  # fmt: skip
+    logits = accumulate_windows(
+        layer, data, windows, patch_size=(6, 6), n_outputs=2, device=CPU, max_batch=4
+    )
+    expected = torch.stack([layer(data[:, z][None])[0] for z in range(3)], 1)
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_gaussian", [True, False], ids=["gaussian", "even"])
+def test_weights_of_the_windows_sum_to_one(use_gaussian):
+    def network(x):
+        return torch.full((len(x), 1, *x.shape[2:]), 3.0)
+
+    data = torch.zeros(1, 13, 9, 20)
+    logits = accumulate_windows(
+        network, data, windows_3d(data.shape[1:], (6, 5, 8)), patch_size=(6, 5, 8), n_outputs=1,
+        device=CPU, use_gaussian=use_gaussian,
+    )  # fmt: skip
+    torch.testing.assert_close(logits, torch.full_like(logits, 3.0), atol=5e-6, rtol=0)
+
+
+def test_importance_has_peak_one_at_the_center_and_never_less_than_the_floor():
+    weight = importance_map((9, 20, 7))
+    assert weight.dtype == torch.float32
+    assert weight[4, 10, 3] == 1 == weight.max()
+    assert weight.min() == pytest.approx(GAUSSIAN_FLOOR)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 8])
+def test_mirroring_averages_all_combinations_of_the_axes(conv, max_batch):
+    tiles = torch.randn(1, 2, 5, 6, 7)
+    axes = [c for n in range(4) for c in itertools.combinations((2, 3, 4), n)]
+    expected = sum(torch.flip(conv(torch.flip(tiles, c)), c) if c else conv(tiles) for c in axes)
+    mirrored = predict_mirrored(conv, tiles, (0, 1, 2), max_batch)
+    torch.testing.assert_close(mirrored, expected / 8, atol=1e-6, rtol=1e-5)
+
+
+def test_mirroring_averages_in_float32_for_a_half_precision_network():
+    def network(x):
+        return (1000 + x[:, :1]).half()
+
+    tiles = torch.rand(2, 1, 4, 4)
+    assert predict_mirrored(network, tiles, (0,)).dtype == torch.float32
+
+
+def test_output_that_is_not_finite_is_refused():
+    def network(x):
+        return torch.full((len(x), 1, *x.shape[2:]), float("nan"))
+
+    with pytest.raises(ValueError, match="not finite"):
+        accumulate_windows(
+            network, torch.zeros(1, 4, 4, 4), windows_3d((4, 4, 4), (4, 4, 4)),
+            patch_size=(4, 4, 4), n_outputs=1, device=CPU,
+        )  # fmt: skip
+
+
+def test_progress_adds_up_to_one(conv):
+    shares: list[float] = []
+    data = torch.randn(2, 12, 8, 12)
+    accumulate_windows(
+        conv, data, windows_3d(data.shape[1:], (5, 8, 5)), patch_size=(5, 8, 5), n_outputs=3,
+        device=CPU, max_batch=4, progress=shares.append,
+    )  # fmt: skip
+    assert len(shares) > 1
+    assert sum(shares) == pytest.approx(1)

@@ -1,0 +1,200 @@
+"""The contract that every registered network keeps, at tiny widths."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pydoc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from umamba.blocks.mixer import MixerLayer
+from umamba.networks import create_network, get_entry, list_networks
+from umamba.networks.base import SegmentationNetwork
+
+STRIDES = {2: [[1, 1], [2, 1], [2, 2]], 3: [[1, 1, 1], [1, 2, 2], [2, 2, 1]]}
+KERNELS = {2: [[3, 3], [3, 3], [3, 1]], 3: [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
+SHAPES = {2: (20, 14), 3: (6, 20, 10)}
+CHANNELS, CLASSES, BATCH = 2, 3, 2
+
+CASES = [
+    pytest.param(name, dims, id=f"{name}-{dims}d")
+    for name in list_networks()
+    for dims in get_entry(name).spatial_dims
+]
+
+
+@pytest.fixture(autouse=True)
+def _seeded(one_thread: None) -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_logits_have_the_images_shape_and_deep_supervision_halves_it(name: str, dims: int) -> None:
+    network = build(name, dims, deep_supervision=True).eval()
+    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    with torch.no_grad():
+        outputs = network(images)
+        network.decoder.deep_supervision = False
+        single = network(images)
+    strides = STRIDES[dims]
+    assert isinstance(outputs, list)
+    assert len(outputs) == len(strides) - 1
+    shape = SHAPES[dims]
+    for output, stride in zip(outputs, strides, strict=False):
+        shape = tuple(size // s for size, s in zip(shape, stride, strict=True))
+        assert output.shape == (BATCH, CLASSES, *shape)
+    torch.testing.assert_close(single, outputs[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_arguments_survive_json_and_build_the_same_network(name: str, dims: int) -> None:
+    entry = get_entry(name)
+    arguments = {**tiny_arguments(name, dims), **entry.arguments}
+    again = json.loads(json.dumps(arguments))
+    assert again == arguments
+    located: Any = pydoc.locate(entry.class_path)
+    assert located is entry.cls
+    rebuilt = located(input_channels=CHANNELS, num_classes=CLASSES, **again)
+    assert rebuilt.state_dict().keys() == build(name, dims).state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_each_parameter_is_registered_once_and_gets_a_gradient(name: str, dims: int) -> None:
+    network = build(name, dims, deep_supervision=True)
+    state = network.state_dict()
+    assert len({value.data_ptr() for value in state.values()}) == len(state)
+    assert len(state) == len(list(network.named_parameters())) + len(list(network.named_buffers()))
+    disturb(network)
+    outputs = network(torch.randn(BATCH, CHANNELS, *SHAPES[dims]))
+    sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+        # A bias in front of an instance norm has no effect: its gradient is round-off.
+        if not key.endswith(("conv1.bias", "conv2.bias", "stem.conv.bias")):
+            assert parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_evaluation_is_repeatable(name: str, dims: int) -> None:
+    network = build(name, dims).eval()
+    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    with torch.no_grad():
+        assert torch.equal(network(images), network(images))
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_nnunet_finds_what_it_needs(name: str, dims: int) -> None:
+    network = build(name, dims)
+    assert not hasattr(network, "initialize")
+    assert isinstance(network.decoder.deep_supervision, bool)
+    heads = [key for key in network.state_dict() if ".seg_layers." in key]
+    assert heads
+    assert all(key.startswith("decoder.seg_layers.") for key in heads)
+    assert not any(isinstance(m, nn.Dropout) for m in network.modules())
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_an_unknown_argument_is_a_type_error(name: str, dims: int) -> None:
+    kinds = {p.kind for p in inspect.signature(get_entry(name).cls).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+    with pytest.raises(TypeError, match="n_stages"):
+        build(name, dims, n_stages=3)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_an_indivisible_image_is_refused_with_the_next_valid_shape(name: str, dims: int) -> None:
+    network = build(name, dims)
+    too_odd = (SHAPES[dims][0] - 1, *SHAPES[dims][1:])
+    with pytest.raises(ValueError, match="divisible") as error:
+        network(torch.zeros(1, CHANNELS, *too_odd))
+    assert str(SHAPES[dims]) in str(error.value)
+    assert str(network.divisor) in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_wrong_channels_and_wrong_dimensions_are_refused(name: str, dims: int) -> None:
+    network = build(name, dims)
+    for shape in ((1, CHANNELS + 1, *SHAPES[dims]), (CHANNELS, *SHAPES[dims])):
+        with pytest.raises(ValueError, match="2 channels"):
+            network(torch.zeros(shape))
+    with pytest.raises(ValueError, match="strides"):
+        build(name, dims, strides=[[1] * dims, [2]])
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_networks_build_and_run_on_the_meta_device(name: str, dims: int) -> None:
+    with torch.device("meta"):
+        network = build(name, dims, deep_supervision=True)
+        outputs = network(torch.empty(BATCH, CHANNELS, *SHAPES[dims]))
+    assert all(value.is_meta for value in network.state_dict().values())
+    assert outputs[0].shape == (BATCH, CLASSES, *SHAPES[dims])
+    assert outputs[0].is_meta
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_mixers_stay_in_float32_under_autocast(name: str, dims: int) -> None:
+    network = build(name, dims).eval()
+    seen: list[torch.dtype] = []
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output.dtype)
+
+    layers = [m for m in network.modules() if isinstance(m, MixerLayer) and m.mixer is not None]
+    for layer in layers:
+        assert layer.mixer is not None
+        layer.mixer.register_forward_hook(watch)
+    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(images)
+    assert torch.isfinite(logits.float()).all()
+    assert seen == [torch.float32] * len(layers)
+    assert bool(layers) == (get_entry(name).arguments.get("mixer") != "none")
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_float64_stays_float64(name: str, dims: int) -> None:
+    network = build(name, dims).double().eval()
+    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    with torch.no_grad():
+        exact = network(images.double())
+        assert exact.dtype == torch.float64
+        single = network.float()(images)
+    torch.testing.assert_close(single.double(), exact, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", list_networks(controls=False))
+def test_each_network_names_its_origin(name: str) -> None:
+    entry = get_entry(name)
+    assert entry.paper
+    assert entry.licence
+    assert "@" in entry.reference
+    assert inspect.getdoc(inspect.getmodule(entry.cls))
+
+
+def build(name: str, dims: int, **arguments: Any) -> SegmentationNetwork:
+    return create_network(name, CHANNELS, CLASSES, **{**tiny_arguments(name, dims), **arguments})
+
+
+def tiny_arguments(name: str, dims: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "strides": STRIDES[dims],
+        "features_per_stage": [6, 8, 40],
+        "kernel_sizes": KERNELS[dims],
+        "n_conv_per_stage": [2, 2, 2],
+        "n_conv_per_stage_decoder": [2, 2],
+    }
+    if "patch_size" in get_entry(name).keywords:
+        arguments["patch_size"] = list(SHAPES[dims])
+    return arguments
+
+
+def disturb(network: nn.Module) -> None:
+    """Moves all parameters off special starts (zeros that would hide others' gradients)."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))

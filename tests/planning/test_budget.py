@@ -1,0 +1,96 @@
+"""Tests of fitting a plan to a time: sizes, choice, recipe and validation estimate."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from umamba.planning import budget
+
+STRIDES = [(1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)]
+
+
+def sizes(patch=(40, 56, 40), batch=9):
+    return budget.candidates((32, 64, 128, 256), patch, batch, STRIDES)
+
+
+def steps(seconds_at_full, peak=0):
+    """A machine on which a step of the planned size takes so long."""
+    asked = []
+
+    def measure(candidate):
+        asked.append(candidate)
+        return SimpleNamespace(seconds=seconds_at_full * candidate.cost, peak_bytes=peak)
+
+    measure.asked = asked
+    return measure
+
+
+def test_sizes_shrink_in_width_and_patch_and_stay_divisible():
+    found = sizes()
+    assert {c.batch_size for c in found} == {2}
+    assert max(c.cost for c in found) <= 2 / 9 + 1e-9
+    widths = {c.features_per_stage for c in found}
+    assert widths == {(32, 64, 128, 256), (16, 32, 64, 128), (8, 16, 32, 64)}
+    assert len({c.patch_size for c in found}) > 1
+    assert all(s % 8 == 0 for c in found for s in c.patch_size)
+
+
+def test_a_2d_batch_holds_as_many_pixels_whatever_the_patch():
+    small = budget.candidates((32, 64), (64, 48), 300, [(1, 1), (2, 2)])
+    large = budget.candidates((32, 64), (512, 512), 12, [(1, 1), (2, 2)])
+    assert small[-1].batch_size == 2**17 // (64 * 48)
+    assert large[-1].batch_size == 2
+
+
+def test_more_time_buys_a_wider_network():
+    widths = []
+    for seconds in (60, 300, 1500, 1e6):
+        found = budget.fit(sizes(), steps(10.0), seconds)
+        widths.append(found.candidate.features_per_stage[0] * math.prod(found.candidate.patch_size))
+    assert widths == sorted(widths)
+    assert len(set(widths)) >= 3
+
+
+def test_a_slow_machine_gets_a_smaller_patch_only_when_the_narrowest_network_is_too_slow():
+    fast = budget.fit(sizes(), steps(1.0), 600)
+    slow = budget.fit(sizes(), steps(400.0), 600)
+    assert fast.candidate.patch_size == (40, 56, 40)
+    assert math.prod(slow.candidate.patch_size) < 40 * 56 * 40
+
+
+def test_what_does_not_fit_into_memory_is_left_out():
+    with pytest.raises(ValueError, match="--memory"):
+        budget.fit(sizes(), steps(1.0, peak=2**40), 600, memory_bytes=2**30)
+
+
+def test_measuring_takes_a_small_share_of_the_time():
+    machine = steps(60.0)
+    budget.fit(sizes(), machine, 900)
+    assert sum(2 * 60.0 * c.cost for c in machine.asked) < 0.3 * 900
+
+
+def test_a_short_schedule_is_adamw_with_cosine_and_a_long_one_nnunets():
+    short = budget.budget_recipe(1000, 2, 160, 700.0)
+    assert (short["optimizer"], short["schedule"], short["augmentation"]) == (
+        "adamw",
+        "cosine",
+        "light",
+    )
+    assert short["num_epochs"] * short["num_iterations_per_epoch"] == pytest.approx(1000, rel=0.05)
+    long = budget.budget_recipe(200_000, 2, 160, 1e6)
+    assert "optimizer" not in long
+    assert long["train_seconds"] == 1e6
+
+
+def test_full_augmentation_comes_with_many_passes_over_the_cases():
+    assert budget.budget_recipe(20_000, 2, 20, 700.0)["augmentation"] == "nnunet"
+
+
+def test_validation_time_counts_tiles_and_slices():
+    one = budget.validation_seconds([(40, 56, 40)], 1, (40, 56, 40), 1.0)
+    eight = budget.validation_seconds([(60, 84, 60)], 1, (40, 56, 40), 1.0)
+    assert one == pytest.approx(1.0, abs=0.1)
+    assert eight == pytest.approx(8.0, abs=0.2)
+    slices = budget.validation_seconds([(10, 56, 40)], 3, (56, 40), 1.0)
+    assert slices == pytest.approx(30.0, abs=0.3)

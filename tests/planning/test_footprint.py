@@ -1,0 +1,114 @@
+"""The counted memory of a training step: nnU-Net's number, and what autograd really keeps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from umamba.planning.footprint import (
+    conv_features,
+    count_footprint,
+    measure_step,
+    training_bytes,
+)
+from umamba.planning.plans import network_builder
+
+
+def plain_unet(
+    strides: list[list[int]],
+    features: list[int],
+    n_classes: int = 3,
+    deep_supervision: bool = True,
+    name: str = "PlainConvUNet",
+) -> Callable[[], nn.Module]:
+    dims, n = len(strides[0]), len(strides)
+    residual = name != "PlainConvUNet"
+    arguments = {
+        "n_stages": n,
+        "features_per_stage": features,
+        "conv_op": f"torch.nn.Conv{dims}d",
+        "kernel_sizes": [[3] * dims] * n,
+        "strides": strides,
+        "n_blocks_per_stage" if residual else "n_conv_per_stage": [2] * n,
+        "n_conv_per_stage_decoder": [2] * (n - 1),
+        "conv_bias": True,
+        "norm_op": f"torch.nn.InstanceNorm{dims}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    architecture = {
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
+        "arch_kwargs": arguments,
+        "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
+    }
+    return network_builder({"architecture": architecture}, 1, n_classes, deep_supervision)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "expected"),
+    [((128, 128, 128), 453_694_976), ((96, 160, 160), 531_673_800)],
+    ids=["128x128x128", "96x160x160"],
+)
+def test_conv_features_equal_the_number_of_nnunet_at_its_own_patches(patch_size, expected):
+    strides = [[1, 1, 1], *[[2, 2, 2]] * 5]
+    with torch.device("meta"):
+        network = plain_unet(strides, [32, 64, 128, 256, 320, 320])()
+    assert conv_features(network, 1, patch_size) == expected
+    assert network.compute_conv_feature_map_size(patch_size) == expected
+
+
+def test_conv_features_of_a_residual_encoder_are_within_a_promille_of_nnunet():
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    with torch.device("meta"):
+        network = plain_unet(strides, [8, 16, 32], name="ResidualEncoderUNet")()
+    expected = network.compute_conv_feature_map_size((16, 40, 24))
+    assert conv_features(network, 1, (16, 40, 24)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_saved_bytes_of_the_plain_unet_at_40x56x40_are_the_measured_151_6_megabytes():
+    build = plain_unet([[1] * 3, *[[2] * 3] * 3], [32, 64, 128, 256])
+    assert count_footprint(build, 1, (40, 56, 40)).saved_bytes == 151_620_096
+
+
+class Chain(nn.Module):
+    """Convolution and ReLU in place: kept are the input (as a copy of none) and one activation."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=in_place)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.relu(self.conv(image)))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_storage_that_two_operations_keep_is_counted_once(in_place):
+    footprint = count_footprint(lambda: Chain(in_place), 1, (10, 6))
+    # The ReLU keeps its output, which is the head's input; the first convolution keeps the image.
+    assert footprint.saved_bytes == 10 * 6 * 4 + 4 * 10 * 6 * 4
+    assert footprint.parameter_bytes == 4 * (4 * 9 + 4 + 2 * 4 + 2)
+    assert footprint.logit_bytes == 2 * 10 * 6 * 4
+
+
+def test_memory_grows_linearly_with_the_batch_and_half_precision_needs_less():
+    build = plain_unet([[1, 1], [2, 2]], [8, 16])
+    one, two, three = (training_bytes(build, 1, (24, 40), batch) for batch in (1, 2, 3))
+    assert three - two == two - one > 0
+    assert training_bytes(build, 1, (24, 40), 3, half_precision=True) < three
+
+
+def test_counting_allocates_no_activations():
+    # 512^3 with 32 features would take 17 GB for a single activation.
+    footprint = count_footprint(plain_unet([[1] * 3, [2] * 3], [32, 64]), 1, (512, 512, 512))
+    assert footprint.saved_bytes > 100e9
+
+
+def test_the_counted_memory_of_a_step_is_near_its_measured_peak():
+    step = measure_step(plain_unet([[1] * 3, [2] * 3], [16, 32]), 1, (48, 56, 64), 3)
+    assert step.finite
+    assert step.seconds > 0
+    assert 0.6 < step.peak_bytes / step.counted_bytes < 1.6

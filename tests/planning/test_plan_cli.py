@@ -1,0 +1,78 @@
+"""`umamba plan`: arguments, what it prints, exit codes; the chain without training."""
+
+import argparse
+import json
+
+import pytest
+
+from umamba.cli import plan as plan_command
+from umamba.cli.main import UsageError
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    plan_command.add_parser(parser.add_subparsers())
+    return parser.parse_args(["plan", *words])
+
+
+def test_network_arguments_are_json_and_bare_words_are_text():
+    words = ["d_state=32", "features-per-stage=[8, 16]", "mixer=conv", "expand=1.5", "x=null"]
+    assert plan_command.parse_network_args(words) == {
+        "d_state": 32,
+        "features_per_stage": [8, 16],
+        "mixer": "conv",
+        "expand": 1.5,
+        "x": None,
+    }
+
+
+@pytest.mark.parametrize("word", ["d_state", "=3", "strides=[[1,1]"])
+def test_a_malformed_network_argument_is_a_usage_error(word):
+    with pytest.raises(UsageError, match="--network-arg"):
+        plan_command.parse_network_args([word])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--network", "umamba_bt"], "umamba_bot"),
+        (["-c", "3d_fulres"], "did you mean 3d_fullres"),
+        (["--network-arg", "d_stat=3"], "did you mean d_state"),
+        (["--memory", "-1"], "gigabytes above 0"),
+        (["-np", "0"], "at least 1"),
+        (["-overwrite_target_spacing", "1", "1"], "three numbers"),
+    ],
+)
+def test_wrong_names_are_usage_errors_before_the_data_are_touched(words, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        plan_command.run(parse(str(tmp_path / "nowhere"), *words))
+
+
+def test_a_dataset_is_planned_checked_and_preprocessed(sphere_dataset, nnunet_folders, capsys):
+    words = ("-c", "3d_fullres", "--memory", "2", "--check", "-device", "cpu")
+    assert plan_command.run(parse(sphere_dataset, *words)) == 0
+    said = capsys.readouterr().out
+    home = nnunet_folders / "preprocessed" / sphere_dataset
+    plans = json.loads((home / "umamba_bot.json").read_text())
+    patch = "x".join(map(str, plans["configurations"]["3d_fullres"]["patch_size"]))
+    assert f"patch {patch}" in said
+    assert "the loss is finite" in said
+    assert f"umamba train {sphere_dataset} 3d_fullres 0 -p umamba_bot" in said
+    assert len(list((home / "nnUNetPlans_3d_fullres").glob("*.pkl"))) == 5
+
+
+def test_no_preprocess_stops_after_the_plans(sphere_dataset, nnunet_folders):
+    words = (
+        "-c",
+        "2d",
+        "--memory",
+        "2",
+        "--no-preprocess",
+        "--no-audit",
+        "--network",
+        "umamba-enc",
+    )
+    assert plan_command.run(parse(sphere_dataset, *words)) == 0
+    home = nnunet_folders / "preprocessed" / sphere_dataset
+    assert (home / "umamba_enc.json").is_file()
+    assert [path for path in home.iterdir() if path.is_dir()] == []

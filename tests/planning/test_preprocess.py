@@ -1,0 +1,224 @@
+"""Fingerprint and preprocessing in one process: equal to stock nnU-Net's, resumable, stamped."""
+
+import json
+import multiprocessing
+import pickle
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
+    DatasetFingerprintExtractor,
+)
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from umamba.planning import preprocess
+from umamba.planning.cases import default_workers, list_cases
+from umamba.planning.planner import plan_dataset
+from umamba.planning.plans import load_plans, plans_file
+from umamba.planning.preprocess import (
+    fingerprint_dataset,
+    folder_is_current,
+    preprocess_dataset,
+)
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(preprocess, "SAMPLED_VOXELS", 5_000)
+    original = DatasetFingerprintExtractor.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 5_000
+
+    monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", init)
+
+
+@pytest.fixture
+def stock_in_threads(monkeypatch):
+    """Stock nnU-Net's pools as threads: spawned processes would import torch for seconds each."""
+    context = SimpleNamespace(Pool=ThreadPool)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+
+
+@pytest.fixture
+def planned(sphere_dataset: str) -> str:
+    fingerprint_dataset(sphere_dataset, progress=False)
+    plan_dataset(sphere_dataset, memory_gb=2, configurations=["2d", "3d_fullres"])
+    return sphere_dataset
+
+
+def run(dataset: str, *configurations: str) -> dict[str, Path]:
+    return preprocess_dataset(
+        dataset, "umamba_bot", configurations or ["3d_fullres"], progress=False
+    )
+
+
+def touch_count(monkeypatch) -> list[str]:
+    done: list[str] = []
+    original = DefaultPreprocessor.run_case_save
+
+    def run_case_save(self, output, *args):
+        done.append(Path(output).name)
+        original(self, output, *args)
+
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_save", run_case_save)
+    return done
+
+
+def test_the_fingerprint_equals_that_of_stock_nnunet(sphere_dataset, stock_in_threads):
+    ours = fingerprint_dataset(sphere_dataset, progress=False)
+    stock = DatasetFingerprintExtractor(sphere_dataset, 1).run(overwrite_existing=True)
+    stock = json.loads(json.dumps(stock))
+    ours.pop("cases_digest")
+    assert ours == stock
+
+
+def test_the_fingerprint_is_kept_until_a_case_changes(sphere_dataset, nnunet_folders, monkeypatch):
+    first = fingerprint_dataset(sphere_dataset, progress=False)
+    path = nnunet_folders / "preprocessed" / sphere_dataset / "dataset_fingerprint.json"
+    written = path.stat().st_mtime_ns
+    assert fingerprint_dataset(sphere_dataset, progress=False) == first
+    assert path.stat().st_mtime_ns == written
+    raw = nnunet_folders / "raw" / sphere_dataset
+    for file in [*raw.glob("imagesTr/case_4*"), *raw.glob("labelsTr/case_4*")]:
+        file.unlink()
+    assert len(fingerprint_dataset(sphere_dataset, progress=False)["spacings"]) == 4
+
+
+def test_the_cases_are_those_that_nnunet_lists(sphere_dataset, nnunet_folders):
+    raw = nnunet_folders / "raw" / sphere_dataset
+    (raw / "imagesTr" / "notes.txt").write_text("no image")
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    stock = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    ours = list_cases(raw, dataset_json)
+    assert ours == {str(k): v for k, v in stock.items()}
+    assert list(ours) == list(stock)
+
+
+def test_a_dataset_without_images_is_an_error_that_names_the_folder(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    with pytest.raises(ValueError, match=r"imagesTr holds no image called <case>_0000\.png"):
+        list_cases(tmp_path, {"file_ending": ".png"})
+
+
+def test_a_case_without_its_label_is_an_error_that_names_both(sphere_dataset, nnunet_folders):
+    label = nnunet_folders / "raw" / sphere_dataset / "labelsTr" / "case_2.nii.gz"
+    label.unlink()
+    with pytest.raises(FileNotFoundError, match=r"case_2 .*case_2\.nii\.gz"):
+        fingerprint_dataset(sphere_dataset, progress=False)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_preprocessed_cases_equal_those_of_stock_nnunet(
+    planned, nnunet_folders, stock_in_threads, configuration
+):
+    folder = run(planned, configuration)[configuration]
+    dataset_class = infer_dataset_class(str(folder))
+    ours = dataset_class(str(folder))
+    names = sorted(dataset_class.get_identifiers(str(folder)))
+    assert names == [f"case_{i}" for i in range(5)]
+    kept = {name: ours.load_case(name) for name in names}
+    kept = {n: (d[...], s[...], p) for n, (d, s, _, p) in kept.items()}
+
+    DefaultPreprocessor(verbose=False).run(planned, configuration, "umamba_bot", 1)
+    stock = dataset_class(str(folder))
+    for name in names:
+        data, seg, _, properties = stock.load_case(name)
+        np.testing.assert_array_equal(kept[name][0], data[...])
+        np.testing.assert_array_equal(kept[name][1], seg[...])
+        assert pickle.dumps(kept[name][2]) == pickle.dumps(properties)
+
+
+def test_references_and_dataset_json_are_copied_as_stock_does(planned, nnunet_folders):
+    run(planned)
+    home = nnunet_folders / "preprocessed" / planned
+    raw = nnunet_folders / "raw" / planned
+    for label in (raw / "labelsTr").iterdir():
+        assert (home / "gt_segmentations" / label.name).read_bytes() == label.read_bytes()
+    assert json.loads((home / "dataset.json").read_text()) == json.loads(
+        (raw / "dataset.json").read_text()
+    )
+
+
+def test_a_whole_folder_is_not_made_again_whatever_network_asks(planned, monkeypatch):
+    run(planned)
+    done = touch_count(monkeypatch)
+    plan_dataset(planned, network="umamba_enc", memory_gb=2, configurations=["3d_fullres"])
+    preprocess_dataset(planned, "umamba_enc", ["3d_fullres"], progress=False)
+    assert done == []
+
+
+def test_a_folder_that_lacks_a_file_or_holds_an_empty_one_is_made_again(planned, monkeypatch):
+    folder = run(planned)["3d_fullres"]
+    plans = load_plans(plans_file(planned, "umamba_bot"))
+    assert folder_is_current(planned, plans, "3d_fullres")
+    (folder / "case_1_seg.b2nd").write_bytes(b"")
+    assert not folder_is_current(planned, plans, "3d_fullres")
+    done = touch_count(monkeypatch)
+    run(planned)
+    assert len(done) == 5
+    assert folder_is_current(planned, plans, "3d_fullres")
+
+
+def test_a_changed_image_makes_the_folder_again(planned, nnunet_folders, monkeypatch):
+    run(planned)
+    image = nnunet_folders / "raw" / planned / "imagesTr" / "case_3_0000.nii.gz"
+    image.write_bytes(image.read_bytes() + b"\0")
+    done = touch_count(monkeypatch)
+    run(planned)
+    assert len(done) == 5
+
+
+def test_a_failure_half_way_leaves_no_folder_that_training_could_take(
+    planned, nnunet_folders, monkeypatch
+):
+    original = DefaultPreprocessor.run_case_save
+
+    def fail(self, output, *args):
+        if Path(output).name == "case_3":
+            raise RuntimeError("cannot read")
+        original(self, output, *args)
+
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_save", fail)
+    with pytest.raises(ValueError, match=r"case_3.*cannot read"):
+        run(planned)
+    left = [p.name for p in (nnunet_folders / "preprocessed" / planned).iterdir() if p.is_dir()]
+    assert left == []
+
+
+def test_a_stock_folder_that_agrees_is_used_and_one_that_does_not_is_refused(
+    planned, nnunet_folders, monkeypatch
+):
+    home = nnunet_folders / "preprocessed" / planned
+    folder = run(planned)["3d_fullres"]
+    (home / "nnUNetPlans_3d_fullres.stamp.json").unlink()
+    with pytest.raises(ValueError, match="was not made by umamba"):
+        run(planned)
+    plans = json.loads((home / "umamba_bot.json").read_text())
+    (home / "nnUNetPlans.json").write_text(json.dumps(plans))
+    done = touch_count(monkeypatch)
+    assert run(planned)["3d_fullres"] == folder
+    assert done == []
+    plans["configurations"]["3d_fullres"]["spacing"] = [3.0, 1.0, 1.0]
+    (home / "nnUNetPlans.json").write_text(json.dumps(plans))
+    with pytest.raises(ValueError, match="does not match these plans"):
+        run(planned)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_as_one_process(planned, monkeypatch):
+    folder = run(planned)["3d_fullres"]
+    contents = {path.name: path.read_bytes() for path in folder.glob("*.pkl")}
+    (folder / "case_0.pkl").unlink()
+    preprocess_dataset(planned, "umamba_bot", ["3d_fullres"], n_workers=2, progress=False)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pkl")} == contents
+
+
+def test_small_data_are_read_in_one_process(sphere_dataset):
+    assert default_workers(sphere_dataset) == 1

@@ -1,0 +1,51 @@
+"""Divisors, rounding of patches, and the stages of a patch."""
+
+import pytest
+
+from umamba.planning.topology import (
+    MIN_EDGE,
+    fit_stages,
+    network_divisor,
+    round_patch,
+    stages_for_patch,
+    strides_for_axes,
+)
+
+
+def test_the_divisor_is_the_product_of_the_strides_of_each_axis():
+    assert network_divisor([[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]]) == (2, 8, 8)
+
+
+def test_strides_with_unequal_axes_are_refused():
+    with pytest.raises(ValueError, match="same axes"):
+        network_divisor([[1, 1], [2, 2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("patch", "divisor", "expected"),
+    [((40, 56, 40), (8, 8, 8), (40, 56, 40)), ((41, 57, 3), (8, 8, 8), (48, 64, 8))],
+)
+def test_a_patch_is_rounded_up_to_the_divisor(patch, divisor, expected):
+    assert round_patch(patch, divisor) == expected
+
+
+def test_a_2d_network_takes_the_last_axes_of_fixed_strides():
+    assert strides_for_axes([(1, 1, 1), (1, 2, 2), (2, 2, 2)], 2) == ((1, 1), (2, 2), (2, 2))
+    with pytest.raises(ValueError, match="2 axes"):
+        strides_for_axes([(1, 1), (2, 2)], 3)
+
+
+@pytest.mark.parametrize("patch", [(40, 56, 40), (17, 200, 93), (5, 33, 64)])
+def test_the_stages_of_a_patch_divide_it_and_leave_the_smallest_edge(patch):
+    strides, kernels, padded = stages_for_patch((2.0, 1.0, 1.0), patch)
+    divisor = network_divisor(strides)
+    assert len(strides) == len(kernels)
+    assert all(size % step == 0 for size, step in zip(padded, divisor, strict=True))
+    deepest = [size // step for size, step in zip(padded, divisor, strict=True)]
+    assert all(edge >= min(MIN_EDGE, size) for edge, size in zip(deepest, patch, strict=True))
+
+
+def test_widths_double_up_to_the_maximum_and_counts_repeat():
+    assert fit_stages([32, 64], 5, True, 320) == [32, 64, 128, 256, 320]
+    assert fit_stages([1, 3, 4], 2, False, 0) == [1, 3]
+    assert fit_stages([2, 1], 4, False, 0) == [2, 1, 1, 1]

@@ -1,0 +1,69 @@
+"""Tests of the NaN guard: it names the culprit, rolls back, saves the batch and gives up in time."""
+
+import pytest
+import torch
+from torch import nn
+
+from umamba.training.nan_guard import NanGuard, first_non_finite
+
+
+class Overflow(nn.Module):
+    def forward(self, x):
+        return x / torch.zeros_like(x) if bool((x > 1e3).any()) else x
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), Overflow(), nn.Linear(4, 2))
+
+
+def batch(scale):
+    return {"data": torch.full((2, 3), scale), "target": torch.zeros(2, 2)}
+
+
+def test_the_first_module_with_a_non_finite_output_is_named():
+    network = small_network()
+    with torch.no_grad():
+        network[0].weight.fill_(1e6)
+    assert first_non_finite(network, torch.ones(2, 3)).startswith("1 (Overflow)")
+
+
+def test_a_non_finite_batch_is_told_from_a_non_finite_network():
+    data = torch.ones(2, 3)
+    data[0, 0] = float("inf")
+    assert "batch itself" in first_non_finite(small_network(), data)
+
+
+def test_a_bad_loss_restores_weights_and_optimizer_and_saves_the_batch(tmp_path):
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    guard = NanGuard(network, optimizer, tmp_path, keep_every=1)
+    before = [p.detach().clone() for p in network.parameters()]
+    with torch.no_grad():
+        network[0].weight.fill_(float("nan"))
+    assert guard.check(batch(1.0), float("nan"))
+    for old, new in zip(before, network.parameters(), strict=True):
+        assert torch.equal(old, new)
+    saved = torch.load(tmp_path / "non_finite_1.pt", weights_only=True)
+    assert torch.equal(saved["data"], torch.ones(2, 3))
+    assert [p.name for p in tmp_path.iterdir()] == ["non_finite_1.pt"]
+
+
+def test_a_finite_loss_with_broken_weights_is_not_kept(tmp_path):
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    guard = NanGuard(network, optimizer, tmp_path, keep_every=1)
+    with torch.no_grad():
+        network[0].weight.fill_(float("inf"))
+    assert not guard.check(batch(1.0), 0.5)
+    assert guard.check(batch(1.0), float("inf"))
+    assert torch.isfinite(network[0].weight).all()
+
+
+def test_training_stops_after_too_many_events(tmp_path):
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    guard = NanGuard(network, optimizer, tmp_path, max_events=2)
+    assert guard.check(batch(1.0), float("nan"))
+    with pytest.raises(RuntimeError, match="after 2 non-finite losses.*initial_lr"):
+        guard.check(batch(1.0), float("nan"))

@@ -1,0 +1,159 @@
+"""A small synthetic 3D dataset with the difficulties of a real one, for the demo and for tests.
+
+Every case is a body with organs placed in mm, so that the spacing, which differs from case to
+case, matters: a large organ, two kidneys, a curved vessel beside a bone of nearly the same
+brightness that has no label, and a small lesion in about half of the cases, as dark as the
+tissue around the organs. A bias field, noise and partial volume make thresholds fail.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+
+from umamba.data.links import replacing, write_json
+
+LABELS = {"background": 0, "large_organ": 1, "kidney": 2, "vessel": 3, "lesion": 4}
+BODY, ORGAN, KIDNEY, VESSEL, LESION, BONE = 450.0, 600.0, 740.0, 860.0, 430.0, 900.0
+
+
+def make_demo_dataset(folder: Path, n_train: int = 16, n_test: int = 3, seed: int = 0) -> Path:
+    """Write the dataset in nnU-Net's raw format into `folder` and return `folder`.
+
+    Images are about 40 x 56 x 56 voxels (z, y, x). The same arguments give the same voxels. The
+    test cases lie in imagesTs, their labels in labelsTs.
+    """
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
+    has_lesion = rng.permutation(np.arange(n_train + n_test) % 2 == 0)
+    for i in range(n_train + n_test):
+        image, label = make_case(np.random.default_rng([seed, i]), bool(has_lesion[i]))
+        part = "Tr" if i < n_train else "Ts"
+        _write(image, folder / f"images{part}" / f"demo_{i:03d}_0000.nii.gz")
+        _write(label, folder / f"labels{part}" / f"demo_{i:03d}.nii.gz")
+    write_json(
+        folder / "dataset.json",
+        {
+            "channel_names": {"0": "synthetic"},
+            "labels": LABELS,
+            "numTraining": n_train,
+            "file_ending": ".nii.gz",
+            "name": "Demo",
+            "description": f"Synthetic organs of umamba, seed {seed}",
+        },
+    )
+    return folder
+
+
+def make_case(
+    rng: np.random.Generator, has_lesion: bool = True
+) -> tuple[SimpleITK.Image, SimpleITK.Image]:
+    """Return one image (float32) and its label map (uint8) with the same geometry."""
+    shape = tuple(int(n + rng.integers(-3, 4)) for n in (40, 56, 56))
+    in_plane = rng.uniform(0.9, 1.2)
+    spacing = np.array([rng.uniform(1.6, 2.4), in_plane, in_plane])
+    mm = np.stack(
+        np.meshgrid(
+            *((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)),
+            indexing="ij",
+        )
+    )
+    mm -= rng.uniform(-2, 2, (3, 1, 1, 1))
+    size = rng.uniform(0.9, 1.1)
+    soft = float(spacing.mean()) / 2
+    image = np.zeros(shape)
+    label = np.zeros(shape, np.uint8)
+
+    def paint(distance: np.ndarray, brightness: float, value: int | None) -> None:
+        """Blend a structure in over about one voxel; `distance` in mm, negative inside."""
+        share = 1 / (1 + np.exp(np.clip(distance / (soft / 2), -30, 30)))
+        image[:] = image * (1 - share) + brightness * share
+        if value is not None:
+            label[distance < 0] = value
+
+    def place(*center: float) -> np.ndarray:
+        return size * (np.array(center) + rng.uniform(-1.5, 1.5, 3))
+
+    paint(_ellipsoid(mm, place(0, 0, 0), size * np.array([60, 26, 27])), BODY, None)
+    paint(_tube(mm, _bone(rng, size), 4.5 * size), BONE, None)
+    organ = place(8, -6, -8)
+    radii = size * np.array([17, 12, 13]) * rng.uniform(0.88, 1.12, 3)
+    organ_distance = _ellipsoid(mm, organ, radii, rng.uniform(-0.4, 0.4))
+    paint(organ_distance, ORGAN, LABELS["large_organ"])
+    for side in (-1, 1):
+        kidney = place(-16, 8, 14 * side)
+        radii = size * np.array([9, 5, 4.5]) * rng.uniform(0.9, 1.15, 3)
+        paint(_ellipsoid(mm, kidney, radii, 0.3 * side), KIDNEY, LABELS["kidney"])
+    paint(_tube(mm, _vessel(rng, size), rng.uniform(2.4, 3.0) * size), VESSEL, LABELS["vessel"])
+    if has_lesion:
+        center = organ + size * rng.uniform(-4.5, 4.5, 3)
+        lesion = _ellipsoid(mm, center, size * rng.uniform(3.2, 4.8, 3))
+        lesion[label != LABELS["large_organ"]] = 1e3
+        paint(lesion, LESION, LABELS["lesion"])
+    image *= _bias(rng, mm)
+    image += rng.normal(0, 38, shape)
+    return _with_geometry(rng, spacing, image.astype(np.float32), label)
+
+
+def _ellipsoid(
+    mm: np.ndarray, center: np.ndarray, radii: np.ndarray, turn: float = 0.0
+) -> np.ndarray:
+    """Return the signed distance (mm, first order) to an ellipsoid turned in the axial plane."""
+    z, y, x = mm - center[:, None, None, None]
+    y, x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
+    r = np.sqrt((z / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2)
+    return (r - 1) * float(np.min(radii))
+
+
+def _tube(mm: np.ndarray, line: np.ndarray, radius: float) -> np.ndarray:
+    """Return the signed distance (mm) to a tube around the points of `line` (n, 3)."""
+    nearest = np.full(mm.shape[1:], np.inf)
+    for point in line:
+        squared = ((mm - point[:, None, None, None]) ** 2).sum(0)
+        np.minimum(nearest, squared, out=nearest)
+    return np.sqrt(nearest) - radius
+
+
+def _bone(rng: np.random.Generator, size: float) -> np.ndarray:
+    t = np.linspace(-1, 1, 48)
+    sway = rng.uniform(-3, 3)
+    return size * np.stack([58 * t, 17 + 2 * t**2, sway * t], axis=1)
+
+
+def _vessel(rng: np.random.Generator, size: float) -> np.ndarray:
+    t = np.linspace(-1, 1, 48)
+    bend, phase = rng.uniform(3, 6), rng.uniform(0, 2 * np.pi)
+    y = 6 + bend * np.sin(2.5 * t + phase) / 2
+    x = 3 + bend * np.cos(2.0 * t + phase)
+    return size * np.stack([55 * t, y, x], axis=1)
+
+
+def _bias(rng: np.random.Generator, mm: np.ndarray) -> np.ndarray:
+    """Return a smooth factor between about 0.8 and 1.2."""
+    unit = mm / np.abs(mm).max(axis=(1, 2, 3), keepdims=True)
+    slope, curve = rng.uniform(-0.12, 0.12, 3), rng.uniform(-0.08, 0.08, 3)
+    return 1 + np.tensordot(slope, unit, 1) + np.tensordot(curve, unit**2, 1)
+
+
+def _with_geometry(
+    rng: np.random.Generator, spacing: np.ndarray, image: np.ndarray, label: np.ndarray
+) -> tuple[SimpleITK.Image, SimpleITK.Image]:
+    turn = rng.uniform(-0.1, 0.1)
+    c, s = float(np.cos(turn)), float(np.sin(turn))
+    origin = [float(v) for v in rng.uniform(-150, 150, 3)]
+    result = []
+    for array in (image, label):
+        picture = SimpleITK.GetImageFromArray(array)
+        picture.SetSpacing([float(v) for v in spacing[::-1]])
+        picture.SetOrigin(origin)
+        picture.SetDirection((c, -s, 0.0, s, c, 0.0, 0.0, 0.0, 1.0))
+        result.append(picture)
+    return result[0], result[1]
+
+
+def _write(image: SimpleITK.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        SimpleITK.WriteImage(image, str(temporary), True)

@@ -1,0 +1,57 @@
+"""Reads checkpoint files as tensors, numbers and names only, so that no code in them can run."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU.
+
+    Raises FileNotFoundError, or ValueError for a truncated file, one that wants to run code, and
+    one that holds no dictionary.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}; check the path")
+    try:
+        with torch.serialization.safe_globals(numpy_scalar_types()):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} is damaged or holds objects other than tensors and numbers, and is not read; "
+            "copy it again, or use another checkpoint"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file} cannot be read, it seems truncated; copy it again, or use another checkpoint"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no dictionary of weights; it is not a checkpoint")
+    return content
+
+
+def numpy_scalar_types() -> list[Any]:
+    """What nnU-Net's checkpoints hold beside tensors: numpy's numbers, from its training log."""
+    arrays = [torch.zeros((), dtype=dtype).numpy() for dtype in _DTYPES]
+    scalar = arrays[0][()].__reduce__()[0]
+    types: list[Any] = [type(array.dtype) for array in arrays]
+    modules = ("numpy._core.multiarray", "numpy.core.multiarray")
+    plain = type(arrays[0].dtype).__mro__[-2]  # numpy.dtype itself
+    return [plain, *types, *((scalar, f"{module}.scalar") for module in modules)]
+
+
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bool,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)

@@ -1,0 +1,280 @@
+"""Backend of the selective scan and of the causal convolution: the C library, called through ctypes.
+
+B batch, D channels, L tokens, N states, G groups of channels that share B and C, K taps. Every
+function accepts any strides, float32, bfloat16 or float16, and computes in float32. Results lie
+channel-last in memory ((B, L, D) under a (B, D, L) view) and do not depend on the number of threads.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from umamba.ops.layout import CHUNK, empty_tokens
+
+LIBRARY = Path(__file__).with_name("libumamba_cpu.so")
+INSTRUCTION_SETS = ("v2", "v3", "v4")  # x86-64 levels: SSE4.2, AVX2 with FMA, AVX-512
+
+
+def why_unavailable() -> str | None:
+    """Return None where the library can be used, else one sentence with the cure."""
+    return _load()[1]
+
+
+def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | None:
+    """Return None if the backend can take such tensors, else the reason why not."""
+    if device.type != "cpu":
+        return f"the C library works on CPU tensors only, these are on {device.type}"
+    if dtype not in _DTYPES:
+        return f"the C library takes float32, bfloat16 and float16, not {dtype}"
+    if not 1 <= d_state <= 64:
+        return f"the C library takes 1 to 64 states, not {d_state}"
+    return None
+
+
+def instruction_set() -> str | None:
+    """Return the name of the instruction set in use ("v2", "v3", "v4"; "base" off x86)."""
+    return _load()[2]
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    reverse: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out (B, D, L), last_state (B, D, N) and the states before each chunk.
+
+    u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D,); initial_state (B, D, N).
+    states is (B, ceil(L / CHUNK), N, D) in walk order, empty unless `save_states`. With `reverse`
+    the walk goes from token L-1 to token 0 and last_state is the one after token 0.
+    """
+    batch, channels, length = u.shape
+    n_states = A.shape[1]
+    n_chunks = math.ceil(length / CHUNK)
+    out = empty_tokens(batch, channels, length, u.dtype, u.device)
+    last_state = torch.empty(batch, channels, n_states)
+    states = torch.empty((batch, n_chunks, n_states, channels) if save_states else (0,))
+    if u.numel() == 0:
+        last_state = last_state.zero_() if initial_state is None else initial_state.float().clone()
+        return out, last_state, states.zero_()
+    a, skip, bias, initial = _dense(A), _dense(D), _dense(delta_bias), _dense(initial_state)
+    arguments = _ScanForward(
+        *(batch, channels, length, n_states, B.shape[1]),
+        *(delta_softplus, reverse, torch.get_num_threads()),
+        *(_tokens(u), _tokens(delta), _tokens(z), _grouped(B), _grouped(C), _tokens(out)),
+        *(_data(a), _data(skip), _data(bias), _data(initial)),
+        *(_data(last_state), _data(states if save_states else None)),
+    )
+    _call("umamba_scan_forward", arguments)
+    return out, last_state, states
+
+
+def backward(
+    dout: Tensor,
+    dlast_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    states: Tensor,
+    reverse: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
+
+    du, ddelta, dz have the type of their input and lie channel-last; dB and dC have the type of B
+    and C and lie token-major ((B, G, L, N) in memory); the others are float32.
+    """
+    batch, channels, length = u.shape
+    n_states, n_groups = A.shape[1], B.shape[1]
+    du, ddelta = _like_tokens(u), _like_tokens(delta)
+    dz = None if z is None else _like_tokens(z)
+    dB, dC = (
+        torch.empty(batch, n_groups, length, n_states, dtype=x.dtype).transpose(2, 3)
+        for x in (B, C)
+    )
+    dA = torch.empty(batch, channels, n_states)
+    dD = None if D is None else torch.empty(batch, channels)
+    dbias = None if delta_bias is None else torch.empty(batch, channels)
+    dinitial = None if initial_state is None else torch.empty(batch, channels, n_states)
+    if u.numel() == 0:
+        for empty in (dB, dC, dA, dD, dbias):
+            if empty is not None:
+                empty.zero_()
+        if dinitial is not None:
+            dinitial = dinitial.zero_() if dlast_state is None else dlast_state.float().clone()
+    else:
+        a, skip, bias, saved = _dense(A), _dense(D), _dense(delta_bias), _dense(states)
+        dlast = _dense(dlast_state)
+        arguments = _ScanBackward(
+            *(batch, channels, length, n_states, n_groups),
+            *(delta_softplus, reverse, torch.get_num_threads()),
+            *(_tokens(u), _tokens(delta), _tokens(z), _grouped(B), _grouped(C), _tokens(dout)),
+            *(_tokens(du), _tokens(ddelta), _tokens(dz), _grouped(dB), _grouped(dC)),
+            *(_data(a), _data(skip), _data(bias), _data(saved), _data(dlast)),
+            *(_data(dA), _data(dD), _data(dbias), _data(dinitial)),
+        )
+        _call("umamba_scan_backward", arguments)
+    return (du, ddelta, _total(dA), dB, dC, _total(dD), dz, _total(dbias), dinitial)
+
+
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """Return silu(causal depthwise convolution) of x (B, D, L); weight (D, K), K <= 8; bias (D,).
+
+    Tap K-1 multiplies the current token, the earlier taps those walked before it; with `reverse`
+    the walk goes from the last token to the first.
+    """
+    out = _like_tokens(x)
+    if x.numel():
+        dense_weight, dense_bias = _dense(weight), _dense(bias)
+        arguments = _Conv(
+            *(*x.shape, weight.shape[1], reverse, torch.get_num_threads()),
+            *(_tokens(x), _tokens(out), _tokens(None), _tokens(None)),
+            *(_data(dense_weight), _data(dense_bias), None, None),
+        )
+        _call("umamba_conv_forward", arguments)
+    return out
+
+
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (dx, dweight, dbias): dx as x and channel-last, the others float32."""
+    batch, channels, length = x.shape
+    n_parts = batch * math.ceil(length / _CONV_SEGMENT)
+    dx = _like_tokens(x)
+    dweight = torch.empty(n_parts, channels, weight.shape[1])
+    dbias = torch.empty(n_parts, channels)
+    if x.numel():
+        dense_weight, dense_bias = _dense(weight), _dense(bias)
+        arguments = _Conv(
+            *(batch, channels, length, weight.shape[1], reverse, torch.get_num_threads()),
+            *(_tokens(x), _tokens(None), _tokens(dout), _tokens(dx)),
+            *(_data(dense_weight), _data(dense_bias), _data(dweight), _data(dbias)),
+        )
+        _call("umamba_conv_backward", arguments)
+    return dx, _total(dweight), None if bias is None else _total(dbias)
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CONV_SEGMENT = 256  # tokens; equals CONV_SEGMENT in csrc/umamba.h
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "group", "token", "channel", "dtype")),
+    ]
+
+
+def _structure(name: str, sizes: str, tensors: str, pointers: str) -> type[ctypes.Structure]:
+    fields = [(field, ctypes.c_int64) for field in sizes.split()]
+    fields += [(field, _Tensor) for field in tensors.split()]
+    fields += [(field, ctypes.c_void_p) for field in pointers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# The field order is that of csrc/umamba.h.
+_ScanForward = _structure(
+    "_ScanForward",
+    "B D L N G softplus reverse n_threads",
+    "u delta z Bm Cm out",
+    "A skip bias initial last states",
+)
+_ScanBackward = _structure(
+    "_ScanBackward",
+    "B D L N G softplus reverse n_threads",
+    "u delta z Bm Cm dout du ddelta dz dBm dCm",
+    "A skip bias states dlast dA dskip dbias dinitial",
+)
+_Conv = _structure(
+    "_Conv", "B D L K reverse n_threads", "x out dout dx", "weight bias dweight dbias"
+)
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
+    """Return (library, None, instruction set) or (None, reason, None)."""
+    if not LIBRARY.exists():
+        reason = (
+            "the C library was not built when umamba was installed: "
+            "install a C compiler (gcc or clang) and run `pip install` on umamba again"
+        )
+        return None, reason, None
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        reason = f"{LIBRARY.name} cannot be loaded ({error}): install umamba again on this machine"
+        return None, reason, None
+    library.umamba_select.restype = ctypes.c_char_p
+    wanted = os.environ.get("UMAMBA_CPU_ISA", "")
+    chosen = library.umamba_select(wanted.encode())
+    if chosen is None:
+        reason = (
+            f"UMAMBA_CPU_ISA={wanted} is not one of {', '.join(INSTRUCTION_SETS)} or not offered by "
+            f"this {platform.machine()} processor: unset it"
+        )
+        return None, reason, None
+    return library, None, chosen.decode()
+
+
+def _call(name: str, arguments: ctypes.Structure) -> None:
+    library, reason, _ = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    status = getattr(library, name)(ctypes.byref(arguments))
+    if status:
+        raise MemoryError(f"{name} could not allocate its scratch memory (status {status})")
+
+
+def _tokens(x: Tensor | None) -> _Tensor:
+    """Describe a (B, D, L) tensor."""
+    if x is None:
+        return _Tensor()
+    return _Tensor(x.data_ptr(), x.stride(0), 0, x.stride(2), x.stride(1), _DTYPES[x.dtype])
+
+
+def _grouped(x: Tensor) -> _Tensor:
+    """Describe a (B, G, N, L) tensor."""
+    return _Tensor(
+        x.data_ptr(), x.stride(0), x.stride(1), x.stride(3), x.stride(2), _DTYPES[x.dtype]
+    )
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """Return x as contiguous float32, which the caller keeps alive during the call."""
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def _data(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _like_tokens(x: Tensor) -> Tensor:
+    return empty_tokens(*x.shape, dtype=x.dtype, device=x.device)
+
+
+def _total(parts: Tensor | None) -> Tensor | None:
+    """Return the sum that the library left in the first part, zeros if there is none."""
+    if parts is None:
+        return None
+    return parts[0].clone() if len(parts) else parts.new_zeros(parts.shape[1:])

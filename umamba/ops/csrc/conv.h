@@ -1,0 +1,181 @@
+/* Causal depthwise convolution of at most MAX_TAPS taps with SiLU, channel-last, forward and backward.
+ *
+ * One work item is a sample, a segment of tokens and a range of channels; nothing is carried between
+ * segments: each reads the K-1 tokens before it (the backward also those after it) itself. */
+#include "vec.h"
+
+#define CONV_BLOCKS 16 /* channel blocks of an item */
+#define CONV_ROWS (CHUNK + 2 * (MAX_TAPS - 1))
+
+typedef struct {
+    const Conv *s;
+    float *scratch;
+    int64_t scratch_size, n_segments, n_ranges;
+} ConvJob;
+
+/* Tokens [from, from + n) in walk order, zeros outside the sequence, of `lanes` channels. */
+static Rows read_tokens(const Conv *s, const Tensor *x, int64_t b, int64_t channel, int64_t lanes,
+                        int64_t from, int64_t n, float *scratch) {
+    const int64_t step = s->reverse ? -x->token : x->token;
+    const int64_t origin = b * x->batch + channel * x->channel + (s->reverse ? (s->L - 1) * x->token : 0);
+    if (from >= 0 && from + n <= s->L)
+        return read_rows(x, origin + from * step, step, n, lanes, scratch);
+    const int64_t first = larger(from, 0), last = smaller(from + n, s->L);
+    memset(scratch, 0, (size_t)(n * LANES) * sizeof(float));
+    if (last > first)
+        copy_in(element(x, origin + first * step), x->dtype, step, x->channel, last - first, lanes, LANES,
+                scratch + (first - from) * LANES);
+    return (Rows){scratch, LANES};
+}
+
+/* weight[k] of tap k and, at [K], the bias */
+static void load_taps(const Conv *s, int64_t channel, int64_t lanes, float *taps) {
+    for (int64_t k = 0; k <= s->K; k++)
+        for (int64_t i = 0; i < LANES; i++) {
+            float value = 0.0f;
+            if (i < lanes && k < s->K) value = s->weight[(channel + i) * s->K + k];
+            if (i < lanes && k == s->K && s->bias) value = s->bias[channel + i];
+            taps[k * LANES + i] = value;
+        }
+}
+
+/* x holds K-1 rows before the first output */
+INLINE vf convolve(const int64_t K, const Rows x, int64_t t, const float *taps) {
+    vf sum = vload(taps + K * LANES);
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < K; k++)
+        sum = vfma(vload(x.rows + (t + k) * x.stride), vload(taps + k * LANES), sum);
+    return sum;
+}
+
+INLINE void conv_forward_block(const int64_t K, int64_t T, const Rows x, const Rows out,
+                               const float *taps) {
+    for (int64_t t = 0; t < T; t++) {
+        const vf sum = convolve(K, x, t, taps);
+        vstore(out.rows + t * out.stride, sum * sigmoid(sum));
+    }
+}
+
+typedef struct {
+    int64_t b, first_token, last_token, first_channel, last_channel, part;
+} ConvItem;
+
+static ConvItem conv_item(const ConvJob *job, int64_t item) {
+    const int64_t part = item / job->n_ranges, range = item % job->n_ranges;
+    const int64_t segment = part % job->n_segments, width = CONV_BLOCKS * LANES;
+    return (ConvItem){.b = part / job->n_segments,
+                      .first_token = segment * CONV_SEGMENT,
+                      .last_token = smaller((segment + 1) * CONV_SEGMENT, job->s->L),
+                      .first_channel = range * width,
+                      .last_channel = smaller((range + 1) * width, job->s->D),
+                      .part = part};
+}
+
+static void conv_forward_item(void *context, int64_t item, int64_t worker) {
+    const ConvJob *job = context;
+    const Conv *s = job->s;
+    const ConvItem m = conv_item(job, item);
+    float *staged_x = job->scratch + worker * job->scratch_size;
+    float *staged_out = staged_x + CONV_ROWS * LANES, *taps = staged_out + CONV_ROWS * LANES;
+    const int64_t step = s->reverse ? -s->out.token : s->out.token;
+    for (int64_t t = m.first_token; t < m.last_token; t += CHUNK) {
+        const int64_t T = smaller(CHUNK, m.last_token - t);
+        for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
+            const int64_t lanes = smaller(LANES, s->D - channel);
+            const int64_t at = m.b * s->out.batch + channel + t * step
+                               + (s->reverse ? (s->L - 1) * s->out.token : 0);
+            const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (s->K - 1), T + s->K - 1,
+                                       staged_x);
+            const Rows out = write_rows(&s->out, at, step, lanes, staged_out);
+            load_taps(s, channel, lanes, taps);
+            if (s->K == 4)
+                conv_forward_block(4, T, x, out, taps);
+            else
+                conv_forward_block(s->K, T, x, out, taps);
+            finish_rows(&s->out, out, at, step, T, lanes, staged_out);
+        }
+    }
+}
+
+/* pre: T + K - 1 gradients before the SiLU, from which dx, dweight and dbias follow. */
+INLINE void conv_backward_block(const int64_t K, int64_t T, const Rows x, const Rows dout, const Rows dx,
+                                const float *taps, float *pre, float *sums) {
+    vf dtaps[MAX_TAPS + 1];
+#pragma GCC unroll 9
+    for (int64_t k = 0; k <= K; k++) dtaps[k] = (vf){0};
+    for (int64_t t = 0; t < T + K - 1; t++) {
+        const vf sum = convolve(K, x, t, taps), sg = sigmoid(sum);
+        const vf g = vload(dout.rows + t * dout.stride) * sg * vfma(sum, 1.0f - sg, vset(1.0f));
+        vstore(pre + t * LANES, g);
+    }
+    for (int64_t t = 0; t < T; t++) {
+        const vf g = vload(pre + t * LANES);
+        vf sum = {0};
+        dtaps[K] += g;
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < K; k++) {
+            dtaps[k] = vfma(g, vload(x.rows + (t + k) * x.stride), dtaps[k]);
+            sum = vfma(vload(pre + (t + K - 1 - k) * LANES), vload(taps + k * LANES), sum);
+        }
+        vstore(dx.rows + t * dx.stride, sum);
+    }
+#pragma GCC unroll 9
+    for (int64_t k = 0; k <= K; k++) vstore(sums + k * LANES, dtaps[k]);
+}
+
+static void conv_backward_item(void *context, int64_t item, int64_t worker) {
+    const ConvJob *job = context;
+    const Conv *s = job->s;
+    const ConvItem m = conv_item(job, item);
+    float *staged_x = job->scratch + worker * job->scratch_size;
+    float *staged_dout = staged_x + CONV_ROWS * LANES, *pre = staged_dout + CONV_ROWS * LANES;
+    float *staged_dx = pre + CONV_ROWS * LANES, *taps = staged_dx + CONV_ROWS * LANES;
+    float *sums = taps + (MAX_TAPS + 1) * LANES;
+    const int64_t step = s->reverse ? -s->dx.token : s->dx.token, K = s->K;
+    float *dweight = s->dweight + m.part * s->D * K, *dbias = s->dbias + m.part * s->D;
+    for (int64_t t = m.first_token; t < m.last_token; t += CHUNK) {
+        const int64_t T = smaller(CHUNK, m.last_token - t);
+        for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
+            const int64_t lanes = smaller(LANES, s->D - channel);
+            const int64_t at = m.b * s->dx.batch + channel + t * step
+                               + (s->reverse ? (s->L - 1) * s->dx.token : 0);
+            const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (K - 1), T + 2 * (K - 1),
+                                       staged_x);
+            const Rows dout = read_tokens(s, &s->dout, m.b, channel, lanes, t, T + K - 1, staged_dout);
+            const Rows dx = write_rows(&s->dx, at, step, lanes, staged_dx);
+            load_taps(s, channel, lanes, taps);
+            if (K == 4)
+                conv_backward_block(4, T, x, dout, dx, taps, pre, sums);
+            else
+                conv_backward_block(K, T, x, dout, dx, taps, pre, sums);
+            finish_rows(&s->dx, dx, at, step, T, lanes, staged_dx);
+            for (int64_t i = 0; i < lanes; i++) {
+                for (int64_t k = 0; k < K; k++) {
+                    float *total = dweight + (channel + i) * K + k;
+                    *total = sums[k * LANES + i] + (t > m.first_token ? *total : 0.0f);
+                }
+                float *total = dbias + channel + i;
+                *total = sums[K * LANES + i] + (t > m.first_token ? *total : 0.0f);
+            }
+        }
+    }
+}
+
+static int run_conv(const Conv *s, void (*work)(void *, int64_t, int64_t)) {
+    ConvJob job = {.s = s,
+                   .n_segments = divide_up(s->L, CONV_SEGMENT),
+                   .n_ranges = divide_up(s->D, CONV_BLOCKS * LANES)};
+    const int64_t n_items = s->B * job.n_segments * job.n_ranges;
+    const int64_t threads = smaller(s->n_threads, n_items);
+    job.scratch_size = padded((4 * CONV_ROWS + 2 * (MAX_TAPS + 1)) * LANES);
+    job.scratch = allocate(threads * job.scratch_size);
+    if (!job.scratch) return STATUS_NO_MEMORY;
+    umamba_parallel(threads, n_items, work, &job);
+    sum_into_first(s->dweight, s->B * job.n_segments, s->D * s->K);
+    sum_into_first(s->dbias, s->B * job.n_segments, s->D);
+    free(job.scratch);
+    return STATUS_DONE;
+}
+
+static int conv_forward(const Conv *s) { return run_conv(s, conv_forward_item); }
+static int conv_backward(const Conv *s) { return run_conv(s, conv_backward_item); }

@@ -1,0 +1,191 @@
+/* Selective scan, forward: out and the saved states; one work item is a sample and a range of channels.
+ *
+ * Channels lie across the lanes, a group of states in registers, tokens in the inner loop; the channel
+ * blocks of an item are inside the chunk loop, so that the chunk's rows of B and C stay in cache.
+ * Letters: T tokens of a chunk, N states, block = LANES channels of one group. */
+#include "vec.h"
+
+/* Channel blocks never straddle a group; a group's last block may be partial. */
+typedef struct {
+    int64_t group, channel, lanes;
+} Block;
+
+typedef struct {
+    int64_t blocks_per_group, blocks_per_item, items_per_group, n_items, n_chunks;
+} Split;
+
+/* A function of the shape only, so that results do not depend on the number of threads. */
+static Split split_channels(int64_t B, int64_t D, int64_t L, int64_t G, int64_t least_blocks) {
+    Split s;
+    s.blocks_per_group = divide_up(D / G, LANES);
+    s.blocks_per_item = smaller(larger(divide_up(B * G * s.blocks_per_group, 32), least_blocks), 8);
+    s.items_per_group = divide_up(s.blocks_per_group, s.blocks_per_item);
+    s.n_items = B * G * s.items_per_group;
+    s.n_chunks = divide_up(L, CHUNK);
+    return s;
+}
+
+INLINE Block block_at(int64_t D, int64_t G, int64_t group, int64_t j) {
+    int64_t size = D / G;
+    return (Block){group, group * size + j * LANES, smaller(LANES, size - j * LANES)};
+}
+
+INLINE int64_t token_at(int64_t walked, int64_t L, int64_t reverse) {
+    return reverse ? L - 1 - walked : walked;
+}
+
+/* (N, LANES) <-> the states of one block in a (B, D, N) array */
+static void load_state(const float *x, int64_t N, int64_t lanes, float *out) {
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t k = 0; k < LANES; k++)
+            out[n * LANES + k] = x && k < lanes ? x[k * N + n] : 0.0f;
+}
+
+static void store_state(float *x, int64_t N, int64_t lanes, const float *in) {
+    for (int64_t k = 0; k < lanes; k++)
+        for (int64_t n = 0; n < N; n++) x[k * N + n] = in[n * LANES + k];
+}
+
+static void load_channels(const float *x, int64_t lanes, float otherwise, float *out) {
+    for (int64_t k = 0; k < LANES; k++) out[k] = x ? (k < lanes ? x[k] : 0.0f) : otherwise;
+}
+
+/* n_states states of a block over one chunk: y += sum_n C h. Bc, Cc: rows of N floats. */
+INLINE void forward_group(const int n_states, int64_t T, int64_t N, const float *d, const float *du,
+                          float *y, const float *Bc, const float *Cc, const float *A2, float *state) {
+    vf h[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < n_states; i++) h[i] = vload(state + i * LANES);
+    for (int64_t t = 0; t < T; t++) {
+        const vf dt = vload(d + t * LANES), dut = vload(du + t * LANES);
+        vf even = vload(y + t * LANES), odd = (vf){0};
+#pragma GCC unroll 16
+        for (int i = 0; i < n_states; i++) {
+            vf a = exp2_product(dt, vload(A2 + i * LANES));
+            h[i] = vfma(a, h[i], dut * Bc[t * N + i]);
+            if (i % 2)
+                odd = vfma(h[i], vset(Cc[t * N + i]), odd);
+            else
+                even = vfma(h[i], vset(Cc[t * N + i]), even);
+        }
+        vstore(y + t * LANES, even + odd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n_states; i++) vstore(state + i * LANES, h[i]);
+}
+
+/* As many states at once as the registers hold. */
+static void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y,
+                           const float *Bc, const float *Cc, const float *A2, float *state) {
+    int64_t n = 0;
+#define GROUP(k)                                                                               \
+    for (; n + k <= N; n += k)                                                                 \
+        forward_group(k, T, N, d, du, y, Bc + n, Cc + n, A2 + n * LANES, state + n * LANES);
+#if LANES == 16
+    GROUP(16)
+    GROUP(8)
+#endif
+    GROUP(4)
+    GROUP(2)
+    GROUP(1)
+#undef GROUP
+}
+
+typedef struct {
+    const ScanForward *s;
+    Split split;
+    float *scratch;
+    int64_t scratch_size;
+} ForwardJob;
+
+static void forward_item(void *context, int64_t item, int64_t worker) {
+    const ForwardJob *job = context;
+    const ScanForward *s = job->s;
+    const int64_t N = s->N, D = s->D, L = s->L;
+    const int64_t b = item / (s->G * job->split.items_per_group);
+    const int64_t group = item / job->split.items_per_group % s->G;
+    const int64_t first = item % job->split.items_per_group * job->split.blocks_per_item;
+    const int64_t n_blocks = smaller(job->split.blocks_per_item, job->split.blocks_per_group - first);
+    const int64_t sign = s->reverse ? -1 : 1;
+
+    float *p = job->scratch + worker * job->scratch_size;
+    float *Bc = p, *Cc = Bc + CHUNK * N;
+    float *d = Cc + CHUNK * N, *du = d + CHUNK * LANES, *y = du + CHUNK * LANES;
+    float *staged_u = y + CHUNK * LANES, *staged_delta = staged_u + CHUNK * LANES;
+    float *state = staged_delta + CHUNK * LANES, *A2 = state + n_blocks * N * LANES;
+
+    for (int64_t j = 0; j < n_blocks; j++) {
+        const Block k = block_at(D, s->G, group, first + j);
+        load_state(s->initial ? s->initial + (b * D + k.channel) * N : NULL, N, k.lanes,
+                   state + j * N * LANES);
+        load_state(s->A + k.channel * N, N, k.lanes, A2 + j * N * LANES);
+    }
+    for (int64_t i = 0; i < n_blocks * N * LANES; i++) A2[i] *= LOG2E;
+
+    for (int64_t c = 0; c < job->split.n_chunks; c++) {
+        const int64_t T = smaller(CHUNK, L - c * CHUNK);
+        const int64_t t0 = token_at(c * CHUNK, L, s->reverse);
+#define AT(x) (s->x.batch * b + s->x.group * group + s->x.token * t0)
+        copy_in(element(&s->Bm, AT(Bm)), s->Bm.dtype, sign * s->Bm.token, s->Bm.channel, T, N, N, Bc);
+        copy_in(element(&s->Cm, AT(Cm)), s->Cm.dtype, sign * s->Cm.token, s->Cm.channel, T, N, N, Cc);
+
+        for (int64_t j = 0; j < n_blocks; j++) {
+            const Block k = block_at(D, s->G, group, first + j);
+            const int64_t out_at = AT(out) + k.channel;
+            float *h = state + j * N * LANES;
+            float skip[LANES] __attribute__((aligned(64))), bias[LANES] __attribute__((aligned(64)));
+            load_channels(s->skip ? s->skip + k.channel : NULL, k.lanes, 0.0f, skip);
+            load_channels(s->bias ? s->bias + k.channel : NULL, k.lanes, 0.0f, bias);
+            if (s->states)
+                for (int64_t n = 0; n < N; n++)
+                    memcpy(s->states + ((b * job->split.n_chunks + c) * N + n) * D + k.channel,
+                           h + n * LANES, (size_t)k.lanes * sizeof(float));
+
+            const Rows u = read_rows(&s->u, AT(u) + k.channel * s->u.channel, sign * s->u.token, T,
+                                     k.lanes, staged_u);
+            const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
+                                         sign * s->delta.token, T, k.lanes, staged_delta);
+            const vf vskip = vload(skip), vbias = vload(bias);
+            for (int64_t t = 0; t < T; t++) {
+                const vf ut = vload(u.rows + t * u.stride);
+                vf dt = vload(delta.rows + t * delta.stride) + vbias, slope;
+                if (s->softplus) dt = softplus(dt, &slope);
+                vstore(d + t * LANES, dt);
+                vstore(du + t * LANES, dt * ut);
+                vstore(y + t * LANES, vskip * ut);
+            }
+            forward_states(T, N, d, du, y, Bc, Cc, A2 + j * N * LANES, h);
+
+            const Rows out = write_rows(&s->out, out_at, sign * s->out.token, k.lanes, y);
+            if (s->z.data) {
+                const Rows z = read_rows(&s->z, AT(z) + k.channel * s->z.channel, sign * s->z.token, T,
+                                         k.lanes, staged_u);
+                for (int64_t t = 0; t < T; t++) {
+                    const vf zt = vload(z.rows + t * z.stride);
+                    vstore(out.rows + t * out.stride, vload(y + t * LANES) * zt * sigmoid(zt));
+                }
+            } else if (out.rows != y) {
+                for (int64_t t = 0; t < T; t++)
+                    vstore(out.rows + t * out.stride, vload(y + t * LANES));
+            }
+            finish_rows(&s->out, out, out_at, sign * s->out.token, T, k.lanes, y);
+        }
+#undef AT
+    }
+    for (int64_t j = 0; j < n_blocks; j++) {
+        const Block k = block_at(D, s->G, group, first + j);
+        store_state(s->last + (b * D + k.channel) * N, N, k.lanes, state + j * N * LANES);
+    }
+}
+
+static int scan_forward(const ScanForward *s) {
+    ForwardJob job = {.s = s, .split = split_channels(s->B, s->D, s->L, s->G, 1)};
+    const int64_t threads = smaller(s->n_threads, job.split.n_items);
+    job.scratch_size = padded(2 * CHUNK * s->N + 5 * CHUNK * LANES
+                              + 2 * job.split.blocks_per_item * s->N * LANES);
+    job.scratch = allocate(threads * job.scratch_size);
+    if (!job.scratch) return STATUS_NO_MEMORY;
+    umamba_parallel(threads, job.split.n_items, forward_item, &job);
+    free(job.scratch);
+    return STATUS_DONE;
+}
