@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from umamba.ops.layout import CHUNK, empty_tokens
-from umamba.ops.reference import compute_dtype, start_state, states_shape, step_size
+from umamba.ops.reference import (
+    compute_dtype,
+    conv_backward,
+    conv_forward,
+    start_state,
+    states_shape,
+    step_size,
+)
+
+__all__ = ["backward", "conv_backward", "conv_forward", "forward", "supports", "why_unavailable"]
 
 WORKING_ELEMENTS = 2**24
 """Elements of recomputed states that the backward holds at once."""

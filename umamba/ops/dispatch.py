@@ -32,7 +32,7 @@ def get_backend(name: str) -> ModuleType:
     return importlib.import_module(f"umamba.ops.{name}")
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, d_state: int) -> ModuleType:
+def choose(device: torch.device, dtype: torch.dtype, d_state: int) -> ModuleType:
     """The backend for tensors of this kind.
 
     The one of `use_backend` or of the variable UMAMBA_SCAN if given (ValueError where it cannot

@@ -136,6 +136,41 @@ def backward(
     return du.to(u.dtype), dd.to(delta.dtype), da, dB, dC, dD, dz, dbias, dinitial
 
 
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """silu of the causal depthwise convolution of x (B, D, L); weight (D, K), bias (D,) or None.
+
+    The last tap multiplies the current token, the earlier ones those walked before it.
+    """
+    out = empty_tokens(*x.shape, dtype=x.dtype, device=x.device)
+    return out.copy_(F.silu(_convolve(x, weight, bias, reverse)))
+
+
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx, dweight, dbias of `conv_forward`."""
+    before = _convolve(x, weight, bias, reverse)
+    sigmoid = torch.sigmoid(before)
+    inner = dout.to(before.dtype) * sigmoid * (1 + before * (1 - sigmoid))
+    taps, length = weight.shape[1], x.shape[2]
+    dx, dweight = torch.zeros_like(before), torch.zeros_like(weight, dtype=before.dtype)
+    for tap in range(max(0, taps - length), taps):
+        lag = taps - 1 - tap
+        early, late = slice(0, length - lag), slice(lag, length)
+        source, target = (late, early) if reverse else (early, late)
+        dx[..., source] += inner[..., target] * weight[:, tap, None].to(before.dtype)
+        dweight[:, tap] = (inner[..., target] * x[..., source].to(before.dtype)).sum((0, 2))
+    return dx.to(x.dtype), dweight, None if bias is None else inner.sum((0, 2))
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    wide = compute_dtype(x, weight)
+    taps = weight.shape[1]
+    kernel = (weight.flip(-1) if reverse else weight).to(wide).unsqueeze(1)
+    padded = F.pad(x.to(wide), (0, taps - 1) if reverse else (taps - 1, 0))
+    return F.conv1d(padded, kernel, None if bias is None else bias.to(wide), groups=x.shape[1])
+
+
 def walk(length: int, reverse: bool) -> range:
     """The tokens in the order of the walk."""
     return range(length - 1, -1, -1) if reverse else range(length)
