@@ -1,11 +1,13 @@
 """Trains U-Mamba and its peers on one CPU machine for the same time and compares validation Dice.
 
-    python benchmarks/hippocampus.py DATASET --work FOLDER [--rows ROW ...] [--minutes M] [--json FILE]
+    python benchmarks/hippocampus.py DATASET --work FOLDER [--rows ROW ...] [--minutes M] [--json
+    FILE]
 
-DATASET is an nnU-Net raw folder (the figures in docs/results.md: 200 cases of MSD Task04 Hippocampus).
-Each row is one `umamba run --minutes M` in a process of its own, fold 0; CPU seconds are those of the
-process tree, peak memory that of its largest process.  The row `nnunet` trains stock nnU-Net's plans
-with the stock trainer class for `--cpu-seconds` at batch 2 (its schedule fitted to that time).
+DATASET is an nnU-Net raw folder (the figures in docs/results.md: 200 cases of MSD Task04
+Hippocampus). Each row is one `umamba run --minutes M` in a process of its own, fold 0; CPU
+seconds are those of the process tree, peak memory that of its largest process.  The row `nnunet`
+trains stock nnU-Net's plans with the stock trainer class for `--cpu-seconds` at batch 2 (its
+schedule fitted to that time).
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def run_stock(dataset: Path, work: Path, n_iterations: int) -> dict:
 
 
 def timed(command: list[str], variables: dict[str, str]) -> dict:
-    """Runs a command to its end; wall and CPU seconds of the tree, peak memory (GiB) of a process."""
+    """Runs a command; wall and CPU seconds of its tree, peak memory (GiB) of one process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     subprocess.run(command, check=True, env=os.environ | variables)

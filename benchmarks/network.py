@@ -2,9 +2,10 @@
 
     python benchmarks/network.py [--patch small large] [--threads 1 2] [--json FILE]
 
-Every row is measured in one process, the networks in turn (A B C A B C ...); the ratio is the median of
-the ratios within a turn.  CPU time is that of the process; with two threads wall time is given too.
-The share of the scan is the profiler's time in the two scan operators over the time of the step.
+Every row is measured in one process, the networks in turn (A B C A B C ...); the ratio is the
+median of the ratios within a turn.  CPU time is that of the process; with two threads wall time
+is given too. The share of the scan is the profiler's time in the two scan operators over the time
+of the step.
 """
 
 from __future__ import annotations

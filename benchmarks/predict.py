@@ -1,10 +1,11 @@
-"""CPU time and memory of `umamba predict` against stock nnU-Net, on one model folder and its images.
+"""CPU time and memory of `umamba predict` against stock nnU-Net, on one model folder and images.
 
     python benchmarks/predict.py -m MODEL_FOLDER -i IMAGES [--cases 20] [--folds 0] [--mirroring]
 
 Stock `nnUNetv2_predict_from_modelfolder`, `umamba predict --nnunet-exact` and `umamba predict` each
 run as one command on the same cases; user and system seconds are those of the whole process tree.
-Stock and exact labels must be equal voxel for voxel, else nothing is printed and the exit code is 1.
+Stock and exact labels must be equal voxel for voxel, else no table is printed and the exit code
+is 1.
 """
 
 from __future__ import annotations

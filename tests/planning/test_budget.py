@@ -84,7 +84,12 @@ def test_a_short_schedule_is_adamw_with_cosine_and_a_long_one_nnunets():
 
 
 def test_full_augmentation_comes_with_many_passes_over_the_cases():
-    assert budget.budget_recipe(20_000, 2, 20, 700.0)["augmentation"] == "nnunet"
+    many = budget.budget_recipe(20_000, 2, 20, 700.0)
+    few = budget.budget_recipe(1000, 2, 160, 700.0)
+    assert "augmentation" not in many
+    assert "mirroring" not in many
+    assert few["augmentation"] == "light"
+    assert few["mirroring"] is False
 
 
 def test_validation_time_counts_tiles_and_slices():

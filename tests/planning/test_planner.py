@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
+    ExperimentPlanner,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from umamba.networks import get_entry
 from umamba.networks.base import SegmentationNetwork
@@ -19,6 +23,7 @@ from umamba.planning.plans import (
     load_plans,
     network_builder,
     plans_file,
+    replan,
 )
 from umamba.planning.topology import network_divisor
 
@@ -87,8 +92,8 @@ def test_nnunet_builds_the_network_of_the_plans_and_it_takes_the_patch(fingerpri
 
 @pytest.mark.parametrize("network", ["umamba_bot", "umamba_enc"])
 def test_the_planned_step_runs_and_its_loss_is_finite(fingerprinted, network):
-    plans = plan(fingerprinted("tiny"), network)
-    step = check_plan(plans, "3d_fullres", device="cpu")
+    plans = plan(fingerprinted("tiny"), network, configurations=["3d_fullres"])
+    step = check_plan(replan(plans, "3d_fullres", batch_size=2), "3d_fullres", device="cpu")
     assert step.finite
     assert step.parameters == plans["configurations"]["3d_fullres"]["planning"]["parameters"]
 
@@ -142,7 +147,7 @@ def test_only_the_wanted_configurations_are_planned(fingerprinted):
     dataset = fingerprinted("isotropic_ct")
     assert list(plan(dataset, configurations=["2d"])["configurations"]) == ["2d"]
     parts = plan(dataset, configurations=["3d_fullres"])["configurations"]
-    assert list(parts) == ["3d_fullres"]
+    assert sorted(parts) == ["2d", "3d_fullres"], "what was planned before is kept"
 
 
 def test_3d_of_flat_images_is_refused_in_a_sentence(fingerprinted):
@@ -172,6 +177,17 @@ def test_network_arguments_enter_the_plans_and_a_hash_enters_the_name(fingerprin
     assert plans["plans_name"] == default_plans_name("umamba_bot", {"d_state": 4})
     assert plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["d_state"] == 4
     assert plans["plans_name"] != plan(dataset, network_args={"d_state": 8})["plans_name"]
+
+
+def test_stock_nnunet_finds_every_name_in_the_plans(fingerprinted):
+    manager = PlansManager(plan(fingerprinted("tiny")))
+    assert manager.experiment_planner_class is ExperimentPlanner
+    assert manager.image_reader_writer_class.__name__ == "SimpleITKIO"
+    for name in manager.available_configurations:
+        configuration = manager.get_configuration(name)
+        assert configuration.preprocessor_class.__name__ == "DefaultPreprocessor"
+        assert callable(configuration.resampling_fn_probabilities)
+        assert list(configuration.network_arch_init_kwargs_req_import) == []
 
 
 def test_a_control_is_the_same_plan_with_another_mixer(fingerprinted):

@@ -15,6 +15,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from skimage.io import imsave
 
 from umamba.planning import preprocess
 from umamba.planning.cases import default_workers, list_cases
@@ -209,6 +210,36 @@ def test_a_stock_folder_that_agrees_is_used_and_one_that_does_not_is_refused(
     (home / "nnUNetPlans.json").write_text(json.dumps(plans))
     with pytest.raises(ValueError, match="does not match these plans"):
         run(planned)
+
+
+def test_colour_pictures_with_regions_and_an_ignore_label_go_through(nnunet_folders):
+    dataset, raw = "Dataset704_Pictures", nnunet_folders / "raw" / "Dataset704_Pictures"
+    generator = np.random.default_rng(3)
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).mkdir(parents=True)
+    for index in range(4):
+        picture = generator.integers(0, 255, (37 + index, 51, 3), dtype=np.uint8)
+        label = (picture[..., 0] // 64).astype(np.uint8)  # 0 to 3, 3 is to be ignored
+        imsave(raw / "imagesTr" / f"p{index}_0000.png", picture, check_contrast=False)
+        imsave(raw / "labelsTr" / f"p{index}.png", label, check_contrast=False)
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
+        "regions_class_order": [1, 2],
+        "numTraining": 4,
+        "file_ending": ".png",
+    }
+    (raw / "dataset.json").write_text(json.dumps(content))
+    fingerprint = fingerprint_dataset(dataset, progress=False)
+    assert len(fingerprint["foreground_intensity_properties_per_channel"]) == 3
+    plans = plan_dataset(dataset, memory_gb=2)
+    assert list(plans["configurations"]) == ["2d"]
+    assert plans["configurations"]["2d"]["planning"]["num_classes"] == 2
+    folder = run(dataset, "2d")["2d"]
+    data, seg, _, properties = infer_dataset_class(str(folder))(str(folder)).load_case("p3")
+    assert data.shape == (3, 1, 40, 51)
+    assert set(np.unique(seg[...])) == {0, 1, 2, 3}
+    assert set(properties["class_locations"]) == {(1, 2), 2, (-1, 0, 1, 2)}
 
 
 @pytest.mark.slow

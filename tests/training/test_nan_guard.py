@@ -1,4 +1,4 @@
-"""Tests of the NaN guard: it names the culprit, rolls back, saves the batch and gives up in time."""
+"""Tests of the NaN guard: it names the culprit, rolls back, saves the batch, gives up in time."""
 
 import pytest
 import torch
@@ -65,5 +65,5 @@ def test_training_stops_after_too_many_events(tmp_path):
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     guard = NanGuard(network, optimizer, tmp_path, max_events=2)
     assert guard.check(batch(1.0), float("nan"))
-    with pytest.raises(RuntimeError, match="after 2 non-finite losses.*initial_lr"):
+    with pytest.raises(RuntimeError, match=r"after 2 non-finite losses.*initial_lr"):
         guard.check(batch(1.0), float("nan"))

@@ -1,6 +1,7 @@
 """Tests of the training recipe: defaults, refusals, schedules and optimizers."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def test_cosine_with_warmup_rises_then_falls_to_the_end():
     rates = [recipe.learning_rate(i / 100) for i in range(101)]
     assert rates[0] == 0
     assert rates[10] == pytest.approx(1.0)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
-    assert all(a > b for a, b in zip(rates[10:100], rates[11:101], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0.01)
 
 

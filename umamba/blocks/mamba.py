@@ -54,6 +54,7 @@ class Mamba(nn.Module):
         features, gate = self.in_proj(tokens).movedim(-1, 1).chunk(2, dim=1)  # (B, E, *spatial)
         parameters = [direction() for direction in self.directions]
         mixed = scan_directions(features, self.orders, parameters, gate=gate, merge=self.merge)
+        assert isinstance(mixed, Tensor)  # merge=None, a list, is not for mixers
         return self.out_proj(mixed.movedim(1, -1))
 
 

@@ -14,8 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="run the whole chain on a synthetic dataset, in minutes",
-        description="Makes a synthetic 3D dataset, then plans, trains, validates, predicts, evaluates "
-        "and reports on it.",
+        description="Makes a synthetic 3D dataset, then plans, trains, validates, predicts, "
+        "evaluates and reports on it.",
     )
     parser.add_argument("-o", "--output", default="umamba-demo", help="folder (umamba-demo)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"wall time ({MINUTES:g})")

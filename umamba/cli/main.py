@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to continue", file=sys.stderr)
         return 1
-    except Exception as error:  # noqa: BLE001  the last resort: name it, keep the traceback at hand
+    except Exception as error:  # the last resort: named, with the traceback at hand
         if debug:
             raise
         message = f"{type(error).__name__}: {error}"

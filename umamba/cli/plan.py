@@ -39,9 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--check", action="store_true", help="dry-run one training step per plan")
     parser.add_argument("-device", "--device", help="device of the dry run (cuda if there)")
-    parser.add_argument(
-        "--no-audit", action="store_true", help="do not look for faulty files"
-    )
+    parser.add_argument("--no-audit", action="store_true", help="do not look for faulty files")
     parser.add_argument("--no-preprocess", action="store_true", help="stop after the plans")
     parser.add_argument("-np", type=int, help="processes (1 for small data)")
     parser.add_argument("--workspace", help="folder for raw, preprocessed and results")

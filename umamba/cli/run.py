@@ -1,4 +1,4 @@
-"""`umamba run`: a dataset folder in, a planned, trained, validated and reported segmentation out."""
+"""`umamba run`: a dataset folder in, a trained, validated and reported segmentation out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "run",
         help="audit, plan, preprocess, train, validate and report a dataset folder",
-        description="The whole chain on one dataset: audit, plan, preprocess, train, validate, report. "
+        description="The whole chain: audit, plan, preprocess, train, validate, report. "
         "Killed or stopped, the same command goes on where it was.",
     )
     parser.add_argument(
@@ -228,8 +228,7 @@ def print_plan(plans: dict, configuration: str) -> None:
     network = part["architecture"]["network_class_name"].rsplit(".", 1)[-1]
     patch = "x".join(map(str, part["patch_size"]))
     features = "-".join(map(str, arguments["features_per_stage"]))
-    print(
-        f"{configuration}: {network}, features {features}, patch {patch}, batch {part['batch_size']}"
-    )
+    batch = part["batch_size"]
+    print(f"{configuration}: {network}, features {features}, patch {patch}, batch {batch}")
     for reason in part.get("planning", {}).get("reasons", []):
         print(f"  {reason}")

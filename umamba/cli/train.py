@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     print(workspace.describe())
     plans, dataset_json = load_plans(workspace.preprocessed / dataset.name, args.plans)
     check_configuration(plans, args.configuration)
+    check_first_stage(plans, args.configuration)
     set_threads(args.threads)
     folder = train(
         plans,
@@ -142,7 +143,7 @@ def validate_fold(trainer: UMambaTrainer, save_probabilities: bool) -> None:
     """Predicts the fold's validation cases and evaluates them, plain and mirrored."""
     import torch.distributed
 
-    from umamba.evaluation.summary import evaluate_folder
+    from umamba.evaluation.summary import evaluate_folder, labels_of_dataset
     from umamba.inference.validation import predict_preprocessed_cases
 
     _, cases = trainer.do_split()
@@ -167,23 +168,61 @@ def validate_fold(trainer: UMambaTrainer, save_probabilities: bool) -> None:
             mirror_axes=axes,
             save_probabilities=save_probabilities and not use_mirroring,
             previous_stage_folder=trainer.folder_with_segs_from_previous_stage,
+            next_stages=None if use_mirroring else next_stages(trainer),
         )
         if trainer.is_ddp:
             torch.distributed.barrier()
         if trainer.local_rank != 0:
             continue
-        labels = trainer.label_manager
+        labels, ignore_label = labels_of_dataset(trainer.dataset_json)
         summary = evaluate_folder(
             folder / name,
             Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations",
-            labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-            ignore_label=labels.ignore_label,
+            labels,
+            ignore_label=ignore_label,
             file_ending=trainer.dataset_json["file_ending"],
             cases=cases,
         )
         mean = summary["foreground_mean"]["Dice"]
         told = "with mirroring" if use_mirroring else "without mirroring"
-        print(f"validation {told}: mean Dice {mean:.4f} over {len(cases)} cases -> {folder / name}")
+        dice = "undefined (no case shows a label)" if mean is None else f"{mean:.4f}"
+        print(f"validation {told}: mean Dice {dice} over {len(cases)} cases -> {folder / name}")
+
+
+def next_stages(trainer: UMambaTrainer) -> dict[str, tuple[Path, Path]] | None:
+    """For the first stage of a cascade: where the next stage's data are and its input belongs."""
+    names = trainer.configuration_manager.next_stage_names
+    if not names:
+        return None
+    data, results = Path(trainer.preprocessed_dataset_folder_base), Path(trainer.output_folder_base)
+    found = {}
+    for name in names:
+        identifier = trainer.plans_manager.get_configuration(name).data_identifier
+        found[name] = (data / identifier, results / "predicted_next_stage" / name)
+    return found
+
+
+def check_first_stage(plans: dict, configuration: str) -> None:
+    """Raises ValueError where a cascade's second stage lacks the first stage's predictions."""
+    from umamba.planning.plans import get_configuration
+    from umamba.training.trainer import UMambaTrainer
+
+    part = get_configuration(plans, configuration)
+    first = part.get("previous_stage")
+    if not first:
+        return
+    dataset = plans["dataset_name"]
+    data = Path(os.environ["nnUNet_preprocessed"]) / dataset / part["data_identifier"]
+    folder = Path(os.environ["nnUNet_results"]) / dataset
+    folder = folder / f"{UMambaTrainer.__name__}__{plans['plans_name']}__{first}"
+    folder = folder / "predicted_next_stage" / configuration
+    cases = {file.stem for file in data.glob("*.pkl")}
+    missing = sorted(cases - {file.name.split(".")[0] for file in folder.glob("*")})
+    if missing:
+        raise ValueError(
+            f"{configuration} needs the {first} prediction of every case and {len(missing)} are "
+            f"missing in {folder} (first: {missing[0]}): train folds 0 to 4 of {first} first"
+        )
 
 
 # --- what run, train and demo share ------------------------------------------------------------
@@ -201,7 +240,7 @@ def parse_fold(text: str) -> int | str:
 
 
 def load_plans(folder: Path, name: str) -> tuple[dict, dict]:
-    """The named plans and dataset.json of a preprocessed dataset; UsageError names what is there."""
+    """The named plans and dataset.json of a preprocessed dataset; UsageError says what there is."""
     import json
 
     from umamba.cli.main import UsageError

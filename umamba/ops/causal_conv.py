@@ -50,7 +50,8 @@ def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool)
 
 @_conv_forward.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    return empty_tokens(*x.shape, x.dtype, x.device)
+    batch, channels, length = x.shape
+    return empty_tokens(batch, channels, length, x.dtype, x.device)
 
 
 @torch.library.custom_op(
@@ -74,7 +75,9 @@ def _(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dbias = weight.new_empty((0,) if bias is None else bias.shape)
-    return empty_tokens(*x.shape, x.dtype, x.device), weight.new_empty(weight.shape), dbias
+    batch, channels, length = x.shape
+    dx = empty_tokens(batch, channels, length, x.dtype, x.device)
+    return dx, weight.new_empty(weight.shape), dbias
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

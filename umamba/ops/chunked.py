@@ -1,40 +1,50 @@
-"""Backend in pure PyTorch that walks all chunks of a sequence at once; always there, any device.
+"""Backend of the selective scan in pure PyTorch: windows of tokens and segments of the sequence.
 
-B batch, D channels, L tokens, N states, G groups, P = D / G channels of a group, J chunks of CHUNK
-tokens.  Three steps: each chunk's end state from a zero start; a carry from chunk to chunk, whose decay
-is exp(A * sum of d); then each chunk from its true start.  The backward does the same in reverse and
-recomputes the states of a few chunks at a time, so its memory is bounded.
+B batch, S segments of the sequence, T tokens of a segment, w tokens of a window, G groups of
+channels that share B and C, E channels of a group, N states. It runs wherever torch does and is
+what serves where the C library was not built.
+
+All that does not depend on the state before is computed for a window of tokens at once; only the
+recursion h_t = a_t h_(t-1) + b_t itself goes token by token, so nothing over- or underflows as
+quotients of cumulative products do. Where a token holds too few numbers to keep the device busy the
+sequence is cut into segments that run side by side, after a first pass that finds the state that
+enters each. Samples and channels are taken in blocks, so memory stays bounded and in the cache.
 """
 
-from __future__ import annotations
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
-from umamba.ops.layout import CHUNK, empty_tokens
+from umamba.ops.chunked_layout import Cut, largest_power_of_two, window_elements
+from umamba.ops.layout import CHUNK
 from umamba.ops.reference import (
-    compute_dtype,
     conv_backward,
     conv_forward,
-    start_state,
-    states_shape,
-    step_size,
+    silu_slope,
+    step_sizes,
+    token_major,
 )
 
-__all__ = ["backward", "conv_backward", "conv_forward", "forward", "supports", "why_unavailable"]
-
-WORKING_ELEMENTS = 2**24
-"""Elements of recomputed states that the backward holds at once."""
+__all__ = [
+    "backward",
+    "conv_backward",
+    "conv_forward",
+    "forward",
+    "supports",
+    "why_unavailable",
+]
 
 
 def why_unavailable() -> str | None:
-    """None: it needs nothing but torch."""
+    """Return None: this backend always works."""
     return None
 
 
 def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | None:
-    """None: any device, dtype and number of states."""
+    """Return None: every device and floating type is taken; float64 is computed in float64."""
     return None
 
 
@@ -52,31 +62,40 @@ def forward(
     reverse: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`."""
-    wide = compute_dtype(u, delta, A, B, C)
-    groups = B.shape[1]
-    d = _cut(step_size(delta, delta_bias, delta_softplus, wide), reverse, groups)
-    x = _cut(u.to(wide), reverse, groups)
-    b, c = (_cut_groups(t.to(wide), reverse) for t in (B, C))
-    a = _rates(A.to(wide), groups)
-    starts, last = _starts(
-        d, x, b, a, _grouped_state(start_state(initial_state, u, A.shape[1], wide), groups)
-    )
-    y = torch.empty_like(x)
-    state = starts.clone()
-    for t in range(CHUNK):
-        state.mul_(_decay(d, a, t)).addcmul_(b[t].unsqueeze(-1), (d[t] * x[t]).unsqueeze(2))
-        y[t] = _contract(c[t], state)
-    result = _join(y, u.shape[2], reverse)
+    """Return out (B, D, L), last_state (B, D, N) and the states before each chunk.
+
+    u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D,); initial_state (B, D, N).
+    states is (B, ceil(L / CHUNK), N, D) in walk order, empty unless `save_states`.
+    """
+    cut = Cut.of(u, A, B, reverse)
+    d, _ = step_sizes(delta, delta_bias, delta_softplus)
+    steps = cut.tokens(d)  # (B, S, T, G, E)
+    inputs = steps * cut.tokens(u)
+    input_B, output_C, decay = cut.matrix(B), cut.matrix(C), cut.rates(A)
+    entering = cut.state(initial_state, u.device)  # (B, G, N, E)
+    y, last = torch.empty_like(steps), torch.empty_like(entering)
+    saved = None
+    if save_states:
+        shape = (cut.batch, cut.segments, cut.n_chunks, cut.n_states, cut.groups, cut.width)
+        saved = y.new_zeros(shape)
+    for b, e in cut.blocks(window_elements(u)):
+        walk = _Walk(steps[b, ..., e], inputs[b, ..., e], input_B[b], decay[..., e])
+        h = walk.enter_segments(entering[b, ..., e])
+        for t, w in walk.windows():
+            if saved is not None and t % CHUNK == 0:
+                saved[b, :, t // CHUNK, :, :, e] = h.transpose(2, 3)
+            hs, spare = walk.run(h, t, w)
+            h = hs[-1]
+            C_w = _window(output_C[b], t, w).unsqueeze(-1)
+            y[b, :, t : t + w, :, e] = torch.mul(hs, C_w, out=spare).sum(-2).movedim(0, 2)
+        last[b, ..., e] = h[:, -1]
+    out = cut.whole(y)
     if D is not None:
-        result = result + D.to(wide)[:, None] * u.to(wide)
+        out = torch.addcmul(out, u, D.to(cut.wide)[:, None])
     if z is not None:
-        result = result * F.silu(z.to(wide))
-    out = empty_tokens(*u.shape, dtype=u.dtype, device=u.device)
-    out.copy_(result)
-    states = starts.flatten(3).contiguous() if save_states else starts.new_empty(0)
-    assert tuple(states.shape) == states_shape(u, A, save_states)
-    return out, last.flatten(2).transpose(1, 2).contiguous(), states
+        out = out * functional.silu(z.to(cut.wide))
+    states = y.new_empty(0) if saved is None else cut.whole_saved(saved)
+    return token_major(out, u.dtype), cut.whole_state(last), states
 
 
 def backward(
@@ -95,163 +114,162 @@ def backward(
     states: Tensor,
     reverse: bool,
 ) -> tuple[Tensor | None, ...]:
-    """As `reference.backward`."""
-    wide = compute_dtype(u, delta, A, B, C)
-    groups, length = B.shape[1], u.shape[2]
-    batch, channels, n_states = u.shape[0], u.shape[1], A.shape[1]
-    upstream, gate = dout.to(wide), None
+    """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
+
+    du, ddelta, dz, dB and dC have the type of their inputs, the others that of the computation.
+    The states within a chunk are computed again from the one saved before it.
+    """
+    cut = Cut.of(u, A, B, reverse)
+    d, slope = step_sizes(delta, delta_bias, delta_softplus)
+    q = dout.to(cut.wide)
     if z is not None:
-        gate = torch.sigmoid(z.to(wide))
-        upstream = upstream * z.to(wide) * gate
-    d = _cut(step_size(delta, delta_bias, delta_softplus, wide), reverse, groups)
-    x = _cut(u.to(wide), reverse, groups)
-    q = _cut(upstream, reverse, groups)
-    b, c = (_cut_groups(t.to(wide), reverse) for t in (B, C))
-    a = _rates(A.to(wide), groups)
-    starts = states.to(wide).unflatten(3, (groups, -1))
-    ends = torch.zeros_like(starts[:, 0])
-    if dlast_state is not None:
-        ends = _grouped_state(dlast_state.to(wide), groups)
-    incoming, dinitial = _carry_back(d, q, c, a, ends)
-
-    y, r, s = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    db, dc = torch.empty_like(b), torch.empty_like(c)
-    da = torch.zeros_like(a)
-    for part in _parts(starts):
-        history = [starts[:, part]]
-        for t in range(CHUNK):
-            step = (d[t, :, part] * x[t, :, part]).unsqueeze(2) * b[t, :, part].unsqueeze(-1)
-            history.append(torch.addcmul(step, history[-1], _decay(d[:, :, part], a, t)))
-        carry = incoming[:, part].clone()
-        for t in reversed(range(CHUNK)):
-            here = history.pop()
-            y[t, :, part] = _contract(c[t, :, part], here)
-            g = carry.addcmul_(c[t, :, part].unsqueeze(-1), q[t, :, part].unsqueeze(2))
-            dc[t, :, part] = (here * q[t, :, part].unsqueeze(2)).sum(-1)
-            db[t, :, part] = (g * (d[t, :, part] * x[t, :, part]).unsqueeze(2)).sum(-1)
-            r[t, :, part] = _contract(b[t, :, part], g)
-            carry = g.mul_(_decay(d[:, :, part], a, t))
-            e = carry * history[-1]
-            s[t, :, part] = (e * a).sum(2)
-            da += (e * d[t, :, part].unsqueeze(2)).sum((0, 1))
-
-    r, s, y = (_join(t, length, reverse) for t in (r, s, y))
-    x, d = u.to(wide), _join(d, length, reverse)
-    du = d * r
-    dd = x * r + s
+        q = q * functional.silu(z.to(cut.wide))
+    steps, x, upstream = cut.tokens(d), cut.tokens(u), cut.tokens(q)
+    inputs = steps * x
+    input_B, output_C, decay = cut.matrix(B), cut.matrix(C), cut.rates(A)
+    saved = cut.saved(states)
+    leaving = cut.state(dlast_state, u.device)
+    r, s, y = torch.empty_like(steps), torch.empty_like(steps), torch.empty_like(steps)
+    dB, dC = torch.zeros_like(input_B), torch.zeros_like(output_C)
+    dA, first = torch.zeros_like(decay), torch.empty_like(leaving)
+    for b, e in cut.blocks(8 * window_elements(u) // CHUNK):
+        walk = _Walk(steps[b, ..., e], inputs[b, ..., e], input_B[b], decay[..., e])
+        q_b, A_b = upstream[b, ..., e], decay[..., e]
+        carry = walk.enter_backwards(leaving[b, ..., e], q_b, output_C[b])
+        for t, w in walk.windows(backwards=True):
+            h = saved[b, :, t // CHUNK, :, :, e].transpose(2, 3)
+            hs, a = walk.run(h, t, w)
+            q_w = _window(q_b, t, w)
+            C_w = _window(output_C[b], t, w)
+            if z is not None:
+                y[b, :, t : t + w, :, e] = _over_states(C_w, hs)
+            dC[b, :, t : t + w] += _over_channels(hs, q_w)
+            g = walk.pull(a, C_w, q_w, carry)
+            dB[b, :, t : t + w] += _over_channels(g, _window(walk.inputs, t, w))
+            r[b, :, t : t + w, :, e] = _over_states(_window(input_B[b], t, w), g)
+            a.mul_(g)
+            carry = a[0].clone()
+            a[0].mul_(h)
+            a[1:].mul_(hs[:-1])
+            s[b, :, t : t + w, :, e] = torch.mul(a, A_b, out=g).sum(-2).movedim(0, 2)
+            dA[..., e] += a.mul_(_window(walk.steps, t, w).unsqueeze(-2)).sum((0, 1, 2))
+        first[b, ..., e] = carry[:, 0]
+    wide_u, r, s = u.to(cut.wide), cut.whole(r), cut.whole(s)
+    du, ddelta = d * r, torch.addcmul(s, wide_u, r).mul_(slope)
     dD = dz = None
     if D is not None:
-        du = du + D.to(wide)[:, None] * upstream
-        dD = (upstream * x).sum((0, 2))
-        y = y + D.to(wide)[:, None] * x
+        skip = D.to(cut.wide)[:, None]
+        du, dD = torch.addcmul(du, q, skip), (q * wide_u).sum((0, 2))
     if z is not None:
-        assert gate is not None
-        dz = dout.to(wide) * y * gate * (1 + z.to(wide) * (1 - gate))
-    if delta_softplus:
-        dd = dd * -torch.expm1(-d)  # the derivative of softplus is 1 - exp(-softplus)
-    dA = da.reshape(n_states, channels).t()
-    dB, dC = (_join_groups(t, length, reverse).to(o.dtype) for t, o in ((db, B), (dc, C)))
+        before_gate = cut.whole(y) if D is None else torch.addcmul(cut.whole(y), wide_u, skip)
+        dz = before_gate * silu_slope(z.to(cut.wide)) * dout
     return (
-        du.to(u.dtype),
-        dd.to(delta.dtype),
-        dA.contiguous(),
-        dB,
-        dC,
+        token_major(du, u.dtype),
+        token_major(ddelta, delta.dtype),
+        cut.whole_state(dA),
+        cut.whole_matrix(dB).to(B.dtype),
+        cut.whole_matrix(dC).to(C.dtype),
         dD,
-        None if z is None or dz is None else dz.to(z.dtype),
-        None if delta_bias is None else dd.sum((0, 2)),
-        None
-        if initial_state is None
-        else dinitial.reshape(batch, n_states, channels).transpose(1, 2).contiguous(),
+        None if z is None or dz is None else token_major(dz, z.dtype),
+        None if delta_bias is None else ddelta.sum((0, 2)),
+        None if initial_state is None else cut.whole_state(first),
     )
 
 
-def _starts(d: Tensor, x: Tensor, b: Tensor, a: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk (B, J, N, G, P), and the one after the last token (B, N, G, P)."""
-    ends = torch.zeros_like(first).unsqueeze(1).repeat(1, d.shape[2], 1, 1, 1)
-    for t in range(CHUNK):
-        ends.mul_(_decay(d, a, t)).addcmul_(b[t].unsqueeze(-1), (d[t] * x[t]).unsqueeze(2))
-    total = torch.exp(d.sum(0).unsqueeze(2) * a)
-    starts = torch.empty_like(ends)
-    state = first
-    for j in range(d.shape[2]):
-        starts[:, j] = state
-        state = total[:, j] * state + ends[:, j]
-    return starts, state
+class _Walk:
+    """The recursion over one block of samples and channels, with its buffers."""
+
+    def __init__(self, steps: Tensor, inputs: Tensor, input_B: Tensor, decay: Tensor) -> None:
+        self.steps, self.inputs, self.input_B = steps, inputs, input_B
+        self.decay = decay  # (G, N, E)
+        self.shape = (*steps.shape[:2], *decay.shape)  # (B, S, G, N, E)
+        self.length = steps.shape[2]
+        self._buffers: dict[str, Tensor] = {}
+
+    def windows(self, backwards: bool = False) -> Iterator[tuple[int, int]]:
+        """Yield (first token, number of tokens) of the windows of a segment."""
+        size = CHUNK
+        if not backwards:
+            per_token = max(1, math.prod(self.shape))
+            size = largest_power_of_two(min(CHUNK, window_elements(self.steps) // per_token))
+        starts = range(0, self.length, size)
+        for t in reversed(starts) if backwards else starts:
+            yield t, min(size, self.length - t)
+
+    def run(self, h: Tensor, t: int, w: int) -> tuple[Tensor, Tensor]:
+        """Return the states after tokens t .. t+w-1 from the one before, h, and the decays."""
+        a = self._decays(t, w)
+        h = h.clone()  # it may lie in the buffer that is now filled again
+        hs = torch.mul(
+            _window(self.input_B, t, w).unsqueeze(-1),
+            _window(self.inputs, t, w).unsqueeze(-2),
+            out=self._buffer("h", w),
+        )  # (w, B, S, G, N, E)
+        for a_t, h_t in zip(a.unbind(), hs.unbind(), strict=True):
+            h = h_t.addcmul_(a_t, h)
+        return hs, a
+
+    def pull(self, a: Tensor, C_w: Tensor, q_w: Tensor, carry: Tensor) -> Tensor:
+        """Return the gradients of the states of a window; carry is what comes from behind it."""
+        g = torch.mul(C_w.unsqueeze(-1), q_w.unsqueeze(-2), out=self._buffer("g", len(a)))
+        g[-1].add_(carry)
+        decays, gradients = a.unbind(), g.unbind()
+        for i in reversed(range(len(a) - 1)):
+            gradients[i].addcmul_(decays[i + 1], gradients[i + 1])
+        return g
+
+    def enter_segments(self, first: Tensor) -> Tensor:
+        """Return the state that enters each segment (B, S, G, N, E), from that of the sequence."""
+        if self.shape[1] == 1:
+            return first.unsqueeze(1)
+        h = first.new_zeros(self.shape)
+        for t, w in self.windows():
+            h = self.run(h, t, w)[0][-1]
+        entering = [first]
+        pairs = list(zip(h.unbind(1), self._total_decay().unbind(1), strict=True))
+        for local, total in pairs[:-1]:
+            entering.append(torch.addcmul(local, total, entering[-1]))
+        return torch.stack(entering, 1)
+
+    def enter_backwards(self, last: Tensor, q: Tensor, output_C: Tensor) -> Tensor:
+        """Return the state's gradient that enters each segment from its end."""
+        if self.shape[1] == 1:
+            return last.unsqueeze(1)
+        carry = last.new_zeros(self.shape)
+        for t, w in self.windows(backwards=True):
+            a = self._decays(t, w)
+            carry = a[0] * self.pull(a, _window(output_C, t, w), _window(q, t, w), carry)[0]
+        entering = [last]
+        pairs = list(zip(carry.unbind(1), self._total_decay().unbind(1), strict=True))
+        for local, total in reversed(pairs[1:]):
+            entering.append(torch.addcmul(local, total, entering[-1]))
+        return torch.stack(entering[::-1], 1)
+
+    def _decays(self, t: int, w: int) -> Tensor:
+        d_w = _window(self.steps, t, w).unsqueeze(-2)
+        return torch.mul(d_w, self.decay, out=self._buffer("a", w)).exp_()
+
+    def _total_decay(self) -> Tensor:
+        """Return the decay over a whole segment, exp(A * sum of steps): (B, S, G, N, E)."""
+        return (self.steps.sum(2).unsqueeze(-2) * self.decay).exp_()
+
+    def _buffer(self, name: str, w: int) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < w:
+            buffer = self._buffers[name] = self.steps.new_empty(w, *self.shape)
+        return buffer[:w]
 
 
-def _carry_back(d: Tensor, q: Tensor, c: Tensor, a: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient that enters each chunk from behind (B, J, N, G, P), and that of the first state."""
-    local = torch.zeros_like(last).unsqueeze(1).repeat(1, d.shape[2], 1, 1, 1)
-    for t in reversed(range(CHUNK)):
-        local.addcmul_(c[t].unsqueeze(-1), q[t].unsqueeze(2)).mul_(_decay(d, a, t))
-    total = torch.exp(d.sum(0).unsqueeze(2) * a)
-    incoming = torch.empty_like(local)
-    carry = last
-    for j in reversed(range(d.shape[2])):
-        incoming[:, j] = carry
-        carry = total[:, j] * carry + local[:, j]
-    return incoming, carry
+def _window(x: Tensor, t: int, w: int) -> Tensor:
+    """Return tokens t .. t+w-1 of (B, S, T, ...) as (w, B, S, ...)."""
+    return x[:, :, t : t + w].movedim(2, 0)
 
 
-def _decay(d: Tensor, a: Tensor, t: int) -> Tensor:
-    return (d[t].unsqueeze(2) * a).exp_()
+def _over_states(weights: Tensor, states: Tensor) -> Tensor:
+    """Return sum_n of (w, B, S, G, N) times (w, B, S, G, N, E) as (B, S, w, G, E)."""
+    return torch.matmul(weights.unsqueeze(-2), states).squeeze(-2).movedim(0, 2)
 
 
-def _contract(weights: Tensor, state: Tensor) -> Tensor:
-    """Sum over the states: (B, J, N, G) and (B, J, N, G, P) -> (B, J, G, P)."""
-    if weights.shape[3] == 1:
-        return torch.matmul(weights.transpose(2, 3), state.squeeze(3))
-    return (weights.unsqueeze(-1) * state).sum(2)
-
-
-def _parts(starts: Tensor) -> list[slice]:
-    """Runs of chunks whose recomputed states fit the working memory."""
-    batch, n_chunks = starts.shape[:2]
-    per_chunk = CHUNK * batch * starts[0, 0].numel()
-    step = max(1, WORKING_ELEMENTS // max(1, per_chunk))
-    return [slice(j, min(j + step, n_chunks)) for j in range(0, n_chunks, step)]
-
-
-def _rates(A: Tensor, groups: int) -> Tensor:
-    """A (D, N) as (N, G, P)."""
-    return A.t().reshape(A.shape[1], groups, -1).contiguous()
-
-
-def _grouped_state(state: Tensor, groups: int) -> Tensor:
-    """A state (B, D, N) as (B, N, G, P)."""
-    return state.transpose(1, 2).unflatten(2, (groups, -1)).contiguous()
-
-
-def _cut(t: Tensor, reverse: bool, groups: int) -> Tensor:
-    """(B, D, L) as (CHUNK, B, J, G, P); what is beyond L is zero: no decay and no input."""
-    t = _pad(t, reverse)
-    return (
-        t.reshape(t.shape[0], groups, -1, t.shape[2] // CHUNK, CHUNK)
-        .permute(4, 0, 3, 1, 2)
-        .contiguous()
-    )
-
-
-def _cut_groups(t: Tensor, reverse: bool) -> Tensor:
-    """(B, G, N, L) as (CHUNK, B, J, N, G)."""
-    t = _pad(t, reverse)
-    return t.unflatten(3, (-1, CHUNK)).permute(4, 0, 3, 2, 1).contiguous()
-
-
-def _pad(t: Tensor, reverse: bool) -> Tensor:
-    if reverse:
-        t = t.flip(-1)
-    return F.pad(t, (0, -t.shape[-1] % CHUNK))
-
-
-def _join(t: Tensor, length: int, reverse: bool) -> Tensor:
-    """The inverse of `_cut`: (CHUNK, B, J, G, P) as (B, D, L)."""
-    joined = t.permute(1, 3, 4, 2, 0).flatten(3).flatten(1, 2)[..., :length]
-    return joined.flip(-1) if reverse else joined
-
-
-def _join_groups(t: Tensor, length: int, reverse: bool) -> Tensor:
-    """The inverse of `_cut_groups`: (CHUNK, B, J, N, G) as (B, G, N, L)."""
-    joined = t.permute(1, 4, 3, 2, 0).flatten(3)[..., :length]
-    return joined.flip(-1) if reverse else joined
+def _over_channels(states: Tensor, x: Tensor) -> Tensor:
+    """Return sum_e of (w, B, S, G, N, E) times (w, B, S, G, E) as (B, S, w, G, N)."""
+    return torch.matmul(states, x.unsqueeze(-1)).squeeze(-1).movedim(0, 2)

@@ -154,9 +154,7 @@ def _merge(results: list[Tensor], merge: str | None) -> Tensor | list[Tensor]:
     return total / len(results) if merge == "mean" else total
 
 
-def _group(
-    orders: list[TokenOrder], parameters: Sequence[DirectionParameters]
-) -> list[list[int]]:
+def _group(orders: list[TokenOrder], parameters: Sequence[DirectionParameters]) -> list[list[int]]:
     """Return the directions that one launch can take together."""
     groups: dict[object, list[int]] = {}
     for k, (order, p) in enumerate(zip(orders, parameters, strict=True)):

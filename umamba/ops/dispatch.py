@@ -1,95 +1,110 @@
-"""Chooses the backend of the scan: the first usable one, once per kind of tensor, and says which."""
+"""Chooses the scan backend: the first of BACKENDS that can serve, or the one asked for."""
 
-from __future__ import annotations
-
-import contextlib
 import functools
-import importlib
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 
-logger = logging.getLogger(__name__)
+from umamba.ops import chunked, cpu, mamba_ssm_scan, reference
 
-BACKENDS = ("mamba_ssm_scan", "cpu", "chunked", "reference")
+# The priority list. Each is a module with why_unavailable, supports, forward, backward,
+# conv_forward and conv_backward.
+BACKENDS: tuple[ModuleType, ...] = (mamba_ssm_scan, cpu, chunked, reference)
+
+VARIABLE = "UMAMBA_SCAN"
 SLOW = ("chunked", "reference")
 
-_forced: str | None = None
-
-
-def backend_names() -> tuple[str, ...]:
-    """The names of the backends, the preferred one first."""
-    return BACKENDS
-
-
-def get_backend(name: str) -> ModuleType:
-    """The backend module of a name; ValueError with the names for an unknown one."""
-    if name not in BACKENDS:
-        raise ValueError(f"no scan backend is called {name!r}; there are {', '.join(BACKENDS)}")
-    return importlib.import_module(f"umamba.ops.{name}")
+_log = logging.getLogger(__name__)
+_asked_for: list[str] = []  # by use_backend, the innermost last
 
 
 def choose(device: torch.device, dtype: torch.dtype, d_state: int) -> ModuleType:
-    """The backend for tensors of this kind.
+    """Return the backend for tensors of this device and type with this many states.
 
-    The one of `use_backend` or of the variable UMAMBA_SCAN if given (ValueError where it cannot
-    serve), else the first of BACKENDS that can.
+    A choice is logged when it is first made. A backend that was asked for by use_backend or by the
+    environment variable UMAMBA_SCAN is never replaced: ValueError if it cannot serve.
     """
-    name = _forced or _from_environment()
-    if name is None:
-        return _first_usable(device.type, dtype, d_state)
-    backend = get_backend(name)
-    reason = backend.why_unavailable() or backend.supports(device, dtype, d_state)
-    if reason:
-        raise ValueError(f"the scan backend {name} was asked for but cannot be used: {reason}")
-    return backend
+    wanted = _asked_for[-1] if _asked_for else _from_environment()
+    return _choose(wanted, device.type, dtype, d_state)
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype, d_state: int) -> str | None:
-    """None where the backend can serve tensors of this kind, else the reason."""
-    backend = get_backend(name)
-    return backend.why_unavailable() or backend.supports(device, dtype, d_state)
-
-
-@contextlib.contextmanager
+@contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every scan, forward and backward, uses this backend."""
-    global _forced
-    get_backend(name)
-    before, _forced = _forced, name
+    """Makes every scan inside the `with`, forward or backward, run on the named backend.
+
+    Raises ValueError for an unknown name or a backend that cannot be used on this machine.
+    """
+    name = _known(name, "use_backend")
+    reason = find_backend(name).why_unavailable()
+    if reason is not None:
+        raise ValueError(f"the scan backend {name} cannot be used: {reason}")
+    _asked_for.append(name)
     try:
         yield
     finally:
-        _forced = before
+        _asked_for.pop()
+
+
+def backend_name(backend: ModuleType) -> str:
+    """Return the name by which a backend is asked for: its file's, less "_scan"."""
+    return backend.__name__.rpartition(".")[2].removesuffix("_scan")
+
+
+def find_backend(name: str) -> ModuleType:
+    """Return the backend of this name; ValueError with all names for an unknown one."""
+    wanted = _known(name, "find_backend")
+    return next(backend for backend in BACKENDS if backend_name(backend) == wanted)
+
+
+def explain(device: torch.device, dtype: torch.dtype, d_state: int) -> dict[str, str | None]:
+    """Return for each backend None if it can take such tensors, else the reason why not."""
+    return {
+        backend_name(backend): backend.why_unavailable() or backend.supports(device, dtype, d_state)
+        for backend in BACKENDS
+    }
 
 
 @functools.cache
 def _from_environment() -> str | None:
-    name = os.environ.get("UMAMBA_SCAN") or None
-    if name is not None:
-        get_backend(name)
-    return name
+    name = os.environ.get(VARIABLE, "").strip()
+    return _known(name, f"the environment variable {VARIABLE}") if name else None
+
+
+def _known(name: str, source: str) -> str:
+    names = [backend_name(backend) for backend in BACKENDS]
+    normal = name.strip().lower().replace("-", "_").removesuffix("_scan")
+    if normal not in names:
+        raise ValueError(
+            f"{source} names the scan backend {name!r}; choose one of {', '.join(names)}"
+        )
+    return normal
 
 
 @functools.cache
-def _first_usable(device_type: str, dtype: torch.dtype, d_state: int) -> ModuleType:
-    reasons = []
-    for name in BACKENDS:
-        reason = why_not(name, torch.device(device_type), dtype, d_state)
-        if reason is None:
-            _say(name, device_type, dtype, reasons)
-            return get_backend(name)
-        reasons.append(f"{name}: {reason}")
-    raise AssertionError("the reference backend serves everything")
+def _choose(wanted: str | None, kind: str, dtype: torch.dtype, d_state: int) -> ModuleType:
+    reasons = explain(torch.device(kind), dtype, d_state)
+    if wanted is not None and reasons[wanted] is not None:
+        raise ValueError(
+            f"the scan backend {wanted} was asked for and cannot be used: {reasons[wanted]}"
+        )
+    chosen = wanted or next(name for name, reason in reasons.items() if reason is None)
+    _announce(chosen, kind, dtype, wanted is not None)
+    return find_backend(chosen)
 
 
-def _say(name: str, device_type: str, dtype: torch.dtype, reasons: list[str]) -> None:
-    text = f"scan on {device_type} in {str(dtype).removeprefix('torch.')}: backend {name}"
-    # float64 is for tests only, and there the slow path is the right one.
-    if name in SLOW and dtype != torch.float64:
-        logger.warning("%s, which is slow (%s)", text, "; ".join(reasons))
+@functools.cache
+def _announce(chosen: str, kind: str, dtype: torch.dtype, asked_for: bool) -> None:
+    """Logs a choice once; loudly if it is a slow backend that nobody asked for."""
+    what = f"selective scan on {kind} in {str(dtype).removeprefix('torch.')}: backend {chosen}"
+    if asked_for:
+        _log.info("%s, as asked for", what)
+    elif chosen not in SLOW or dtype == torch.float64:  # float64 is for checks, slow or not
+        _log.info("%s", what)
     else:
-        logger.info("%s", text)
+        reasons = explain(torch.device(kind), dtype, 16)
+        rest = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None)
+        _log.warning("%s, which is slow (%s)", what, rest)

@@ -1,25 +1,24 @@
-"""Backend that is the definition of the selective scan: a loop over tokens, readable and slow.
+"""The definition of the selective scan and of the causal convolution: loops over time, in PyTorch.
 
-B batch, D channels, L tokens, N states, G groups of channels that share B and C.  Float32 inside, or
-float64 where an input is float64.  Every other backend must agree with this one.
+B batch, D channels, L tokens, N states, G groups of channels that share B and C, K taps, t time.
+Slow and plain on purpose: every other backend is tested against these functions in float64. The
+symbols are those of Mamba (arXiv 2312.00752), with the gradients written out.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from umamba.ops.layout import CHUNK, empty_tokens
 
 
 def why_unavailable() -> str | None:
-    """None: it needs nothing but torch."""
+    """Return None: this backend always works."""
     return None
 
 
 def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | None:
-    """None: any device, dtype and number of states."""
+    """Return None: every device and floating type is taken; float64 is computed in float64."""
     return None
 
 
@@ -37,35 +36,34 @@ def forward(
     reverse: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan: out (B, D, L), last_state (B, D, N), states (B, ceil(L / CHUNK), N, D).
+    """Return out (B, D, L), last_state (B, D, N) and the states before each chunk.
 
-    u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D); initial_state (B, D, N).
-    With d = delta + delta_bias, through softplus if asked, and per channel and state
-        h_t = exp(d_t A) h_(t-1) + d_t u_t B_t,   out_t = (sum_n C_t h_t + D u_t) silu(z_t).
-    `reverse` walks from the last token to the first.  states holds h before each chunk of the walk,
-    if `save_states`; else it is empty.
+    u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D,); initial_state (B, D, N).
+    states is (B, ceil(L / CHUNK), N, D) in walk order, empty unless `save_states`.
     """
-    wide = compute_dtype(u, delta, A, B, C)
+    wide = wide_type(u.dtype)
     batch, channels, length = u.shape
-    x, d = u.to(wide), step_size(delta, delta_bias, delta_softplus, wide)
-    a_rate = A.to(wide)
-    b, c = (expand_groups(t, channels, wide) for t in (B, C))
-    state = start_state(initial_state, u, A.shape[1], wide)
+    d, _ = step_sizes(delta, delta_bias, delta_softplus)
+    x, decay = u.to(wide), A.to(wide)
+    B, C = (_per_channel(m, channels, wide) for m in (B, C))  # (B, D, N, L)
+    h = _initial(initial_state, u, A)
     out = empty_tokens(batch, channels, length, u.dtype, u.device)
-    saved = []
-    for position, t in enumerate(walk(length, reverse)):
-        if save_states and position % CHUNK == 0:
-            saved.append(state.transpose(1, 2))
-        decay = torch.exp(d[..., t, None] * a_rate)
-        state = decay * state + (d[..., t] * x[..., t])[..., None] * b[..., t]
-        y = (c[..., t] * state).sum(-1)
+    states = []
+    for step, t in enumerate(_walk(length, reverse)):
+        if step % CHUNK == 0:
+            states.append(h.transpose(1, 2))
+        d_t, u_t = d[:, :, t, None], x[:, :, t, None]  # (B, D, 1)
+        h = torch.exp(d_t * decay) * h + d_t * u_t * B[..., t]  # (B, D, N)
+        y = (C[..., t] * h).sum(-1)
         if D is not None:
-            y = y + D.to(wide) * x[..., t]
+            y = y + D.to(wide) * x[:, :, t]
         if z is not None:
-            y = y * F.silu(z[..., t].to(wide))
-        out[..., t] = y.to(u.dtype)
-    states = torch.stack(saved, 1) if saved else state.new_empty(states_shape(u, A, save_states))
-    return out, state.clone(), states
+            y = y * functional.silu(z[:, :, t].to(wide))
+        out[:, :, t] = y.to(u.dtype)
+    saved = h.new_empty((batch, len(states), A.shape[1], channels) if save_states else (0,))
+    if save_states and states:
+        torch.stack(states, 1, out=saved)
+    return out, h.clone(), saved
 
 
 def backward(
@@ -84,123 +82,150 @@ def backward(
     states: Tensor,
     reverse: bool,
 ) -> tuple[Tensor | None, ...]:
-    """du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state; None where there is no input.
+    """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
 
-    By the chain rule, token by token from the end of the walk, with q = dout silu(z) and
-        g_t = C_t q_t + exp(d_(t+1) A) g_(t+1)          the gradient of h_t
-        e_t = g_t exp(d_t A) h_(t-1)                    the gradient of d_t A
+    du, ddelta, dz, dB and dC have the type of their inputs, the others that of the computation.
     """
-    wide = compute_dtype(u, delta, A, B, C)
-    channels, groups, n_states = u.shape[1], B.shape[1], A.shape[1]
-    x, d = u.to(wide), step_size(delta, delta_bias, delta_softplus, wide)
-    a_rate = A.to(wide)
-    b, c = (expand_groups(t, channels, wide) for t in (B, C))
-    gate = torch.ones_like(x) if z is None else F.silu(z.to(wide))
-    q = dout.to(wide) * gate
-    order = list(walk(u.shape[2], reverse))
-    history = [start_state(initial_state, u, n_states, wide)]
-    for t in order:
-        decay = torch.exp(d[..., t, None] * a_rate)
-        history.append(decay * history[-1] + (d[..., t] * x[..., t])[..., None] * b[..., t])
-    y, r, s = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    db, dc = torch.empty_like(b), torch.empty_like(c)
-    da = torch.zeros_like(a_rate)
-    g = torch.zeros_like(history[0]) if dlast_state is None else dlast_state.to(wide)
-    for t in reversed(order):
-        here = history.pop()
-        g = g + c[..., t] * q[..., t, None]
-        y[..., t] = (c[..., t] * here).sum(-1)
-        r[..., t] = (g * b[..., t]).sum(-1)
-        dc[..., t] = q[..., t, None] * here
-        db[..., t] = g * (d[..., t] * x[..., t])[..., None]
-        g = g * torch.exp(d[..., t, None] * a_rate)
-        e = g * history[-1]
-        s[..., t] = (e * a_rate).sum(-1)
-        da += (e * d[..., t, None]).sum(0)
-    du, dd = d * r, x * r + s
-    dD = None
-    if D is not None:
-        du, y = du + D.to(wide)[:, None] * q, y + D.to(wide)[:, None] * x
-        dD = (q * x).sum((0, 2))
-    dz = None
+    wide = wide_type(u.dtype)
+    batch, channels, length = u.shape
+    n_states, n_groups = A.shape[1], B.shape[1]
+    d, slope = step_sizes(delta, delta_bias, delta_softplus)
+    x, decay = u.to(wide), A.to(wide)
+    wide_B, wide_C = (_per_channel(m, channels, wide) for m in (B, C))
+    q = dout.to(wide)
     if z is not None:
-        sigmoid = torch.sigmoid(z.to(wide))
-        dz = (dout.to(wide) * y * sigmoid * (1 + z.to(wide) * (1 - sigmoid))).to(z.dtype)
-    if delta_softplus:
-        dd = dd * -torch.expm1(-d)  # the derivative of softplus is 1 - exp(-softplus)
-    dB, dC = (
-        t.unflatten(1, (groups, -1)).sum(2).to(given.dtype) for t, given in ((db, B), (dc, C))
+        q = q * functional.silu(z.to(wide))
+
+    order = _walk(length, reverse)
+    h = [_initial(initial_state, u, A)]  # h[step] enters token order[step]
+    for t in order:
+        d_t, u_t = d[:, :, t, None], x[:, :, t, None]
+        h.append(torch.exp(d_t * decay) * h[-1] + d_t * u_t * wide_B[..., t])
+
+    du, dd, y = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
+    dA = torch.zeros_like(decay)
+    dB = torch.zeros(batch, n_groups, length, n_states, dtype=wide, device=u.device)
+    dC = torch.zeros_like(dB)
+    carry = torch.zeros_like(h[0]) if dlast_state is None else dlast_state.to(wide)
+    for step in reversed(range(length)):
+        t = order[step]
+        d_t, u_t, q_t = d[:, :, t, None], x[:, :, t, None], q[:, :, t, None]
+        g = wide_C[..., t] * q_t + carry  # (B, D, N)
+        a = torch.exp(d_t * decay)
+        e = g * a * h[step]
+        r = (g * wide_B[..., t]).sum(-1)  # (B, D)
+        y[:, :, t] = (wide_C[..., t] * h[step + 1]).sum(-1)
+        du[:, :, t] = d[:, :, t] * r
+        dd[:, :, t] = x[:, :, t] * r + (decay * e).sum(-1)
+        dA += (d_t * e).sum(0)
+        dB[:, :, t] = (g * d_t * u_t).unflatten(1, (n_groups, -1)).sum(2)
+        dC[:, :, t] = (q_t * h[step + 1]).unflatten(1, (n_groups, -1)).sum(2)
+        carry = a * g
+
+    dD = dz = None
+    if D is not None:
+        skip = D.to(wide)[:, None]
+        du, y, dD = du + skip * q, y + skip * x, (q * x).sum((0, 2))
+    if z is not None:
+        dz = token_major(dout.to(wide) * y * silu_slope(z.to(wide)), z.dtype)
+    ddelta = dd * slope
+    return (
+        token_major(du, u.dtype),
+        token_major(ddelta, delta.dtype),
+        dA,
+        dB.to(B.dtype).transpose(2, 3),
+        dC.to(C.dtype).transpose(2, 3),
+        dD,
+        dz,
+        None if delta_bias is None else ddelta.sum((0, 2)),
+        None if initial_state is None else carry.clone(),
     )
-    dbias = None if delta_bias is None else dd.sum((0, 2))
-    dinitial = None if initial_state is None else g.clone()
-    return du.to(u.dtype), dd.to(delta.dtype), da, dB, dC, dD, dz, dbias, dinitial
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """silu of the causal depthwise convolution of x (B, D, L); weight (D, K), bias (D,) or None.
+    """Return silu(causal depthwise convolution) of x (B, D, L); weight (D, K), bias (D,).
 
-    The last tap multiplies the current token, the earlier ones those walked before it.
+    Tap K-1 multiplies the current token, the earlier taps those walked before it; with `reverse`
+    the walk goes from the last token to the first.
     """
-    out = empty_tokens(*x.shape, dtype=x.dtype, device=x.device)
-    return out.copy_(F.silu(_convolve(x, weight, bias, reverse)))
+    tokens = x.transpose(1, 2).to(wide_type(x.dtype))  # (B, L, D)
+    value = functional.silu(_convolve(tokens, weight, bias, reverse))
+    return token_major(value.transpose(1, 2), x.dtype)
 
 
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx, dweight, dbias of `conv_forward`."""
-    before = _convolve(x, weight, bias, reverse)
-    sigmoid = torch.sigmoid(before)
-    inner = dout.to(before.dtype) * sigmoid * (1 + before * (1 - sigmoid))
+    """Return (dx, dweight, dbias): dx in the type of x, the others in that of the computation."""
+    wide = wide_type(x.dtype)
+    tokens = x.transpose(1, 2).to(wide)  # (B, L, D)
+    value = _convolve(tokens, weight, bias, reverse)
+    slope = silu_slope(value).mul_(dout.transpose(1, 2))
     taps, length = weight.shape[1], x.shape[2]
-    dx, dweight = torch.zeros_like(before), torch.zeros_like(weight, dtype=before.dtype)
-    for tap in range(max(0, taps - length), taps):
-        lag = taps - 1 - tap
-        early, late = slice(0, length - lag), slice(lag, length)
-        source, target = (late, early) if reverse else (early, late)
-        dx[..., source] += inner[..., target] * weight[:, tap, None].to(before.dtype)
-        dweight[:, tap] = (inner[..., target] * x[..., source].to(before.dtype)).sum((0, 2))
-    return dx.to(x.dtype), dweight, None if bias is None else inner.sum((0, 2))
+    dx, dweight = torch.zeros_like(tokens), []
+    for k in range(taps):
+        here, there = _shifted(taps - 1 - k, length, reverse)
+        dx[:, there] += slope[:, here] * weight[:, k].to(wide)
+        dweight.append((slope[:, here] * tokens[:, there]).sum((0, 1)))
+    dbias = None if bias is None else slope.sum((0, 1))
+    return token_major(dx.transpose(1, 2), x.dtype), torch.stack(dweight, 1), dbias
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    wide = compute_dtype(x, weight)
-    taps = weight.shape[1]
-    kernel = (weight.flip(-1) if reverse else weight).to(wide).unsqueeze(1)
-    padded = F.pad(x.to(wide), (0, taps - 1) if reverse else (taps - 1, 0))
-    return F.conv1d(padded, kernel, None if bias is None else bias.to(wide), groups=x.shape[1])
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the computation: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def walk(length: int, reverse: bool) -> range:
-    """The tokens in the order of the walk."""
+def step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
+    """Return the step sizes of delta (B, D, L) and their derivative by it."""
+    wide = wide_type(delta.dtype)
+    s = delta.to(wide) if bias is None else delta.to(wide) + bias.to(wide)[:, None]
+    if not softplus:
+        return s, torch.ones_like(s)
+    return s.clamp(min=0) + torch.log1p(torch.exp(-s.abs())), torch.sigmoid(s)
+
+
+def silu_slope(z: Tensor) -> Tensor:
+    """Return the derivative of silu at z."""
+    gate = torch.sigmoid(z)
+    return gate * (1 + z * (1 - gate))
+
+
+def token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x (B, D, L) in the type, with its memory laid out (B, L, D)."""
+    return x.transpose(1, 2).to(dtype).contiguous().transpose(1, 2)
+
+
+def _walk(length: int, reverse: bool) -> range:
+    """Return the tokens in the order in which the state meets them."""
     return range(length - 1, -1, -1) if reverse else range(length)
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any of the tensors is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def _per_channel(matrix: Tensor, channels: int, wide: torch.dtype) -> Tensor:
+    """Return (B, G, N, L) as (B, D, N, L): channel d takes group d // (D / G)."""
+    return matrix.to(wide).repeat_interleave(channels // matrix.shape[1], dim=1)
 
 
-def step_size(delta: Tensor, bias: Tensor | None, softplus: bool, wide: torch.dtype) -> Tensor:
-    """d (B, D, L): delta plus its bias, through softplus if asked."""
-    d = delta.to(wide)
+def _initial(state: Tensor | None, u: Tensor, A: Tensor) -> Tensor:
+    wide = wide_type(u.dtype)
+    if state is not None:
+        return state.to(wide)
+    return torch.zeros(u.shape[0], *A.shape, dtype=wide, device=u.device)
+
+
+def _convolve(tokens: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """Return the causal convolution of tokens (B, L, D) before the SiLU."""
+    taps, length = weight.shape[1], tokens.shape[1]
+    value = torch.zeros_like(tokens)
     if bias is not None:
-        d = d + bias.to(wide)[:, None]
-    return F.softplus(d) if softplus else d
+        value += bias.to(tokens.dtype)
+    for k in range(taps):
+        here, there = _shifted(taps - 1 - k, length, reverse)
+        value[:, here] += tokens[:, there] * weight[:, k].to(tokens.dtype)
+    return value
 
 
-def expand_groups(t: Tensor, channels: int, wide: torch.dtype) -> Tensor:
-    """B or C of shape (B, G, N, L) as (B, D, N, L)."""
-    return t.to(wide).repeat_interleave(channels // t.shape[1], 1)
-
-
-def start_state(initial: Tensor | None, u: Tensor, n_states: int, wide: torch.dtype) -> Tensor:
-    """The state (B, D, N) before the walk."""
-    if initial is not None:
-        return initial.to(wide)
-    return u.new_zeros(u.shape[0], u.shape[1], n_states, dtype=wide)
-
-
-def states_shape(u: Tensor, A: Tensor, save_states: bool) -> tuple[int, ...]:
-    """The shape of the saved states, for every backend."""
-    return (u.shape[0], -(-u.shape[2] // CHUNK), A.shape[1], u.shape[1]) if save_states else (0,)
+def _shifted(lag: int, length: int, reverse: bool) -> tuple[slice, slice]:
+    """Return the tokens that have one walked `lag` steps before them, and those earlier tokens."""
+    late, early = slice(min(lag, length), length), slice(0, max(length - lag, 0))
+    return (early, late) if reverse else (late, early)

@@ -27,8 +27,9 @@ def selective_scan(
     """Return out (B, D, L), and with `return_last_state` the last state (B, D, N) beside it.
 
     For each channel and state n (Mamba, arXiv 2312.00752; state-spaces/mamba, selective_scan_fn):
-    d_t = delta_t + delta_bias, through softplus if asked; h_t = exp(d_t A_n) h_(t-1) + d_t B_tn u_t;
-    out_t = (sum_n C_tn h_t + D u_t) * silu(z_t).
+        d_t = delta_t + delta_bias, through softplus if asked
+        h_t = exp(d_t A_n) h_(t-1) + d_t B_tn u_t
+        out_t = (sum_n C_tn h_t + D u_t) * silu(z_t)
 
     u, delta, z (B, D, L); A (D, N), real, negative to be stable; B, C (B, G, N, L) or (B, N, L),
     where channel d takes group d // (D / G); D, delta_bias (D,); initial_state (B, D, N) enters
@@ -224,7 +225,10 @@ def _(
     reverse: bool,
 ) -> tuple[Tensor, ...]:
     def tokens(x: Tensor | None) -> Tensor:
-        return A.new_empty(0) if x is None else empty_tokens(*x.shape, x.dtype, x.device)
+        if x is None:
+            return A.new_empty(0)
+        batch, channels, length = x.shape
+        return empty_tokens(batch, channels, length, x.dtype, x.device)
 
     def matrix(x: Tensor) -> Tensor:  # token-major
         batch, n_groups, n_states, length = x.shape

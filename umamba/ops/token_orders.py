@@ -5,7 +5,7 @@ B batch, C channels, L tokens.
     raster             as the memory of a (z, y, x) array: the last axis runs fastest
     transposed         the first axis runs fastest (column-major; all axes in opposite order)
     axes_120           the axes in the order named: here axis 1 slowest, axis 0 fastest
-    inter_slice_5      the raster sequence cut in 5 slices: token 0 of every slice, then token 1, ...
+    inter_slice_5      the raster sequence cut in 5 slices; token 0 of every slice, then 1, ...
     <any>_reversed     the same, read from its end
 """
 

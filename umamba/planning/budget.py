@@ -1,4 +1,4 @@
-"""Fits a plan to a given time: width, patch, batch, iterations and schedule from a measured step."""
+"""Fits a plan to a given time: width, patch, iterations and schedule from measured steps."""
 
 from __future__ import annotations
 
@@ -136,8 +136,11 @@ def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_second
             "weight_decay": 1e-2,
             "schedule": "cosine",
             "warmup": 0.05,
-            "augmentation": "nnunet" if passes > FULL_AUGMENTATION_PASSES else "light",
         }
+        if passes < FULL_AUGMENTATION_PASSES:
+            # Mirrored patches are another task to learn: they cost a short schedule more than the
+            # variety gives back.
+            recipe |= {"augmentation": "light", "mirroring": False}
     return recipe
 
 

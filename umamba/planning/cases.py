@@ -1,5 +1,6 @@
 """The cases of a raw dataset: files, what identifies them, and work on them one by one."""
 
+import copy
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,9 @@ def list_cases(raw_folder: Path, dataset_json: Mapping[str, Any]) -> Cases:
     if "dataset" in dataset_json:
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-        return get_filenames_of_train_images_and_targets(str(raw_folder), dict(dataset_json))
+        return get_filenames_of_train_images_and_targets(
+            str(raw_folder), copy.deepcopy(dict(dataset_json))
+        )
     ending = dataset_json["file_ending"]
     images: dict[str, list[str]] = {}
     for name in sorted(entry.name for entry in os.scandir(raw_folder / "imagesTr")):
@@ -86,7 +89,7 @@ def run_cases(
 ) -> dict[str, Any]:
     """Returns function(*job) per case; a case that fails raises ValueError with its name."""
     results: dict[str, Any] = {}
-    bar = tqdm(total=len(jobs), desc=title, unit="case", disable=not progress)
+    bar = tqdm(total=len(jobs), desc=title, unit="case", disable=None if progress else True)
     with bar:
         for name, result in _results(function, jobs, n_workers):
             results[name] = result

@@ -66,7 +66,7 @@ def fit_to_time(
     train_seconds = seconds - spent - OVERHEAD_SECONDS - share
     if train_seconds < seconds / 4:
         raise ValueError(
-            f"of the time that is left ({seconds:.0f} s) only {max(train_seconds, 0):.0f} s would go "
+            f"of the {seconds:.0f} s that are left only {max(train_seconds, 0):.0f} s would go "
             f"into training, the rest into reading, measuring, validating {n_validation} cases and "
             "reporting: give more --minutes"
         )

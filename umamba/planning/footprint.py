@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 logger = logging.getLogger(__name__)
@@ -26,26 +28,25 @@ WORKING_COPIES = 3
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one sample in float32, and of the parameters; `training_bytes` adds them up."""
+    """Bytes of one sample, and of the parameters; `training_bytes` adds them up."""
 
     saved_bytes: int
     largest_bytes: int
     logit_bytes: int
     input_bytes: int
     parameter_bytes: int
+    half_precision: bool = False
 
-    def training_bytes(self, batch_size: int, half_precision: bool = False) -> int:
+    def training_bytes(self, batch_size: int) -> int:
         """Returns the bytes that a step with an optimizer of one or two moments holds at its peak.
 
-        Args:
-            half_precision: activations in 16 bits under autocast. The mixers stay in float32 and
-                autocast keeps 16-bit copies of the parameters, so 0.6 instead of 0.5 is charged.
+        Parameters count four times (values, gradients, two moments) and under autocast once more
+        in 16 bits; logits in float32, as the loss takes them.
         """
         per_sample = self.saved_bytes + WORKING_COPIES * self.largest_bytes
-        if half_precision:
-            per_sample = int(0.6 * per_sample)
         per_sample += LOSS_COPIES * self.logit_bytes + 2 * self.input_bytes
-        return batch_size * per_sample + 4 * self.parameter_bytes
+        copies = 4.5 if self.half_precision else 4
+        return batch_size * per_sample + int(copies * self.parameter_bytes)
 
 
 def conv_features(network: nn.Module, input_channels: int, patch_size: Sequence[int]) -> int:
@@ -65,18 +66,30 @@ def conv_features(network: nn.Module, input_channels: int, patch_size: Sequence[
 
 
 def count_footprint(
-    build: NetworkBuilder, input_channels: int, patch_size: Sequence[int]
+    build: NetworkBuilder,
+    input_channels: int,
+    patch_size: Sequence[int],
+    half_precision: bool = False,
 ) -> Footprint:
     """Returns what one sample of a training step keeps, by a forward pass on the meta device.
 
     Args:
         build: makes the network in training mode; called under the meta device.
         patch_size: voxels per axis.
+        half_precision: as under autocast, where convolutions work in 16 bits and mixers, which
+            leave autocast, in float32. The meta device has no autocast, so it is acted out.
     """
     with torch.device("meta"):
         network = build()
         image = torch.empty(1, input_channels, *patch_size)
-    parameters = {_key(p): p.untyped_storage().nbytes() for p in network.parameters()}
+    parameter_bytes = sum(p.numel() * 4 for p in network.parameters())
+    if half_precision:
+        for module in network.modules():
+            if isinstance(module, _ConvNd):
+                module.half().register_forward_pre_hook(_to_half)
+            elif isinstance(module, _NormBase):
+                module.half()
+    parameters = {_key(p) for p in network.parameters()}
     kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +108,8 @@ def count_footprint(
         largest_bytes=max(sizes, default=0),
         logit_bytes=sum(output.numel() * 4 for output in logits),
         input_bytes=image.numel() * 4,
-        parameter_bytes=sum(parameters.values()),
+        parameter_bytes=parameter_bytes,
+        half_precision=half_precision,
     )
 
 
@@ -107,8 +121,8 @@ def training_bytes(
     half_precision: bool = False,
 ) -> int:
     """Returns the bytes of one training step, from activations to the optimizer's moments."""
-    footprint = count_footprint(build, input_channels, patch_size)
-    return footprint.training_bytes(batch_size, half_precision)
+    footprint = count_footprint(build, input_channels, patch_size, half_precision)
+    return footprint.training_bytes(batch_size)
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,10 @@ class _ConvolutionCounter(TorchDispatchMode):
         if func is torch.ops.aten.convolution.default:
             self.n_elements += output.numel()
         return output
+
+
+def _to_half(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.half() for tensor in inputs)
 
 
 def _key(tensor: torch.Tensor) -> int:

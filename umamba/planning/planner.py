@@ -36,6 +36,8 @@ SHARED_ARGUMENTS = (
 PLANNED_ARGUMENTS = ("patch_size", "deep_supervision")
 MIN_MEMORY_GB = 0.5
 MIN_TARGET_GB = 0.05
+USABLE_MEMORY = 0.9
+"""Share that is planned with; the rest is for workspaces and fragmentation."""
 
 
 def plan_dataset(
@@ -168,7 +170,7 @@ class UMambaPlanner(ExperimentPlanner):
         stock = super().get_plans_for_configuration(*arguments)
         if len(spacing) not in self.entry.spatial_dims:
             return stock
-        budget = int(self.memory_gb * GIB)
+        budget = int(USABLE_MEMORY * self.memory_gb * GIB)
         plan = copy.deepcopy(stock)
         try:
             while True:
@@ -176,7 +178,7 @@ class UMambaPlanner(ExperimentPlanner):
                 batch_size = self._largest_batch(footprint, budget, plan["batch_size"])
                 if batch_size >= self.UNet_min_batch_size:
                     break
-                need = footprint.training_bytes(self.UNet_min_batch_size, self.half_precision)
+                need = footprint.training_bytes(self.UNet_min_batch_size)
                 self.UNet_vram_target_GB *= min(max(budget / need, 0.5), 0.9)
                 if self.UNet_vram_target_GB < MIN_TARGET_GB:
                     batch_size = self.UNet_min_batch_size
@@ -211,8 +213,10 @@ class UMambaPlanner(ExperimentPlanner):
             "memory_gb": self.memory_gb,
         }
         self._plan_cascade(plain["configurations"])
+        # nnU-Net's own name, so that stock nnU-Net can look the planner up.
+        plain["experiment_planner_used"] = ExperimentPlanner.__name__
         for name, configuration in self._existing_plans().get("configurations", {}).items():
-            if name not in CONFIGURATIONS:
+            if name not in CONFIGURATIONS or (self.wanted and name not in self.wanted):
                 plain["configurations"].setdefault(name, configuration)
         plans_files.save_plans(plain, self.plans_path)
         self.plans = plain
@@ -235,7 +239,7 @@ class UMambaPlanner(ExperimentPlanner):
         if key not in cache:
             channels = self._input_channels()
             build = plans_files.network_builder(plan, channels, self.num_classes)
-            cache[key] = count_footprint(build, channels, patch)
+            cache[key] = count_footprint(build, channels, patch, self.half_precision)
         return cache[key]
 
     def _network_arguments(self, stock: Mapping[str, Any], dims: int) -> dict[str, Any]:
@@ -254,8 +258,8 @@ class UMambaPlanner(ExperimentPlanner):
 
     def _largest_batch(self, footprint: Footprint, budget: int, at_most: int) -> int:
         """Returns the largest batch up to `at_most` whose step fits, 0 if none does."""
-        fixed = footprint.training_bytes(0, self.half_precision)
-        per_sample = footprint.training_bytes(1, self.half_precision) - fixed
+        fixed = footprint.training_bytes(0)
+        per_sample = footprint.training_bytes(1) - fixed
         return max(min(at_most, (budget - fixed) // per_sample), 0)
 
     def _explain(
@@ -264,7 +268,7 @@ class UMambaPlanner(ExperimentPlanner):
         name, patch, batch = self.entry.name, plan["patch_size"], plan["batch_size"]
         stock_patch, stock_batch = [int(n) for n in stock["patch_size"]], int(stock["batch_size"])
         divisor = network_divisor(plan["architecture"]["arch_kwargs"]["strides"])
-        need = footprint.training_bytes(batch, self.half_precision)
+        need = footprint.training_bytes(batch)
         reasons = [
             f"nnU-Net's search gave patch {_by(stock_patch)} and batch {stock_batch} at "
             f"{self.memory_gb:g} GB.",

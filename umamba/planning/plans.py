@@ -297,8 +297,8 @@ def _note(before: Mapping[str, Any], after: dict[str, Any], reason: str) -> None
     planning.setdefault("reasons", []).append(f"{'; '.join(changes) or 'recipe'}: {reason}")
     if "input_channels" in planning:
         build = network_builder(after, planning["input_channels"], planning["num_classes"])
-        footprint = count_footprint(build, planning["input_channels"], after["patch_size"])
-        planning["training_bytes"] = footprint.training_bytes(
-            after["batch_size"], planning["half_precision"]
+        footprint = count_footprint(
+            build, planning["input_channels"], after["patch_size"], planning["half_precision"]
         )
+        planning["training_bytes"] = footprint.training_bytes(after["batch_size"])
         planning["parameters"] = footprint.parameter_bytes // 4

@@ -1,4 +1,4 @@
-"""The NaN guard: names the first module that computes a non-finite value, and rolls training back."""
+"""The NaN guard: names the module that first computes a non-finite value, and rolls back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 class NanGuard:
-    """Keeps a recent finite state of network and optimizer, and returns to it when a loss is not finite.
+    """Keeps a recent finite state of network and optimizer, and returns to it on a bad loss.
 
-    `check(batch, loss)` is called after each training step; True means that the step was undone.  The
-    batch, the random state and the culprit's name go to `folder/non_finite_<n>.pt`.  After `max_events`
-    such events training stops with a RuntimeError.
+    `check(batch, loss)` is called after each training step; True means that the step was undone.
+    The batch, the random state and the culprit's name go to `folder/non_finite_<n>.pt`.  After
+    `max_events` such events training stops with a RuntimeError.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class NanGuard:
         culprit = first_non_finite(self.network, batch["data"])
         path = self._save(batch, culprit)
         message = (
-            f"the loss became {float(loss)}: {culprit}. The weights went back to the last finite state; "
-            f"the batch is in {path}."
+            f"the loss became {float(loss)}: {culprit}. The weights went back to the last finite "
+            f"state; the batch is in {path}."
         )
         logger.warning(message)
         if self.n_events >= self.max_events:

@@ -1,4 +1,4 @@
-"""The training recipe: how a network is trained, as plain data in the plans, apart from the network."""
+"""The training recipe: how a network is trained, as plain data in the plans."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class Recipe:
     """Everything of a training but the network; the defaults are stock nnU-Net's.
 
-    `train_seconds` makes the schedule follow the wall clock instead of the epochs: the learning rate
-    reaches its end, and the training ends, when that many seconds have passed, however many iterations
-    the machine got through.  `precision` concerns CUDA only ("auto": bf16 where the GPU has it, else
-    fp16); on a CPU training is float32.  `warmup` is the share of the schedule in which the learning
-    rate rises linearly from zero.  `mirroring` decides about mirrored training patches and, with them,
-    whether prediction may mirror.
+    `train_seconds` makes the schedule follow the wall clock instead of the epochs: the learning
+    rate reaches its end, and the training ends, when that many seconds have passed, however many
+    iterations the machine got through.  `precision` concerns CUDA only ("auto": bf16 where the
+    GPU has it, else fp16); on a CPU training is float32.  `warmup` is the share of the schedule
+    in which the learning rate rises linearly from zero.  `mirroring` decides about mirrored
+    training patches and, with them, whether prediction may mirror.
     """
 
     optimizer: str = "sgd"
@@ -127,7 +127,7 @@ class RateSchedule:
         self.recipe = recipe
 
     def step(self, epoch: int) -> None:
-        """The per-epoch call of nnU-Net's trainer; of no effect where the rate follows iterations."""
+        """nnU-Net's call per epoch; of no effect where the rate follows iterations."""
         if not self.recipe.follows_iterations:
             self.set_progress(epoch / self.recipe.num_epochs)
 

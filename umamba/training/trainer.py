@@ -1,4 +1,4 @@
-"""`UMambaTrainer`: nnU-Net's trainer, driven by the recipe in the plans and, if asked, by the clock."""
+"""`UMambaTrainer`: nnU-Net's trainer, driven by the recipe in the plans and the clock."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ from umamba.training.recipe import RateSchedule, Recipe
 
 INTENSITY = ("Gaussian", "Multiplicative", "Contrast", "SimulateLow", "Gamma")
 SAVE_EVERY_SECONDS = 120.0
+PLOT_EVERY_SECONDS = 60.0  # drawing takes a second, which short epochs would feel
 
 
 class UMambaTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with recipe, NaN guard, time budget and validation by a callable that is handed in.
+    """nnU-Net's trainer with recipe, NaN guard, time budget and a validator that is handed in.
 
-    The recipe is read from `plans["configurations"][configuration]["recipe"]`; without one, training is
-    stock nnU-Net's.  `validator(trainer, save_probabilities)` replaces nnU-Net's final validation.
+    The recipe is read from `plans["configurations"][configuration]["recipe"]`; without one,
+    training is stock nnU-Net's.  `validator(trainer, save_probabilities)` replaces nnU-Net's
+    final validation.
     """
 
     verbose = False
@@ -58,10 +60,13 @@ class UMambaTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
         self.enable_deep_supervision = recipe.enable_deep_supervision
         self.iteration = 0
-        self.trained_seconds = 0.0
+        self.clock = time.monotonic
         self._seconds_before = 0.0
         self._started: float | None = None
-        self._saved_at = time.monotonic()
+        self._saved_at = self.clock()
+        self._plotted_at = -PLOT_EVERY_SECONDS
+        self._plot = self.logger.plot_progress_png
+        self.logger.plot_progress_png = self._plot_now_and_then
         self._guard: NanGuard | None = None
         self._bar: tqdm | None = None
 
@@ -118,11 +123,11 @@ class UMambaTrainer(nnUNetTrainer):
             np.random.seed(self.recipe.seed)
         super().on_train_start()
         self._guard = NanGuard(self.network, self.optimizer, Path(self.output_folder))
-        self._started = time.monotonic()
-        self._saved_at = self._started
+        self._keep_progress_before(self.current_epoch)
+        self._started = self._saved_at = self.clock()
 
     def plot_network_architecture(self) -> None:
-        """Nothing: nnU-Net's plot needs a package that no longer works, and says so in every log."""
+        """Nothing: nnU-Net's plot needs a package that no longer works, and logs that each time."""
 
     @property
     def progress(self) -> float:
@@ -132,7 +137,7 @@ class UMambaTrainer(nnUNetTrainer):
         return min(1.0, self.iteration / (self.num_epochs * self.recipe.num_iterations_per_epoch))
 
     def _elapsed(self) -> float:
-        running = time.monotonic() - self._started if self._started is not None else 0.0
+        running = self.clock() - self._started if self._started is not None else 0.0
         return self._seconds_before + running
 
     def on_train_epoch_start(self) -> None:
@@ -177,15 +182,21 @@ class UMambaTrainer(nnUNetTrainer):
 
     def on_epoch_end(self) -> None:
         """Checkpoints at least every two minutes, writes `progress.jsonl`, prints one line."""
-        due = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
+        due = self.clock() - self._saved_at > SAVE_EVERY_SECONDS
         epoch = self.current_epoch
         every, self.save_every = self.save_every, 1 if due else self.save_every
         super().on_epoch_end()
         self.save_every = every
         if due:
-            self._saved_at = time.monotonic()
+            self._saved_at = self.clock()
         if self.local_rank == 0:
             self._report_epoch(epoch)
+
+    def _plot_now_and_then(self, folder: str) -> None:
+        last = self.current_epoch == self.num_epochs - 1
+        if last or self.clock() - self._plotted_at > PLOT_EVERY_SECONDS:
+            self._plot(folder)
+            self._plotted_at = self.clock()
 
     def _report_epoch(self, epoch: int) -> None:
         def last(key: str) -> Any:
@@ -204,7 +215,7 @@ class UMambaTrainer(nnUNetTrainer):
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "iterations": self.iteration,
         }
-        with open(os.path.join(self.output_folder, "progress.jsonl"), "a") as file:
+        with open(self._progress_file, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.recipe.train_seconds is not None:
             left = max(0.0, self.recipe.train_seconds - elapsed)
@@ -217,6 +228,31 @@ class UMambaTrainer(nnUNetTrainer):
             f"loss {record['train_loss']:+.3f}  pseudo Dice {shown}  lr {record['lr']:.2e}",
             flush=True,
         )
+
+    @property
+    def _progress_file(self) -> Path:
+        return Path(self.output_folder) / "progress.jsonl"
+
+    def _keep_progress_before(self, epoch: int) -> None:
+        """Drops the lines of epochs that will be trained (again)."""
+        if self.local_rank == 0 and self._progress_file.is_file():
+            lines = self._progress_file.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
+            self._progress_file.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_train_end(self) -> None:
+        """The final checkpoint, and `training.json` with what the training cost."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            cost = {
+                "iterations": self.iteration,
+                "epochs": self.current_epoch,
+                "trained_seconds": round(self._elapsed(), 1),
+                "parameters": sum(p.numel() for p in self.network.parameters()),
+                "device": str(self.device),
+                **process_cost(),
+            }
+            write_json(cost, Path(self.output_folder) / "training.json")
 
     def print_to_log_file(
         self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True
@@ -238,7 +274,7 @@ class UMambaTrainer(nnUNetTrainer):
     # --- checkpoints -------------------------------------------------------------------------
 
     def save_checkpoint(self, filename: str) -> None:
-        """Writes nnU-Net's checkpoint whole or not at all, readable by stock nnU-Net's prediction."""
+        """Writes nnU-Net's checkpoint whole or not at all, for stock prediction to read."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         buffer = io.BytesIO()
@@ -261,6 +297,27 @@ class UMambaTrainer(nnUNetTrainer):
             own.get("iteration", self.current_epoch * self.num_iterations_per_epoch)
         )
         self._seconds_before = float(own.get("trained_seconds", 0.0))
+
+
+def process_cost() -> dict[str, float]:
+    """CPU seconds of this process and its ended children, and its peak memory (GiB)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"cpu_seconds": round(time.process_time(), 1)}
+    own, children = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return {"cpu_seconds": round(seconds, 1), "peak_gib": round(own.ru_maxrss / unit, 2)}
+
+
+def write_json(content: dict, file: Path) -> None:
+    """Writes JSON to a temporary name and renames it."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, file)
 
 
 def thin_out(transforms: BasicTransform, level: str) -> None:

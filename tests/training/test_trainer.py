@@ -1,0 +1,176 @@
+"""Tests of the trainer on five tiny cases: learning, clock, checkpoints, NaN, transforms."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from umamba.networks.checkpoint import read_checkpoint
+from umamba.training.run import TrainingRun, fold_folder, train_fold
+from umamba.training.trainer import UMambaTrainer, format_seconds, thin_out
+
+pytestmark = [
+    pytest.mark.slow,
+    # nnU-Net's logger takes the mean of Dice values of classes that a batch did not show.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def with_recipe(plans, **values):
+    plans = copy.deepcopy(plans)
+    plans["configurations"]["3d_fullres"]["recipe"].update(values)
+    return plans
+
+
+def trainer_of(plans, content, **values):
+    plans = with_recipe(plans, **values)
+    plans["continue_training"] = False
+    return UMambaTrainer(plans, "3d_fullres", 0, content, torch.device("cpu"))
+
+
+def no_validation(trainer, save_probabilities):
+    """Stands in for the validation, which has tests of its own."""
+
+
+def run_of(plans, content, **options):
+    return TrainingRun(plans, "3d_fullres", 0, content, validator=no_validation, **options)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+
+
+def test_a_short_training_learns_and_leaves_an_ordinary_model_folder(blobs, capsys):
+    plans, content = blobs
+    longer = with_recipe(plans, num_epochs=3, num_iterations_per_epoch=8)
+    folder = train_fold(run_of(longer, content))
+    found = records(folder)
+    assert [r["epoch"] for r in found] == [0, 1, 2]
+    assert found[-1]["train_loss"] < found[0]["train_loss"] - 0.1
+    assert {p.name for p in folder.iterdir()} >= {"checkpoint_final.pth", "progress.png"}
+    assert {p.name for p in folder.parent.iterdir()} >= {"plans.json", "dataset.json"}
+    checkpoint = read_checkpoint(folder / "checkpoint_final.pth")
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+    assert not list(folder.glob("*.tmp"))
+    cost = json.loads((folder / "training.json").read_text())
+    assert cost["iterations"] == 24
+    assert cost["cpu_seconds"] > 0
+    assert "pseudo Dice" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("slow_down", [1.0, 3.0], ids=["steady machine", "machine slows down"])
+def test_the_schedule_completes_in_the_given_time(blobs, monkeypatch, slow_down):
+    plans, content = blobs
+    clocked = with_recipe(
+        plans, train_seconds=100.0, num_epochs=10, num_iterations_per_epoch=5, schedule="cosine"
+    )
+    trainer = trainer_of(clocked, content)
+    now = [0.0]
+
+    def step(self, batch):
+        now[0] += 1.0 if now[0] < 50 else slow_down
+        return {"loss": np.float32(0.5)}
+
+    trainer.clock = lambda: now[0]
+    monkeypatch.setattr(nnUNetTrainer, "train_step", step)
+    trainer.run_training()
+    assert 95 <= now[0] <= 105
+    assert trainer.iteration == pytest.approx(50 + 50 / slow_down, abs=3)
+    assert trainer.optimizer.param_groups[0]["lr"] < 0.02 * trainer.recipe.initial_lr
+
+
+def test_a_resumed_training_goes_on_with_weights_epoch_and_clock(blobs):
+    plans, content = blobs
+    first = train_fold(run_of(plans, content))
+    before = read_checkpoint(first / "checkpoint_final.pth")
+    (first / "checkpoint_final.pth").rename(first / "checkpoint_latest.pth")
+    longer = with_recipe(plans, num_epochs=3)
+    second = train_fold(run_of(longer, content, continue_training=True))
+    after = read_checkpoint(second / "checkpoint_final.pth")
+    assert (before["current_epoch"], after["current_epoch"]) == (2, 3)
+    assert after["umamba"]["iteration"] == 9
+    assert after["umamba"]["trained_seconds"] > before["umamba"]["trained_seconds"]
+    assert [r["epoch"] for r in records(second)] == [0, 1, 2]
+
+
+def test_a_checkpoint_of_an_attacker_is_refused_before_it_runs(blobs, tmp_path):
+    plans, content = blobs
+
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    file = tmp_path / "evil.pth"
+    torch.save({"network_weights": Attack()}, file)
+    with pytest.raises(ValueError, match="not read"):
+        trainer_of(plans, content).load_checkpoint(str(file))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_non_finite_loss_is_named_and_undone_in_the_middle_of_training(blobs):
+    plans, content = blobs
+    trainer = trainer_of(plans, content)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(batch)
+    poisoned = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    poisoned["data"][0, 0, 0, 0, 0] = float("nan")
+    trainer.train_step(poisoned)
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.network.parameters())
+    assert (Path(trainer.output_folder) / "non_finite_1.pt").is_file()
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+
+
+def test_the_stock_trainer_class_builds_and_steps_our_plans(blobs):
+    plans, content = blobs
+    stock = copy.deepcopy(plans)
+    stock["continue_training"] = False
+    trainer = nnUNetTrainer(stock, "3d_fullres", 0, content, torch.device("cpu"))
+    trainer.on_train_start()
+    assert type(trainer.network).__name__ == "UMambaBot"
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+
+
+def test_light_augmentation_drops_noise_and_narrows_the_spatial_limits(blobs):
+    plans, content = blobs
+    trainer = trainer_of(plans, content)
+    arguments = ([16, 24, 16], (-0.5, 0.5), None, (0, 1, 2), False)
+    full = nnUNetTrainer.get_training_transforms(*arguments)
+    light = trainer.get_training_transforms(*arguments)
+    none = nnUNetTrainer.get_training_transforms(*arguments)
+    thin_out(none, "none")
+    assert len(none.transforms) < len(light.transforms) < len(full.transforms)
+    assert any(isinstance(t, MirrorTransform) for t in light.transforms)
+    assert not any(isinstance(t, MirrorTransform) for t in none.transforms)
+    batch = {"image": torch.randn(1, 20, 30, 20), "segmentation": torch.ones(1, 20, 30, 20)}
+    once = none(**{k: v.clone() for k, v in batch.items()})["image"]
+    again = none(**{k: v.clone() for k, v in batch.items()})["image"]
+    assert torch.equal(once, again)
+
+
+def test_without_mirroring_prediction_may_not_mirror_either(blobs):
+    plans, content = blobs
+    trainer = trainer_of(plans, content, mirroring=False)
+    trainer.initialize()
+    axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3]
+    assert axes is None
+    assert trainer.inference_allowed_mirroring_axes is None
+
+
+def test_the_results_folder_is_known_before_training(blobs):
+    plans, content = blobs
+    trainer = trainer_of(plans, content)
+    assert Path(trainer.output_folder) == fold_folder(run_of(plans, content))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "0:05"), (125, "2:05"), (3725, "1:02:05"), (3 * 86400, "3.0 d")]
+)
+def test_time_left_reads_naturally(seconds, text):
+    assert format_seconds(seconds) == text
