@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# As umamba.cli.main sets it, before torch is imported: tests run in parallel processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from umamba.inference.import_checkpoint import import_checkpoint, modern_plans
+from umamba.inference.predictor import UMambaPredictor
 from umamba.networks import create_network, get_entry
 
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 1]]
@@ -48,6 +49,10 @@ def test_an_imported_checkpoint_predicts_as_its_network_does_in_stock_nnunet(
     images = torch.randn(1, 1, *PATCH)
     with torch.no_grad():
         assert torch.equal(predictor.network.eval()(images), network.eval()(images))
+
+    own = UMambaPredictor(device=torch.device("cpu"))
+    own.initialize_from_trained_model_folder(str(folder), use_folds=None)
+    assert own.list_of_parameters[0].keys() == network.state_dict().keys()
 
 
 def test_a_further_fold_of_the_same_plans_joins_the_folder(tmp_path: Path) -> None:
@@ -129,7 +134,7 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> No
 
     whole = files["checkpoint"].read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    refuses(r"cut\.pth is no readable checkpoint", checkpoint=tmp_path / "cut.pth")
+    refuses(r"cut\.pth cannot be read, it seems truncated", checkpoint=tmp_path / "cut.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     refuses(r"text\.pth", checkpoint=tmp_path / "text.pth")
     torch.save({"network_weights": network}, tmp_path / "code.pth")

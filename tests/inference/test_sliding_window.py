@@ -13,6 +13,7 @@ from umamba.inference.sliding_window import (
     accumulate_windows,
     importance_map,
     predict_mirrored,
+    tiles_per_batch,
 )
 
 CPU = torch.device("cpu")
@@ -152,3 +153,12 @@ def test_progress_adds_up_to_one(conv):
     )  # fmt: skip
     assert len(shares) > 1
     assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "device", "expected"),
+    [((56, 40), "cpu", 8), ((40, 56, 40), "cpu", 1), ((40, 56, 40), "cuda", 9)],
+    ids=["small plane on a CPU", "volume on a CPU", "GPU"],
+)
+def test_small_tiles_share_a_pass_on_a_cpu_and_any_on_a_gpu(patch_size, device, expected):
+    assert tiles_per_batch(patch_size, 9, torch.device(device)) == expected

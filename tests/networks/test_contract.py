@@ -167,6 +167,20 @@ def test_float64_stays_float64(name: str, dims: int) -> None:
     torch.testing.assert_close(single.double(), exact, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", list_networks(controls=False))
+def test_a_network_is_one_graph_for_the_compiler(name: str) -> None:
+    dims = max(get_entry(name).spatial_dims)
+    network = build(name, dims, deep_supervision=True)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    images = torch.randn(1, CHANNELS, *SHAPES[dims])
+    outputs = compiled(images)
+    for output, expected in zip(outputs, network(images), strict=True):
+        torch.testing.assert_close(output, expected)
+    sum(output.sum() for output in outputs).backward()
+
+
 @pytest.mark.parametrize("name", list_networks(controls=False))
 def test_each_network_names_its_origin(name: str) -> None:
     entry = get_entry(name)

@@ -158,9 +158,7 @@ def test_gradients_equal_finite_differences(name: str, reverse: bool):
 
     def scan(*values: Tensor) -> tuple[Tensor, Tensor]:
         named = dict(zip(tensors, values, strict=True))
-        return selective_scan(
-            **named, delta_softplus=True, reverse=reverse, return_last_state=True
-        )
+        return selective_scan(**named, delta_softplus=True, reverse=reverse, return_last_state=True)
 
     with use_backend(name):
         assert torch.autograd.gradcheck(scan, tuple(tensors.values()))

@@ -125,7 +125,8 @@ def test_counting_allocates_no_activations():
 
 
 def test_the_counted_memory_of_a_step_is_near_its_measured_peak():
-    step = measure_step(plain_unet([[1, 1], [2, 2]], [24, 32]), 1, (136, 160), 10)
+    step = measure_step(plain_unet([[1, 1], [2, 2], [2, 2]], [32, 64, 64]), 1, (136, 160), 8)
     assert step.finite
     assert step.seconds > 0
-    assert 0.6 < step.peak_bytes / step.counted_bytes < 1.6
+    # The convolution library's own code and buffers come on top, whatever the size of the network.
+    assert 0.7 * step.counted_bytes < step.peak_bytes < 1.4 * step.counted_bytes + 300e6

@@ -179,6 +179,25 @@ def test_network_arguments_enter_the_plans_and_a_hash_enters_the_name(fingerprin
     assert plans["plans_name"] != plan(dataset, network_args={"d_state": 8})["plans_name"]
 
 
+def test_numbers_per_stage_of_the_user_are_fitted_to_the_stages(fingerprinted):
+    few = {"features_per_stage": [8, 12]}
+    parts = plan(fingerprinted("tiny"), network_args=few)["configurations"]
+    for part in parts.values():
+        arguments = part["architecture"]["arch_kwargs"]
+        expected = [8, 12, 24, 48, 96][: len(arguments["strides"])]
+        assert arguments["features_per_stage"] == expected
+
+
+def test_strides_of_the_user_serve_only_the_wanted_configuration(fingerprinted):
+    flat = {"strides": [[1, 1], [2, 2], [2, 2]]}
+    dataset = fingerprinted("tiny")
+    parts = plan(dataset, network_args=flat, configurations=["2d"])["configurations"]
+    assert list(parts) == ["2d"]
+    assert parts["2d"]["architecture"]["arch_kwargs"]["strides"] == flat["strides"]
+    with pytest.raises(ValueError, match="2 axes cannot serve"):
+        plan(dataset, network_args=flat, plans_name="all")
+
+
 def test_stock_nnunet_finds_every_name_in_the_plans(fingerprinted):
     manager = PlansManager(plan(fingerprinted("tiny")))
     assert manager.experiment_planner_class is ExperimentPlanner

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     _check_usage(args)
     network_args = parse_network_args(args.network_arg)
     from umamba.networks import get_entry
-    from umamba.planning.planner import check_configurations, check_network_args
+    from umamba.planning.network_block import check_configurations, check_network_args
 
     try:
         entry = get_entry(args.network)

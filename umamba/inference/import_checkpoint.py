@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from umamba.inference.model_folder import _numpy_scalar_types, read_json
+from umamba.inference.model_folder import read_json
 from umamba.networks import NetworkEntry, create_network, get_entry, recognize_network
+from umamba.networks.checkpoint import read_checkpoint
 from umamba.networks.state_dict import LoadReport, unwrap
 
 CHECKPOINT_NAME = "checkpoint_final.pth"
@@ -58,7 +57,7 @@ def import_checkpoint(
     Raises ValueError or FileNotFoundError with one sentence for anything that does not fit.
     """
     entry = get_entry(network)
-    content = read_weights_file(checkpoint)
+    content = read_checkpoint(checkpoint)
     weights = unwrap(content)
     check_kind(entry, weights, checkpoint)
     new_plans = modern_plans(read_json(plans), entry, plans)
@@ -91,25 +90,6 @@ def import_checkpoint(
     }
     write_model_folder(output_folder, new_plans, dataset, result, fold)
     return report
-
-
-def read_weights_file(file: Path) -> dict[str, Any]:
-    """The content of a checkpoint, tensors, numbers and names only: no code in it can run."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {file}")
-    try:
-        with torch.serialization.safe_globals(_numpy_scalar_types()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is damaged or holds objects other than tensors and numbers, and is not read; "
-            "save its state dict alone and import that"
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is no readable checkpoint; copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no state dict; import the file that training wrote")
-    return content
 
 
 def check_kind(entry: NetworkEntry, weights: Mapping[str, Tensor], file: Path) -> None:

@@ -27,7 +27,7 @@ from umamba.inference.model_folder import (
 )
 from umamba.inference.pipeline import CaseFailure, run_pipeline
 from umamba.inference.preprocessing import CasePreprocessor, PreparedCase
-from umamba.inference.sliding_window import accumulate_windows
+from umamba.inference.sliding_window import accumulate_windows, tiles_per_batch
 
 
 class UMambaPredictor(nnUNetPredictor):
@@ -147,19 +147,18 @@ class UMambaPredictor(nnUNetPredictor):
             return super()._internal_predict_sliding_window_return_logits(
                 data, slicers, do_on_device
             )
-        on_gpu = self.device.type == "cuda"
+        configuration = self.configuration_manager
+        patch_size = configuration.patch_size
         return accumulate_windows(
             self.network,
             data.to(self.device) if do_on_device else data.cpu(),
             slicers,
-            patch_size=self.configuration_manager.patch_size,
+            patch_size=patch_size,
             n_outputs=self.label_manager.num_segmentation_heads,
             device=self.device,
             use_gaussian=self.use_gaussian,
             mirror_axes=self.allowed_mirroring_axes if self.use_mirroring else None,
-            # the batch of the training fits, so it fits here without gradients; on a CPU batches
-            # gain little and cost memory
-            max_batch=max(1, self.configuration_manager.batch_size) if on_gpu else 1,
+            max_batch=tiles_per_batch(patch_size, configuration.batch_size, self.device),
             progress=None if self.on_windows_done is None else self._report_progress,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -65,6 +66,15 @@ def accumulate_windows(
             "input has intensities far from those it was trained on"
         )
     return logits
+
+
+def tiles_per_batch(patch_size: Sequence[int], training_batch: int, device: torch.device) -> int:
+    """How many tiles, mirrored copies counted, go through the network together on this device."""
+    if device.type != "cpu":
+        # the batch of the training fits with gradients, so it fits without
+        return max(1, training_batch)
+    # measured: eight 56x40 tiles together take a third less time each, 256x256 tiles gain nothing
+    return min(8, max(1, 2**15 // math.prod(patch_size)))
 
 
 def predict_mirrored(

@@ -6,7 +6,7 @@ B batch, D channels, L tokens, K taps.
 import torch
 from torch import Tensor
 
-from umamba.ops.dispatch import choose
+from umamba.ops.dispatch import choose, without_autocast
 from umamba.ops.layout import empty_tokens
 
 MAX_TAPS = 8  # of the C library
@@ -45,7 +45,8 @@ def causal_conv1d_silu(
     schema="(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor",
 )
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    return choose(x.device, x.dtype, 1).conv_forward(x, weight, bias, reverse)
+    with without_autocast(x.device):
+        return choose(x.device, x.dtype, 1).conv_forward(x, weight, bias, reverse)
 
 
 @_conv_forward.register_fake
@@ -66,7 +67,8 @@ def _conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = choose(x.device, x.dtype, 1)
-    dx, dweight, dbias = backend.conv_backward(dout, x, weight, bias, reverse)
+    with without_autocast(x.device):
+        dx, dweight, dbias = backend.conv_backward(dout, x, weight, bias, reverse)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch
@@ -63,9 +63,16 @@ def find_backend(name: str) -> ModuleType:
 def explain(device: torch.device, dtype: torch.dtype, d_state: int) -> dict[str, str | None]:
     """Return for each backend None if it can take such tensors, else the reason why not."""
     return {
-        backend_name(backend): backend.why_unavailable() or backend.supports(device, dtype, d_state)
+        backend_name(backend): backend.supports(device, dtype, d_state) or backend.why_unavailable()
         for backend in BACKENDS
     }
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a region in which autocast does not reach the tensor operations of a backend."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ B batch, D channels, L tokens, N states, G groups of channels that share B and C
 import torch
 from torch import Tensor
 
-from umamba.ops.dispatch import choose
+from umamba.ops.dispatch import choose, without_autocast
 from umamba.ops.layout import CHUNK, empty_tokens
 
 
@@ -148,7 +148,8 @@ def _scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = choose(u.device, u.dtype, A.shape[1])
     leading = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-    return backend.forward(*leading, reverse, save_states)
+    with without_autocast(u.device):
+        return backend.forward(*leading, reverse, save_states)
 
 
 @_scan_forward.register_fake
@@ -203,7 +204,8 @@ def _scan_backward(
     """The backend's gradients; an operator cannot return None, so absent ones are empty tensors."""
     backend = choose(u.device, u.dtype, A.shape[1])
     leading = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-    gradients = backend.backward(dout, dlast_state, *leading, states, reverse)
+    with without_autocast(u.device):
+        gradients = backend.backward(dout, dlast_state, *leading, states, reverse)
     return tuple(A.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

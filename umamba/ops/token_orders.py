@@ -9,16 +9,13 @@ B batch, C channels, L tokens.
     <any>_reversed     the same, read from its end
 """
 
-import functools
 import math
-import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class TokenOrder:
+class TokenOrder(NamedTuple):
     """One order; obtained by name from `token_order`.
 
     axes: the spatial axes from slowest to fastest, None for all in their own order (raster) or,
@@ -102,7 +99,6 @@ class TokenOrder:
         return spatial, self.axes
 
 
-@functools.cache
 def token_order(name: str) -> TokenOrder:
     """Return the order of this name (see the head of this file); ValueError for an unknown name."""
     base = name.removesuffix("_reversed")
@@ -111,12 +107,13 @@ def token_order(name: str) -> TokenOrder:
         return TokenOrder(name, reverse=reverse)
     if base == "transposed":
         return TokenOrder(name, transposed=True, reverse=reverse)
-    if slices := re.fullmatch(r"inter_slice_([1-9]\d*)", base):
-        return TokenOrder(name, n_slices=int(slices[1]), reverse=reverse)
-    if axes := re.fullmatch(r"axes_(\d+)", base):
-        order = tuple(map(int, axes[1]))
-        if sorted(order) == list(range(len(order))):
-            return TokenOrder(name, axes=order, reverse=reverse)
+    kind, _, digits = base.rpartition("_")
+    if kind == "inter_slice" and digits.isdecimal() and int(digits):
+        return TokenOrder(name, n_slices=int(digits), reverse=reverse)
+    if kind == "axes" and digits.isdecimal():
+        axes = tuple(int(digit) for digit in digits)
+        if sorted(axes) == list(range(len(axes))):
+            return TokenOrder(name, axes=axes, reverse=reverse)
     raise ValueError(
         f"unknown token order {name!r}; choose raster, transposed, axes_ with each axis once (as "
         "axes_120) or inter_slice_ with a number (as inter_slice_5), each also with _reversed"

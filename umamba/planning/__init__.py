@@ -1,0 +1,1 @@
+"""Planning: fingerprint, plans that fit network, memory and time, and preprocessing."""

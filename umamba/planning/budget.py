@@ -24,6 +24,9 @@ LOADING = 1.1
 MEASURING_SHARE = 0.05
 """Share of the time that measuring steps may take."""
 
+STEPS_TO_MEASURE = 2
+"""One to warm up and one to time."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -79,31 +82,25 @@ def fit(
 ) -> Fit:
     """The largest of `sizes` whose steps fit often enough into `seconds` of training.
 
-    The planned patch is tried from the narrowest network up, as long as the next, judged by its
-    arithmetic, would still get ENOUGH_ITERATIONS; a smaller patch only if even the narrowest does
-    not.  A size whose measured peak is above `memory_bytes` is left out.
+    At the planned patch the widest network that gets ENOUGH_ITERATIONS; a smaller patch only where
+    even the narrowest does not.  The narrowest is measured, and wider ones as long as measuring
+    takes a small share of the time; beyond that their arithmetic tells.  A size whose measured peak
+    is above `memory_bytes` is left out.
     """
-    patches = sorted({c.patch_size for c in sizes}, key=math.prod, reverse=True)
+    stopwatch = _Stopwatch(measure, MEASURING_SHARE * seconds)
     best: Fit | None = None
-    spent = 0.0
-    for patch in patches:
-        for candidate in (c for c in sizes if c.patch_size == patch):
-            if best is not None and best.candidate.patch_size == patch:
-                guess = best.step_seconds * candidate.cost / best.candidate.cost
-                too_long = seconds / guess < ENOUGH_ITERATIONS
-                if too_long or spent + 2 * guess > MEASURING_SHARE * seconds:
-                    break
-            step = measure(candidate)
-            spent += 2 * step.seconds
-            if memory_bytes is not None and step.peak_bytes > memory_bytes:
+    for patch in sorted({c.patch_size for c in sizes}, key=math.prod, reverse=True):
+        narrow_first = sorted((c for c in sizes if c.patch_size == patch), key=lambda c: c.cost)
+        for candidate in narrow_first:
+            step_seconds, peak = stopwatch.step(candidate)
+            if memory_bytes is not None and peak > memory_bytes:
                 break
-            n_iterations = max(1, int((seconds - spent) / (LOADING * step.seconds)))
-            if best is not None and n_iterations < ENOUGH_ITERATIONS:
-                if best.candidate.patch_size == patch:
-                    break
-                if n_iterations <= best.n_iterations:
-                    continue
-            best = Fit(candidate, LOADING * step.seconds, n_iterations, ())
+            n_iterations = max(1, int((seconds - stopwatch.spent) / step_seconds))
+            here = best is not None and best.candidate.patch_size == patch
+            if here and n_iterations < ENOUGH_ITERATIONS:
+                break
+            if best is None or here or n_iterations > best.n_iterations:
+                best = Fit(candidate, step_seconds, n_iterations, ())
         if best is not None and best.n_iterations >= ENOUGH_ITERATIONS:
             break
     if best is None:
@@ -112,6 +109,29 @@ def fit(
             "gigabytes, or choose the configuration 3d_lowres or 2d"
         )
     return Fit(best.candidate, best.step_seconds, best.n_iterations, _reasons(best, seconds))
+
+
+class _Stopwatch:
+    """Iteration times: measured while there is time for it, else scaled from the last measured."""
+
+    def __init__(self, measure: Callable[[Candidate], StepCheck], allowance: float) -> None:
+        self.measure = measure
+        self.allowance = allowance
+        self.spent = 0.0
+        self._last: tuple[Candidate, float] | None = None
+
+    def step(self, candidate: Candidate) -> tuple[float, int]:
+        """Seconds of an iteration in training, and the measured peak (0 where it was scaled)."""
+        guess = 0.0
+        if self._last is not None:
+            measured, seconds = self._last
+            guess = seconds * candidate.cost / measured.cost
+            if self.spent + STEPS_TO_MEASURE * guess > self.allowance:
+                return guess, 0
+        check = self.measure(candidate)
+        self.spent += STEPS_TO_MEASURE * check.seconds
+        self._last = (candidate, LOADING * check.seconds)
+        return LOADING * check.seconds, check.peak_bytes
 
 
 def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_seconds: float) -> dict:

@@ -116,7 +116,7 @@ def measure_candidate(
         facts["input_channels"],
         part["patch_size"],
         candidate.batch_size,
-        n_steps=2,
+        n_steps=budget.STEPS_TO_MEASURE - 1,
         device=device,
     )
 

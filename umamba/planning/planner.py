@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import difflib
 import io
 import json
 import logging
@@ -16,24 +15,22 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from umamba.networks.registry import NetworkEntry, get_entry
+from umamba.networks.registry import get_entry
 from umamba.planning import plans as plans_files
 from umamba.planning.footprint import Footprint, conv_features, count_footprint
 from umamba.planning.machine import GIB, default_memory_gb
-from umamba.planning.topology import network_divisor, round_patch, strides_for_axes
+from umamba.planning.network_block import (
+    CONFIGURATIONS,
+    check_configurations,
+    check_network_args,
+    default_plans_name,
+    network_arguments,
+)
+from umamba.planning.topology import network_divisor, round_patch
 
 logger = logging.getLogger(__name__)
 
 STOCK_PLANS = "nnUNetPlans"
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
-SHARED_ARGUMENTS = (
-    "strides",
-    "features_per_stage",
-    "kernel_sizes",
-    "n_conv_per_stage",
-    "n_conv_per_stage_decoder",
-)
-PLANNED_ARGUMENTS = ("patch_size", "deep_supervision")
 MIN_MEMORY_GB = 0.5
 MIN_TARGET_GB = 0.05
 USABLE_MEMORY = 0.9
@@ -168,7 +165,8 @@ class UMambaPlanner(ExperimentPlanner):
         """Returns nnU-Net's configuration with our network, patch and batch fitted to memory."""
         arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache)
         stock = super().get_plans_for_configuration(*arguments)
-        if len(spacing) not in self.entry.spatial_dims:
+        name = data_identifier.removeprefix(f"{STOCK_PLANS}_")
+        if len(spacing) not in self.entry.spatial_dims or (self.wanted and name not in self.wanted):
             return stock
         budget = int(USABLE_MEMORY * self.memory_gb * GIB)
         plan = copy.deepcopy(stock)
@@ -225,7 +223,7 @@ class UMambaPlanner(ExperimentPlanner):
         """Writes the network block and the rounded patch into `plan`; returns its footprint."""
         dims = len(plan["patch_size"])
         stock = plan["architecture"]["arch_kwargs"]
-        block = self._network_arguments(stock, dims)
+        block = network_arguments(self.entry, self.network_args, stock, dims)
         patch = round_patch(plan["patch_size"], network_divisor(block["strides"]))
         if "patch_size" in self.entry.keywords:
             block["patch_size"] = list(patch)
@@ -241,20 +239,6 @@ class UMambaPlanner(ExperimentPlanner):
             build = plans_files.network_builder(plan, channels, self.num_classes)
             cache[key] = count_footprint(build, channels, patch, self.half_precision)
         return cache[key]
-
-    def _network_arguments(self, stock: Mapping[str, Any], dims: int) -> dict[str, Any]:
-        fixed = self.entry.fixed_strides
-        if fixed is None:
-            block = {key: stock[key] for key in SHARED_ARGUMENTS if key in self.entry.keywords}
-        else:
-            block = {"strides": strides_for_axes(fixed, dims)}
-        block = {**block, **self.entry.arguments, **self.network_args}
-        if "strides" in self.network_args:
-            n_stages = len(block["strides"])
-            if "kernel_sizes" in block and "kernel_sizes" not in self.network_args:
-                block["kernel_sizes"] = [[3] * dims] * n_stages
-            plans_files.fit_arguments(block)
-        return block
 
     def _largest_batch(self, footprint: Footprint, budget: int, at_most: int) -> int:
         """Returns the largest batch up to `at_most` whose step fits, 0 if none does."""
@@ -367,34 +351,6 @@ class _StockPlanner(ExperimentPlanner):
 
     def save_plans(self, plans: plans_files.Plans) -> None:
         pass
-
-
-def default_plans_name(network: str, network_args: Mapping[str, Any]) -> str:
-    """Returns the network's name, with a short hash where arguments differ from the planner's."""
-    return f"{network}_{plans_files.digest(network_args)[:6]}" if network_args else network
-
-
-def check_network_args(entry: NetworkEntry, network_args: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument that the network does not have or that is planned."""
-    allowed = [key for key in entry.keywords if key not in PLANNED_ARGUMENTS]
-    for key in network_args:
-        if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(allowed)}"
-            raise ValueError(f"{entry.name} has no argument {key!r} to set: {hint}")
-
-
-def check_configurations(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Returns the wanted configurations in order, empty for all; ValueError names the nearest."""
-    for name in names or ():
-        if name not in CONFIGURATIONS:
-            near = difflib.get_close_matches(name, CONFIGURATIONS, n=1, cutoff=0.3)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONFIGURATIONS)}"
-            raise ValueError(f"no configuration is called {name!r}: {hint}")
-    wanted = set(names or ())
-    if "3d_cascade_fullres" in wanted:
-        wanted |= {"3d_fullres", "3d_lowres"}
-    return tuple(name for name in CONFIGURATIONS if name in wanted)
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -9,7 +9,6 @@
 #include <stdatomic.h>
 
 #define WINDOW 32 /* chunks */
-#define ROWS (CHUNK * LANES + 16) /* 4096 bytes apart, loads would wait for unrelated stores */
 
 #if LANES == 16
 #define BACKWARD_STATES 4
@@ -17,20 +16,22 @@
 #define BACKWARD_STATES 2
 #endif
 
-/* The arrays of one block and chunk, each (T, LANES). */
+/* The arrays of one block and chunk, each (T, LANES); gate is d out / d z over y. */
 typedef struct {
-    float *d, *du, *q, *y, *r, *decay_sum, *slope, *staged_u, *staged_delta, *staged_z, *staged_dout;
+    float *d, *du, *q, *y, *r, *decay_sum, *slope, *gate;
+    float *staged_u, *staged_delta, *staged_z, *staged_dout;
 } BlockRows;
 
-/* One group of states over one chunk. sum_b, sum_c: (T, n_states, LANES). */
-INLINE void backward_group(const int n_states, const int need_y, const int add, int64_t T, int64_t N,
-                           const BlockRows *m, const float *Bc, const float *Cc, const float *A2,
-                           const float *initial, float *decays, float *before, float *carry, float *dA,
-                           float *sum_b, float *sum_c) {
+/* One group of states over one chunk; sum_b, sum_c (T, LANES) take the folded dB and dC. */
+INLINE void backward_group(const int n_states, const int need_y, const int add, int64_t T,
+                           const BlockRows *m, Rows Bc, Rows Cc, const float *A2, const float *initial,
+                           float *decays, float *before, float *carry, float *dA, float *sum_b,
+                           float *sum_c) {
     vf h[BACKWARD_STATES], g[BACKWARD_STATES], da[BACKWARD_STATES];
 #pragma GCC unroll 4
     for (int i = 0; i < n_states; i++) h[i] = vload(initial + i * LANES);
     for (int64_t t = 0; t < T; t++) {
+        const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(m->d + t * LANES), dut = vload(m->du + t * LANES);
         vf y = need_y ? vload(m->y + t * LANES) : (vf){0};
 #pragma GCC unroll 4
@@ -38,8 +39,8 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
             const vf a = exp2_product(dt, vload(A2 + i * LANES));
             vstore(decays + (t * n_states + i) * LANES, a);
             vstore(before + (t * n_states + i) * LANES, h[i]);
-            h[i] = vfma(a, h[i], dut * Bc[t * N + i]);
-            if (need_y) y = vfma(h[i], vset(Cc[t * N + i]), y);
+            h[i] = vfma(a, h[i], dut * Bt[i]);
+            if (need_y) y = vfma(h[i], vset(Ct[i]), y);
         }
         if (need_y) vstore(m->y + t * LANES, y);
     }
@@ -49,25 +50,32 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
         da[i] = (vf){0};
     }
     for (int64_t t = T - 1; t >= 0; t--) {
+        const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(m->d + t * LANES), dut = vload(m->du + t * LANES);
         const vf q = vload(m->q + t * LANES);
         vf r = vload(m->r + t * LANES), decay_sum = vload(m->decay_sum + t * LANES);
+        vf db[BACKWARD_STATES], dc[BACKWARD_STATES];
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
-            const int64_t at = (t * n_states + i) * LANES;
-            const vf h_before = vload(before + at);
-            g[i] = vfma(q, vset(Cc[t * N + i]), g[i]);
-            vstore(sum_c + at, add ? vfma(q, h[i], vload(sum_c + at)) : q * h[i]);
-            vstore(sum_b + at, add ? vfma(dut, g[i], vload(sum_b + at)) : dut * g[i]);
-            r = vfma(g[i], vset(Bc[t * N + i]), r);
-            g[i] *= vload(decays + at);
-            const vf e = g[i] * h_before;
+            g[i] = vfma(q, vset(Ct[i]), g[i]);
+            dc[i] = q * h[i];
+            db[i] = dut * g[i];
+            r = vfma(g[i], vset(Bt[i]), r);
+            g[i] *= vload(decays + (t * n_states + i) * LANES);
+            h[i] = vload(before + (t * n_states + i) * LANES);
+            const vf e = g[i] * h[i];
             decay_sum = vfma(e, vload(A2 + i * LANES), decay_sum);
             da[i] = vfma(dt, e, da[i]);
-            h[i] = h_before;
         }
         vstore(m->r + t * LANES, r);
         vstore(m->decay_sum + t * LANES, decay_sum);
+        vf folded_b = fold(n_states, db), folded_c = fold(n_states, dc);
+        if (add) {
+            folded_b += vload(sum_b + t * LANES);
+            folded_c += vload(sum_c + t * LANES);
+        }
+        vstore(sum_b + t * LANES, folded_b);
+        vstore(sum_c + t * LANES, folded_c);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < n_states; i++) {
@@ -76,21 +84,21 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
     }
 }
 
-static void backward_states(int need_y, int add, int64_t T, int64_t N, const BlockRows *m,
-                            const float *Bc, const float *Cc, const float *A2, const float *initial,
-                            float *decays, float *before, float *carry, float *dA, float *sum_b,
-                            float *sum_c) {
+/* Groups of states one after another; each takes (T, LANES) of sum_b and sum_c. */
+static void backward_states(int need_y, int add, int64_t T, int64_t N, const BlockRows *m, Rows Bc,
+                            Rows Cc, const float *A2, const float *initial, float *decays,
+                            float *before, float *carry, float *dA, float *sum_b, float *sum_c) {
     int64_t n = 0;
-#define GROUP(k, y, a)                                                                             \
-    backward_group(k, y, a, T, N, m, Bc + n, Cc + n, A2 + n * LANES, initial + n * LANES, decays,  \
-                   before, carry + n * LANES, dA + n * LANES, sum_b + n * T * LANES,               \
-                   sum_c + n * T * LANES)
-#define GROUPS(k)                            \
-    for (; n + k <= N; n += k) {             \
-        if (need_y && add) GROUP(k, 1, 1);   \
-        else if (need_y) GROUP(k, 1, 0);     \
-        else if (add) GROUP(k, 0, 1);        \
-        else GROUP(k, 0, 0);                 \
+#define GROUP(k, y, a)                                                                              \
+    backward_group(k, y, a, T, m, (Rows){Bc.rows + n, Bc.stride}, (Rows){Cc.rows + n, Cc.stride},   \
+                   A2 + n * LANES, initial + n * LANES, decays, before, carry + n * LANES,          \
+                   dA + n * LANES, sum_b, sum_c)
+#define GROUPS(k)                                                           \
+    for (; n + k <= N; n += k, sum_b += T * LANES, sum_c += T * LANES) {    \
+        if (need_y && add) GROUP(k, 1, 1);                                  \
+        else if (need_y) GROUP(k, 1, 0);                                    \
+        else if (add) GROUP(k, 0, 1);                                       \
+        else GROUP(k, 0, 0);                                                \
     }
 #if BACKWARD_STATES == 4
     GROUPS(4)
@@ -101,23 +109,24 @@ static void backward_states(int need_y, int add, int64_t T, int64_t N, const Blo
 #undef GROUP
 }
 
-/* Over the lanes, and from groups of states to rows of N: out[t][n]. */
-static void sum_blocks(int64_t T, int64_t N, const float *sums, float *flat, float *out) {
-    for (int64_t k = 0; k < T * N; k += LANES) vstore(flat + k, sum_lanes(sums + k * LANES));
-    int64_t width = BACKWARD_STATES;
-    for (int64_t first = 0; first < N; first += width) {
-        while (first + width > N) width /= 2;
-        for (int64_t t = 0; t < T; t++)
-            for (int64_t i = 0; i < width; i++)
-                out[t * N + first + i] = flat[first * T + t * width + i];
-    }
+/* From the folded sums of all groups to rows of N. */
+static void unfold_states(int64_t T, int64_t N, const float *sums, float *out) {
+    int64_t n = 0;
+#define GROUPS(k) \
+    for (; n + k <= N; n += k, sums += T * LANES) unfold(k, sums, T, N, out + n);
+#if BACKWARD_STATES == 4
+    GROUPS(4)
+#endif
+    GROUPS(2)
+    GROUPS(1)
+#undef GROUPS
 }
 
 typedef struct {
     const ScanBackward *s;
     Split split;
     int64_t first_chunk, last_chunk; /* the window: [first, last) */
-    float *scratch, *part_b, *part_c, *carry, *dA;
+    float *scratch, *part_b, *part_c, *constants, *sums, *carry;
     int64_t scratch_size, part_size;
     atomic_llong *unfinished; /* per sample and group */
 } BackwardJob;
@@ -137,23 +146,40 @@ static void sum_parts(const BackwardJob *job, const float *parts, const Tensor *
     }
 }
 
+/* The scratch of one worker. */
+typedef struct {
+    float *staged_b, *staged_c, *initial, *sum_b, *sum_c, *decays, *before, *row;
+    BlockRows rows;
+} Scratch;
+
+static int64_t lay_out(float *p, int64_t N, Scratch *m) {
+    const int64_t groups = N / BACKWARD_STATES + 2, histories = BACKWARD_STATES * CHUNK * LANES;
+    float *start = p, **rows = (float **)&m->rows;
+#define TAKE(name, size) m->name = p, p += padded(size) + 16
+    TAKE(staged_b, CHUNK * N);
+    TAKE(staged_c, CHUNK * N);
+    TAKE(row, CHUNK * N);
+    TAKE(initial, N * LANES);
+    TAKE(sum_b, groups * CHUNK * LANES);
+    TAKE(sum_c, groups * CHUNK * LANES);
+    TAKE(decays, histories);
+    TAKE(before, histories);
+#undef TAKE
+    for (size_t i = 0; i < sizeof(BlockRows) / sizeof(float *); i++, p += CHUNK * LANES + 16) rows[i] = p;
+    return p - start;
+}
+
+/* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. */
 static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c, int add,
-                           const BlockRows *m, const float *Bc, const float *Cc, float *A2,
-                           float *decays, float *before, float *carry, float *dA, float *sum_b,
-                           float *sum_c) {
+                           const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
+                           float *sums) {
     const ScanBackward *s = job->s;
+    const BlockRows *m = &w->rows;
     const int64_t N = s->N, D = s->D, T = smaller(CHUNK, s->L - c * CHUNK);
     const int64_t t0 = token_at(c * CHUNK, s->L, s->reverse), sign = s->reverse ? -1 : 1;
     const int gate = s->z.data != NULL;
-    float skip[LANES] __attribute__((aligned(64))), bias[LANES] __attribute__((aligned(64)));
-    float sums[LANES] __attribute__((aligned(64)));
-    float initial[64 * LANES] __attribute__((aligned(64)));
-    load_channels(s->skip ? s->skip + k.channel : NULL, k.lanes, 0.0f, skip);
-    load_channels(s->bias ? s->bias + k.channel : NULL, k.lanes, 0.0f, bias);
-    load_state(s->A + k.channel * N, N, k.lanes, A2);
-    for (int64_t i = 0; i < N * LANES; i++) A2[i] *= LOG2E;
     copy_in(s->states + ((b * job->split.n_chunks + c) * N) * D + k.channel, DTYPE_F32, D, 1, N, k.lanes,
-            LANES, initial);
+            LANES, w->initial);
 
 #define AT(x) (s->x.batch * b + s->x.channel * k.channel + s->x.token * t0)
 #define READ(x, scratch) read_rows(&s->x, AT(x), sign * s->x.token, T, k.lanes, scratch)
@@ -162,58 +188,52 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
     const Rows u = READ(u, m->staged_u), delta = READ(delta, m->staged_delta);
     const Rows dout = READ(dout, m->staged_dout);
     const Rows z = gate ? READ(z, m->staged_z) : dout;
-    const vf vskip = vload(skip), vbias = vload(bias);
+    const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
     for (int64_t t = 0; t < T; t++) {
         const vf ut = vload(u.rows + t * u.stride);
-        vf dt = vload(delta.rows + t * delta.stride) + vbias, slope = vset(1.0f);
+        vf dt = vload(delta.rows + t * delta.stride) + bias, slope = vset(1.0f);
         vf q = vload(dout.rows + t * dout.stride);
         if (s->softplus) dt = softplus(dt, &slope);
         if (gate) {
-            const vf zt = vload(z.rows + t * z.stride);
-            q *= zt * sigmoid(zt);
+            const vf zt = vload(z.rows + t * z.stride), sg = sigmoid(zt), silu = zt * sg;
+            vstore(m->gate + t * LANES, q * vfma(silu, 1.0f - sg, sg));
+            q *= silu;
         }
         vstore(m->d + t * LANES, dt);
         vstore(m->slope + t * LANES, slope);
         vstore(m->du + t * LANES, dt * ut);
         vstore(m->q + t * LANES, q);
-        vstore(m->y + t * LANES, vskip * ut);
+        vstore(m->y + t * LANES, skip * ut);
         vstore(m->r + t * LANES, (vf){0});
         vstore(m->decay_sum + t * LANES, (vf){0});
     }
 
-    backward_states(gate, add, T, N, m, Bc, Cc, A2, initial, decays, before, carry, dA, sum_b, sum_c);
+    backward_states(gate, add, T, N, m, Bc, Cc, A2, w->initial, w->decays, w->before, carry, sums,
+                    w->sum_b, w->sum_c);
 
     const Rows du = WRITE(du, m->du), ddelta = WRITE(ddelta, m->d);
+    const Rows dz = gate ? WRITE(dz, m->r) : du;
     vf dskip = {0}, dbias = {0};
     for (int64_t t = 0; t < T; t++) {
         const vf ut = vload(u.rows + t * u.stride), q = vload(m->q + t * LANES);
-        const vf r = vload(m->r + t * LANES);
+        const vf r = vload(m->r + t * LANES), dt = vload(m->d + t * LANES);
         const vf change = vfma(ut, r, vload(m->decay_sum + t * LANES) * LN2) * vload(m->slope + t * LANES);
         dskip = vfma(q, ut, dskip);
         dbias += change;
-        vstore(du.rows + t * du.stride, vfma(vload(m->d + t * LANES), r, vskip * q));
+        if (gate) vstore(dz.rows + t * dz.stride, vload(m->gate + t * LANES) * vload(m->y + t * LANES));
+        vstore(du.rows + t * du.stride, vfma(dt, r, skip * q));
         vstore(ddelta.rows + t * ddelta.stride, change);
     }
     FINISH(du, du, m->du);
     FINISH(ddelta, ddelta, m->d);
-    if (gate) {
-        const Rows dz = WRITE(dz, m->r);
-        for (int64_t t = 0; t < T; t++) {
-            const vf zt = vload(z.rows + t * z.stride), sg = sigmoid(zt);
-            const vf slope = sg * vfma(zt, 1.0f - sg, vset(1.0f));
-            vstore(dz.rows + t * dz.stride,
-                   vload(dout.rows + t * dout.stride) * vload(m->y + t * LANES) * slope);
-        }
-        FINISH(dz, dz, m->r);
-    }
+    if (gate) FINISH(dz, dz, m->r);
 #undef AT
 #undef READ
 #undef WRITE
 #undef FINISH
-    vstore(sums, dskip);
-    for (int64_t i = 0; i < k.lanes && s->dskip; i++) s->dskip[b * D + k.channel + i] += sums[i];
-    vstore(sums, dbias);
-    for (int64_t i = 0; i < k.lanes && s->dbias; i++) s->dbias[b * D + k.channel + i] += sums[i];
+    sums += N * LANES;
+    vstore(sums, vload(sums) + dskip);
+    vstore(sums + LANES, vload(sums + LANES) + dbias);
 }
 
 static void backward_item(void *context, int64_t item, int64_t worker) {
@@ -225,59 +245,46 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
     const int64_t first = item % job->split.items_per_group * per_item;
     const int64_t n_blocks = smaller(per_item, job->split.blocks_per_group - first);
     const int64_t sign = s->reverse ? -1 : 1, start = token_at(0, L, s->reverse);
+    const int64_t width = (N + 2) * LANES; /* of a block's constants, and of its sums */
+    float *constants = job->constants + item * per_item * width;
+    float *sums = job->sums + item * per_item * width;
     float *carry = job->carry + item * per_item * N * LANES;
-    float *dA = job->dA + item * per_item * N * LANES;
+    Scratch w;
+    lay_out(job->scratch + worker * job->scratch_size, N, &w);
 
-    float *p = job->scratch + worker * job->scratch_size;
-    float *Bc = p, *Cc = Bc + CHUNK * N, *A2 = Cc + CHUNK * N;
-    float *sum_b = A2 + N * LANES, *sum_c = sum_b + CHUNK * N * LANES + 16;
-    float *decays = sum_c + CHUNK * N * LANES + 16;
-    float *before = decays + BACKWARD_STATES * CHUNK * LANES + 16;
-    float *flat = before + BACKWARD_STATES * CHUNK * LANES + 16, *rows = flat + CHUNK * N;
-    const BlockRows m = {rows,            rows + ROWS,     rows + 2 * ROWS, rows + 3 * ROWS,
-                         rows + 4 * ROWS, rows + 5 * ROWS, rows + 6 * ROWS, rows + 7 * ROWS,
-                         rows + 8 * ROWS, rows + 9 * ROWS, rows + 10 * ROWS};
-
-    if (job->last_chunk == job->split.n_chunks)
-        for (int64_t j = 0; j < n_blocks; j++) {
-            const Block k = block_at(D, s->G, group, first + j);
-            load_state(s->dlast ? s->dlast + (b * D + k.channel) * N : NULL, N, k.lanes,
-                       carry + j * N * LANES);
-            memset(dA + j * N * LANES, 0, (size_t)(N * LANES) * sizeof(float));
-            for (int64_t i = 0; i < k.lanes; i++) {
-                if (s->dskip) s->dskip[b * D + k.channel + i] = 0.0f;
-                if (s->dbias) s->dbias[b * D + k.channel + i] = 0.0f;
-            }
-        }
+    for (int64_t j = 0; j < n_blocks && job->last_chunk == job->split.n_chunks; j++) {
+        const Block k = block_at(D, s->G, group, first + j);
+        load_constants(s->A, s->skip, s->bias, N, k, constants + j * width);
+        load_state(s->dlast ? s->dlast + (b * D + k.channel) * N : NULL, N, k.lanes,
+                   carry + j * N * LANES);
+        memset(sums + j * width, 0, (size_t)width * sizeof(float));
+    }
 
 #define AT(x) (s->x.batch * b + s->x.group * group + s->x.token * start)
     for (int64_t c = job->last_chunk - 1; c >= job->first_chunk; c--) {
-        const int64_t T = smaller(CHUNK, L - c * CHUNK);
+        const int64_t T = smaller(CHUNK, L - c * CHUNK), part = (c - job->first_chunk) * CHUNK * N;
         const int64_t step_b = sign * s->Bm.token, step_c = sign * s->Cm.token;
-        copy_in(element(&s->Bm, AT(Bm) + step_b * c * CHUNK), s->Bm.dtype, step_b, s->Bm.channel, T, N,
-                N, Bc);
-        copy_in(element(&s->Cm, AT(Cm) + step_c * c * CHUNK), s->Cm.dtype, step_c, s->Cm.channel, T, N,
-                N, Cc);
+        const Rows Bc = read_states(&s->Bm, AT(Bm) + step_b * c * CHUNK, step_b, T, N, w.staged_b);
+        const Rows Cc = read_states(&s->Cm, AT(Cm) + step_c * c * CHUNK, step_c, T, N, w.staged_c);
         for (int64_t j = 0; j < n_blocks; j++)
-            backward_block(job, b, block_at(D, s->G, group, first + j), c, j > 0, &m, Bc, Cc,
-                           A2, decays, before, carry + j * N * LANES, dA + j * N * LANES, sum_b, sum_c);
-
-        float *part_b = job->part_b + item * job->part_size + (c - job->first_chunk) * CHUNK * N;
-        float *part_c = job->part_c + item * job->part_size + (c - job->first_chunk) * CHUNK * N;
-        sum_blocks(T, N, sum_b, flat, part_b);
-        sum_blocks(T, N, sum_c, flat, part_c);
+            backward_block(job, b, block_at(D, s->G, group, first + j), c, j > 0, &w, Bc, Cc,
+                           constants + j * width, carry + j * N * LANES, sums + j * width);
+        unfold_states(T, N, w.sum_b, job->part_b + item * job->part_size + part);
+        unfold_states(T, N, w.sum_c, job->part_c + item * job->part_size + part);
     }
-    if (job->first_chunk == 0)
-        for (int64_t j = 0; j < n_blocks; j++) {
-            const Block k = block_at(D, s->G, group, first + j);
-            store_state(s->dA + (b * D + k.channel) * N, N, k.lanes, dA + j * N * LANES);
-            if (s->dinitial)
-                store_state(s->dinitial + (b * D + k.channel) * N, N, k.lanes, carry + j * N * LANES);
-        }
+    for (int64_t j = 0; j < n_blocks && job->first_chunk == 0; j++) {
+        const Block k = block_at(D, s->G, group, first + j);
+        const float *total = sums + j * width;
+        store_state(s->dA + (b * D + k.channel) * N, N, k.lanes, total);
+        if (s->dskip) store_state(s->dskip + b * D + k.channel, 1, k.lanes, total + N * LANES);
+        if (s->dbias) store_state(s->dbias + b * D + k.channel, 1, k.lanes, total + (N + 1) * LANES);
+        if (s->dinitial)
+            store_state(s->dinitial + (b * D + k.channel) * N, N, k.lanes, carry + j * N * LANES);
+    }
     if (atomic_fetch_sub(job->unfinished + place, 1) == 1) {
         const int64_t at = place * job->split.items_per_group * job->part_size;
-        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), sign * s->dBm.token, flat);
-        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), sign * s->dCm.token, flat);
+        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), sign * s->dBm.token, w.row);
+        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), sign * s->dCm.token, w.row);
     }
 #undef AT
 }
@@ -285,18 +292,20 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
 static int scan_backward(const ScanBackward *s) {
     BackwardJob job = {.s = s, .split = split_channels(s->B, s->D, s->L, s->G, 2)};
     const int64_t N = s->N, threads = smaller(s->n_threads, job.split.n_items);
-    const int64_t carried = job.split.n_items * job.split.blocks_per_item * N * LANES;
+    const int64_t n_blocks = job.split.n_items * job.split.blocks_per_item;
+    const int64_t width = (N + 2) * LANES;
+    Scratch w;
     job.part_size = smaller(WINDOW, job.split.n_chunks) * CHUNK * N;
-    job.scratch_size = padded(3 * CHUNK * N + N * LANES + 2 * CHUNK * N * LANES
-                              + 2 * BACKWARD_STATES * CHUNK * LANES + 11 * ROWS + 64);
+    job.scratch_size = lay_out(NULL, N, &w);
     job.scratch = allocate(threads * job.scratch_size);
     job.part_b = allocate(2 * job.split.n_items * job.part_size);
-    job.carry = allocate(2 * carried);
+    job.constants = allocate(n_blocks * (2 * width + N * LANES));
     job.unfinished = malloc((size_t)(s->B * s->G) * sizeof *job.unfinished);
-    const int enough = job.scratch && job.part_b && job.carry && job.unfinished;
+    const int enough = job.scratch && job.part_b && job.constants && job.unfinished;
     if (enough) {
         job.part_c = job.part_b + job.split.n_items * job.part_size;
-        job.dA = job.carry + carried;
+        job.sums = job.constants + n_blocks * width;
+        job.carry = job.sums + n_blocks * width;
         for (job.last_chunk = job.split.n_chunks; job.last_chunk > 0; job.last_chunk = job.first_chunk) {
             job.first_chunk = larger(0, job.last_chunk - WINDOW);
             for (int64_t i = 0; i < s->B * s->G; i++) job.unfinished[i] = job.split.items_per_group;
@@ -308,7 +317,7 @@ static int scan_backward(const ScanBackward *s) {
     }
     free(job.scratch);
     free(job.part_b);
-    free(job.carry);
+    free(job.constants);
     free(job.unfinished);
     return enough ? STATUS_DONE : STATUS_NO_MEMORY;
 }

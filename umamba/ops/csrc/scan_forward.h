@@ -46,27 +46,32 @@ static void store_state(float *x, int64_t N, int64_t lanes, const float *in) {
         for (int64_t n = 0; n < N; n++) x[k * N + n] = in[n * LANES + k];
 }
 
-static void load_channels(const float *x, int64_t lanes, float otherwise, float *out) {
-    for (int64_t k = 0; k < LANES; k++) out[k] = x ? (k < lanes ? x[k] : 0.0f) : otherwise;
+/* The constants of a block: rows of A * log2(e) for N states, then of the skip and of the bias. */
+static void load_constants(const float *A, const float *skip, const float *bias, int64_t N, Block k,
+                           float *out) {
+    load_state(A + k.channel * N, N, k.lanes, out);
+    for (int64_t i = 0; i < N * LANES; i++) out[i] *= LOG2E;
+    load_state(skip ? skip + k.channel : NULL, 1, k.lanes, out + N * LANES);
+    load_state(bias ? bias + k.channel : NULL, 1, k.lanes, out + (N + 1) * LANES);
 }
 
-/* n_states states of a block over one chunk: y += sum_n C h. Bc, Cc: rows of N floats. */
-INLINE void forward_group(const int n_states, int64_t T, int64_t N, const float *d, const float *du,
-                          float *y, const float *Bc, const float *Cc, const float *A2, float *state) {
+/* n_states states of a block over one chunk: y += sum_n C h. */
+INLINE void forward_group(const int n_states, int64_t T, const float *d, const float *du, float *y,
+                          Rows Bc, Rows Cc, const float *A2, float *state) {
     vf h[16];
 #pragma GCC unroll 16
     for (int i = 0; i < n_states; i++) h[i] = vload(state + i * LANES);
     for (int64_t t = 0; t < T; t++) {
+        const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(d + t * LANES), dut = vload(du + t * LANES);
         vf even = vload(y + t * LANES), odd = (vf){0};
 #pragma GCC unroll 16
         for (int i = 0; i < n_states; i++) {
-            vf a = exp2_product(dt, vload(A2 + i * LANES));
-            h[i] = vfma(a, h[i], dut * Bc[t * N + i]);
+            h[i] = vfma(exp2_product(dt, vload(A2 + i * LANES)), h[i], dut * Bt[i]);
             if (i % 2)
-                odd = vfma(h[i], vset(Cc[t * N + i]), odd);
+                odd = vfma(h[i], vset(Ct[i]), odd);
             else
-                even = vfma(h[i], vset(Cc[t * N + i]), even);
+                even = vfma(h[i], vset(Ct[i]), even);
         }
         vstore(y + t * LANES, even + odd);
     }
@@ -75,12 +80,13 @@ INLINE void forward_group(const int n_states, int64_t T, int64_t N, const float 
 }
 
 /* As many states at once as the registers hold. */
-static void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y,
-                           const float *Bc, const float *Cc, const float *A2, float *state) {
+static void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y, Rows Bc,
+                           Rows Cc, const float *A2, float *state) {
     int64_t n = 0;
-#define GROUP(k)                                                                               \
-    for (; n + k <= N; n += k)                                                                 \
-        forward_group(k, T, N, d, du, y, Bc + n, Cc + n, A2 + n * LANES, state + n * LANES);
+#define GROUP(k)                                                                            \
+    for (; n + k <= N; n += k)                                                              \
+        forward_group(k, T, d, du, y, (Rows){Bc.rows + n, Bc.stride},                       \
+                      (Rows){Cc.rows + n, Cc.stride}, A2 + n * LANES, state + n * LANES);
 #if LANES == 16
     GROUP(16)
     GROUP(8)
@@ -108,34 +114,29 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
     const int64_t n_blocks = smaller(job->split.blocks_per_item, job->split.blocks_per_group - first);
     const int64_t sign = s->reverse ? -1 : 1;
 
-    float *p = job->scratch + worker * job->scratch_size;
-    float *Bc = p, *Cc = Bc + CHUNK * N;
-    float *d = Cc + CHUNK * N, *du = d + CHUNK * LANES, *y = du + CHUNK * LANES;
+    float *staged_b = job->scratch + worker * job->scratch_size, *staged_c = staged_b + CHUNK * N;
+    float *d = staged_c + CHUNK * N, *du = d + CHUNK * LANES, *y = du + CHUNK * LANES;
     float *staged_u = y + CHUNK * LANES, *staged_delta = staged_u + CHUNK * LANES;
-    float *state = staged_delta + CHUNK * LANES, *A2 = state + n_blocks * N * LANES;
+    float *state = staged_delta + CHUNK * LANES, *constants = state + n_blocks * N * LANES;
 
     for (int64_t j = 0; j < n_blocks; j++) {
         const Block k = block_at(D, s->G, group, first + j);
         load_state(s->initial ? s->initial + (b * D + k.channel) * N : NULL, N, k.lanes,
                    state + j * N * LANES);
-        load_state(s->A + k.channel * N, N, k.lanes, A2 + j * N * LANES);
+        load_constants(s->A, s->skip, s->bias, N, k, constants + j * (N + 2) * LANES);
     }
-    for (int64_t i = 0; i < n_blocks * N * LANES; i++) A2[i] *= LOG2E;
 
     for (int64_t c = 0; c < job->split.n_chunks; c++) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK);
         const int64_t t0 = token_at(c * CHUNK, L, s->reverse);
 #define AT(x) (s->x.batch * b + s->x.group * group + s->x.token * t0)
-        copy_in(element(&s->Bm, AT(Bm)), s->Bm.dtype, sign * s->Bm.token, s->Bm.channel, T, N, N, Bc);
-        copy_in(element(&s->Cm, AT(Cm)), s->Cm.dtype, sign * s->Cm.token, s->Cm.channel, T, N, N, Cc);
+        const Rows Bc = read_states(&s->Bm, AT(Bm), sign * s->Bm.token, T, N, staged_b);
+        const Rows Cc = read_states(&s->Cm, AT(Cm), sign * s->Cm.token, T, N, staged_c);
 
         for (int64_t j = 0; j < n_blocks; j++) {
             const Block k = block_at(D, s->G, group, first + j);
             const int64_t out_at = AT(out) + k.channel;
-            float *h = state + j * N * LANES;
-            float skip[LANES] __attribute__((aligned(64))), bias[LANES] __attribute__((aligned(64)));
-            load_channels(s->skip ? s->skip + k.channel : NULL, k.lanes, 0.0f, skip);
-            load_channels(s->bias ? s->bias + k.channel : NULL, k.lanes, 0.0f, bias);
+            float *h = state + j * N * LANES, *A2 = constants + j * (N + 2) * LANES;
             if (s->states)
                 for (int64_t n = 0; n < N; n++)
                     memcpy(s->states + ((b * job->split.n_chunks + c) * N + n) * D + k.channel,
@@ -145,16 +146,16 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                                      k.lanes, staged_u);
             const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
                                          sign * s->delta.token, T, k.lanes, staged_delta);
-            const vf vskip = vload(skip), vbias = vload(bias);
+            const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
             for (int64_t t = 0; t < T; t++) {
                 const vf ut = vload(u.rows + t * u.stride);
-                vf dt = vload(delta.rows + t * delta.stride) + vbias, slope;
+                vf dt = vload(delta.rows + t * delta.stride) + bias, slope;
                 if (s->softplus) dt = softplus(dt, &slope);
                 vstore(d + t * LANES, dt);
                 vstore(du + t * LANES, dt * ut);
-                vstore(y + t * LANES, vskip * ut);
+                vstore(y + t * LANES, skip * ut);
             }
-            forward_states(T, N, d, du, y, Bc, Cc, A2 + j * N * LANES, h);
+            forward_states(T, N, d, du, y, Bc, Cc, A2, h);
 
             const Rows out = write_rows(&s->out, out_at, sign * s->out.token, k.lanes, y);
             if (s->z.data) {
@@ -182,7 +183,7 @@ static int scan_forward(const ScanForward *s) {
     ForwardJob job = {.s = s, .split = split_channels(s->B, s->D, s->L, s->G, 1)};
     const int64_t threads = smaller(s->n_threads, job.split.n_items);
     job.scratch_size = padded(2 * CHUNK * s->N + 5 * CHUNK * LANES
-                              + 2 * job.split.blocks_per_item * s->N * LANES);
+                              + job.split.blocks_per_item * (2 * s->N + 2) * LANES);
     job.scratch = allocate(threads * job.scratch_size);
     if (!job.scratch) return STATUS_NO_MEMORY;
     umamba_parallel(threads, job.split.n_items, forward_item, &job);

@@ -35,13 +35,14 @@ INLINE vf vset(float x) { return x - (vf){0}; }
 INLINE vf vfma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 /* The second operand survives a NaN, so a NaN in x is never hidden by a limit. */
 INLINE vf at_least(vf limit, vf x) { return (vf)_mm512_max_ps((__m512)limit, (__m512)x); }
+INLINE vf at_most(vf limit, vf x) { return (vf)_mm512_min_ps((__m512)limit, (__m512)x); }
 INLINE vf vabs(vf x) { return (vf)_mm512_abs_ps((__m512)x); }
 /* positive where x >= 0 (or NaN), else negative */
 INLINE vf by_sign(vf x, vf positive, vf negative) {
     return (vf)_mm512_mask_mov_ps((__m512)positive, _mm512_movepi32_mask((__m512i)x),
                                   (__m512)negative);
 }
-INLINE vf reciprocal(vf x) { /* x in [1, 2]: one Newton step from 14 bits */
+INLINE vf reciprocal(vf x) { /* x in [1, 1e31]: one Newton step from 14 bits */
     vf r = (vf)_mm512_rcp14_ps((__m512)x);
     return vfma(r, 1.0f - x * r, r);
 }
@@ -102,9 +103,9 @@ INLINE vf log1p_unit(vf e) {
     return p * e;
 }
 
+/* The limit (above every value that matters) keeps the reciprocal's Newton step finite. */
 INLINE vf sigmoid(vf x) {
-    vf e = exp2_product(vabs(x), vset(-LOG2E));
-    return reciprocal(1.0f + e) * by_sign(x, vset(1.0f), e);
+    return reciprocal(1.0f + at_most(vset(1e30f), exp2_product(x, vset(-LOG2E))));
 }
 
 /* softplus(x); its derivative goes to *slope */
@@ -114,45 +115,55 @@ INLINE vf softplus(vf x, vf *slope) {
     return at_least(vset(0.0f), x) + log1p_unit(e);
 }
 
-/* Sums over the lanes of LANES vectors: out[i] = sum of rows[i]. */
-INLINE vf sum_lanes(const float *rows) {
+/* n vectors (1, 2 or 4) folded into one: its i-th LANES/n lanes sum to the sum of v[i]. */
+INLINE vf fold(const int n, const vf *v) {
 #if defined(__AVX512F__)
-    __m512 v[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(rows + 16 * i);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
-                             _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x88),
-                             _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd));
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 2]),
-                             _mm512_unpackhi_ps(v[i], v[i + 2]));
-    __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    /* 128-bit parts hold rows (0..3), (8..11), (4..7), (12..15) */
-    return (vf)_mm512_shuffle_f32x4(s, s, 0xd8);
-#elif defined(__AVX2__)
-    __m256 v[8];
-    for (int i = 0; i < 8; i++) v[i] = _mm256_load_ps(rows + 8 * i);
-    for (int i = 0; i < 4; i++) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
-    __m256 low = _mm256_hadd_ps(v[0], v[1]), high = _mm256_hadd_ps(v[2], v[3]);
-    return (vf)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
-                             _mm256_permute2f128_ps(low, high, 0x31));
-#else
-    vf out;
-    for (int i = 0; i < LANES; i++) {
-        float part[LANES];
-        memcpy(part, rows + LANES * i, sizeof part);
-        for (int width = LANES / 2; width; width /= 2)
-            for (int k = 0; k < width; k++) part[k] += part[k + width];
-        out[i] = part[0];
+    if (n == 1) return v[0];
+    __m512 x[2];
+    for (int i = 0; i < n / 2; i++) {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        x[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
     }
-    return out;
+    if (n == 2) return (vf)x[0];
+    return (vf)_mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88),
+                             _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+#elif defined(__AVX2__)
+    if (n == 1) return v[0];
+    const __m256 a = (__m256)v[0], b = (__m256)v[1];
+    return (vf)_mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
+#else
+    if (n == 1) return v[0];
+    return (vf){v[0][0] + v[0][2], v[0][1] + v[0][3], v[1][0] + v[1][2], v[1][1] + v[1][3]};
 #endif
+}
+
+/* The sums that fold() left in n_rows vectors: out[row * pitch + i], i < n. */
+INLINE void unfold(const int n, const float *rows, int64_t n_rows, int64_t pitch, float *out) {
+    int64_t row = 0;
+#if defined(__AVX512F__)
+    const __m512i order =
+        _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    for (; n == 4 && row + 4 <= n_rows; row += 4) {
+        __m512 v[4], x[2];
+        for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps(rows + (row + k) * LANES);
+        for (int k = 0; k < 2; k++)
+            x[k] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * k], v[2 * k + 1]),
+                                 _mm512_unpackhi_ps(v[2 * k], v[2 * k + 1]));
+        const __m512 sums = _mm512_permutexvar_ps(
+            order, _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x44), _mm512_shuffle_ps(x[0], x[1], 0xee)));
+        _mm_storeu_ps(out + row * pitch, _mm512_extractf32x4_ps(sums, 0));
+        _mm_storeu_ps(out + (row + 1) * pitch, _mm512_extractf32x4_ps(sums, 1));
+        _mm_storeu_ps(out + (row + 2) * pitch, _mm512_extractf32x4_ps(sums, 2));
+        _mm_storeu_ps(out + (row + 3) * pitch, _mm512_extractf32x4_ps(sums, 3));
+    }
+#endif
+    for (; row < n_rows; row++)
+        for (int i = 0; i < n; i++) {
+            const float *part = rows + row * LANES + i * (LANES / n);
+            float sum = 0.0f;
+            for (int k = 0; k < LANES / n; k++) sum += part[k];
+            out[row * pitch + i] = sum;
+        }
 }
 
 INLINE float half_to_float(uint16_t h) {
@@ -250,7 +261,7 @@ static void copy_out(void *x, int64_t dtype, int64_t row, int64_t n_rows, int64_
     }
 }
 
-/* Rows of LANES floats, `stride` floats apart: the tensor's own memory or a scratch copy of it. */
+/* Rows of floats, `stride` floats apart: the tensor's own memory or a scratch copy of it. */
 typedef struct {
     float *rows;
     int64_t stride;
@@ -267,6 +278,14 @@ INLINE Rows read_rows(const Tensor *x, int64_t offset, int64_t step, int64_t n_t
         return (Rows){(float *)element(x, offset), step};
     copy_in(element(x, offset), x->dtype, step, x->channel, n_tokens, n_channels, LANES, scratch);
     return (Rows){scratch, LANES};
+}
+
+/* n_tokens rows of all states, likewise. */
+INLINE Rows read_states(const Tensor *x, int64_t offset, int64_t step, int64_t n_tokens,
+                        int64_t n_states, float *scratch) {
+    if (x->dtype == DTYPE_F32 && x->channel == 1) return (Rows){(float *)element(x, offset), step};
+    copy_in(element(x, offset), x->dtype, step, x->channel, n_tokens, n_states, n_states, scratch);
+    return (Rows){scratch, n_states};
 }
 
 /* Where results of a block are written; finish_rows copies them out when that is scratch. */

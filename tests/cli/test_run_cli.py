@@ -1,0 +1,116 @@
+"""Tests of `umamba run` and the main command: the chain, budgets, and wrong names."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from umamba.cli.main import COMMANDS, build_parser, main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Bare images/ and labels/ of five small cases, and no variable of nnU-Net's."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    data = tmp_path / "My Data"
+    for part in ("images", "labels"):
+        (data / part).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for index in range(5):
+        label = np.zeros((12, 18 + index, 17), np.uint8)
+        label[3:8, 5:12, 4:11] = 1
+        image = (label * 4 + generator.normal(size=label.shape)).astype(np.float32)
+        for array, part in ((image, "images"), (label, "labels")):
+            SimpleITK.WriteImage(
+                SimpleITK.GetImageFromArray(array), str(data / part / f"p {index}.nii.gz")
+            )
+    return data
+
+
+def test_every_command_has_help(capsys):
+    parser = build_parser()
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([command, "--help"])
+        assert stop.value.code == 0
+        assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--network", "umamba_bott"], "umamba_bot"),
+        (["-f", "seven"], "0, 1, 2, 3, 4 or all"),
+        (["--minutes", "5", "--epochs", "3"], "exclude each other"),
+        (["--minutes", "0.1"], "too short"),
+        (["--memory", "-1"], "gigabytes above 0"),
+    ],
+)
+def test_wrong_words_are_usage_errors_before_any_work(folder, capsys, words, part):
+    assert main(["run", str(folder), *words]) == 2
+    assert part in capsys.readouterr().err
+    assert not (folder / "umamba-work").exists()
+
+
+def test_a_missing_dataset_is_one_sentence(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "nowhere"), "--minutes", "5"]) == 1
+    error = capsys.readouterr().err
+    assert "nowhere" in error
+    assert "Traceback" not in error
+
+
+def test_all_faults_of_a_dataset_are_listed_at_once(folder, capsys):
+    whole = (folder / "images" / "p 1.nii.gz").read_bytes()
+    (folder / "images" / "p 1.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "labels" / "p 3.nii.gz").write_bytes(b"")
+    assert main(["run", str(folder), "--minutes", "5"]) == 1
+    error = capsys.readouterr().err
+    assert "p 1" in error
+    assert "p 3" in error
+
+
+@pytest.mark.slow
+def test_a_cpu_without_a_budget_gets_an_estimate_and_three_commands(folder, capsys):
+    assert main(["run", str(folder), "-device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "days" in error
+    assert error.count("umamba run") == 3
+
+
+@pytest.mark.slow
+def test_an_unknown_configuration_names_the_nearest(folder, capsys):
+    assert main(["run", str(folder), "--minutes", "5", "-c", "3d_fulres"]) == 2
+    assert "3d_fullres" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_folder_goes_in_and_a_validated_segmentation_comes_out(folder, tmp_path, capsys):
+    words = ["run", str(folder), "--minutes", "1", "-device", "cpu"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    (fold,) = (folder / "umamba-work" / "results").glob("*/*/fold_0")
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    assert summary["foreground_mean"]["Dice"] > 0.5
+    assert (fold / "report.html").stat().st_size > 10_000
+    assert "umamba predict -m" in said
+
+    # The same command again finds everything done: it validates, reports, and trains nothing.
+    log = (fold / "progress.jsonl").read_text()
+    assert main(words) == 0
+    assert (fold / "progress.jsonl").read_text() == log
+
+    out = tmp_path / "out.nii.gz"
+    image = folder / "images" / "p 2.nii.gz"
+    assert (
+        main(["predict", "-m", str(fold.parent), "-f", "0", "-i", str(image), "-o", str(out)]) == 0
+    )
+    shape = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(out))).shape
+    assert shape == (12, 20, 17)

@@ -1,0 +1,131 @@
+"""What a machine's scan is worth: its error against float64, and its speed.
+
+B batch, D channels, L tokens, N states, G groups.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from umamba.ops.causal_conv import causal_conv1d_silu
+from umamba.ops.dispatch import use_backend
+from umamba.ops.selective_scan import selective_scan
+
+TOLERANCE = 5e-6  # of outputs and gradients in float32, relative to the largest value of the tensor
+
+
+def scan_errors(
+    backend: str,
+    device: torch.device,
+    *,
+    channels: int = 20,
+    length: int = 150,
+    n_states: int = 16,
+) -> dict[str, float]:
+    """Return the error of the output, the last state and each gradient of a float32 scan.
+
+    Relative to the largest value of the tensor, against the reference in float64; with all options
+    on, two groups, and the causal convolution before the scan. The sizes fit no block.
+    """
+    inputs = make_inputs(2, channels, length, n_states, groups=2, dtype=torch.float64)
+    with use_backend("reference"):
+        expected = _results(inputs)
+    with use_backend(backend):
+        actual = _results({name: x.to(device, torch.float32) for name, x in inputs.items()})
+    return {name: relative_error(actual[name], expected[name]) for name in expected}
+
+
+def tokens_per_second(
+    backend: str, device: torch.device, *, channels: int = 64, length: int = 8192
+) -> tuple[float, float]:
+    """Return how many tokens of so many channels a scan does per second: forward, and with backward."""
+    inputs = make_inputs(1, channels, length, 16, dtype=torch.float32)
+    inputs = {name: x.to(device).requires_grad_() for name, x in inputs.items()}
+    weight, bias = inputs.pop("conv_weight"), inputs.pop("conv_bias")
+    del weight, bias
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            out = selective_scan(**inputs, delta_softplus=True)
+        assert isinstance(out, Tensor)
+        return out
+
+    def both() -> tuple[Tensor, ...]:
+        out = selective_scan(**inputs, delta_softplus=True)
+        return torch.autograd.grad([out], list(inputs.values()), [torch.ones_like(out)])
+
+    with use_backend(backend):
+        return length / shortest(forward, device), length / shortest(both, device)
+
+
+def make_inputs(
+    batch: int,
+    channels: int,
+    length: int,
+    n_states: int,
+    *,
+    groups: int = 1,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Return random arguments of a scan with all options, channel-last, and of the convolution."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    def tokens() -> Tensor:
+        return normal(batch, length, channels).transpose(1, 2)
+
+    def matrix() -> Tensor:
+        return normal(batch, length, groups, n_states).permute(0, 2, 3, 1)
+
+    return {
+        "u": tokens(),
+        "delta": tokens(),
+        "A": -torch.exp(0.5 * normal(channels, n_states)),
+        "B": matrix(),
+        "C": matrix(),
+        "D": normal(channels),
+        "z": tokens(),
+        "delta_bias": normal(channels) - 1,
+        "initial_state": normal(batch, channels, n_states),
+        "conv_weight": normal(channels, 4),
+        "conv_bias": normal(channels),
+    }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the largest expected value; inf for NaN."""
+    difference = (actual.detach().double().cpu() - expected.detach().double()).abs().max()
+    error = float(difference / expected.detach().abs().max())
+    return error if error == error else float("inf")
+
+
+def shortest(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """Return the shortest wall time of several runs, in seconds, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _results(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    scanned = dict(tensors)
+    scanned["u"] = causal_conv1d_silu(
+        tensors["u"], scanned.pop("conv_weight"), scanned.pop("conv_bias")
+    )
+    out, last_state = selective_scan(**scanned, delta_softplus=True, return_last_state=True)
+    upstream = [
+        torch.cos(torch.arange(x.numel())).reshape(x.shape).to(x) for x in (out, last_state)
+    ]
+    gradients = torch.autograd.grad([out, last_state], list(tensors.values()), upstream)
+    named = {f"gradient of {name}": g for name, g in zip(tensors, gradients, strict=True)}
+    return {"output": out, "last state": last_state, **named}
