@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
+from scan_cases import OPTIONS, SHAPES, error, make_inputs, run
 from torch import Tensor
 
-from umamba.ops import selective_scan as scan_file
 from umamba.ops.dispatch import BACKENDS, backend_name, find_backend, use_backend
 from umamba.ops.layout import CHUNK
 from umamba.ops.selective_scan import selective_scan
 
 NAMES = [backend_name(backend) for backend in BACKENDS]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-# name -> (B, D, L, N, G); lengths around a chunk, odd widths, groups
-SHAPES = {
-    "one_token": (2, 4, 1, 1, 1),
-    "below_a_chunk": (1, 5, CHUNK - 1, 8, 1),
-    "one_chunk": (2, 8, CHUNK, 16, 4),
-    "above_a_chunk": (1, 17, CHUNK + 1, 16, 1),
-    "many_chunks": (2, 12, 1000, 16, 4),
-    "odd_states": (1, 33, 70, 5, 3),
-}
-OPTIONS = {
-    "bare": (),
-    "skip": ("D",),
-    "gate": ("z",),
-    "bias_softplus": ("delta_bias", "delta_softplus"),
-    "all": ("D", "z", "delta_bias", "delta_softplus", "initial_state"),
-    "all_reverse": ("D", "z", "delta_bias", "delta_softplus", "initial_state", "reverse"),
-}
 
 
 @pytest.fixture(params=NAMES)
@@ -47,54 +27,6 @@ def backend(request: pytest.FixtureRequest):
         yield request.param
 
 
-def make_inputs(
-    shape: tuple[int, int, int, int, int],
-    options: tuple[str, ...] = OPTIONS["all"],
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> dict[str, Tensor | bool]:
-    """Random arguments of selective_scan, representable in half precision where that is asked."""
-    B, D, L, N, G = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    softplus = "delta_softplus" in options
-    delta = normal(B, D, L) if softplus else normal(B, D, L).abs() * 0.3
-    arguments: dict[str, Tensor | bool] = {
-        "u": normal(B, D, L).to(dtype),
-        "delta": delta.to(dtype),
-        "A": -torch.exp(0.5 * normal(D, N)).float().to(wide(dtype)),
-        "B": normal(B, G, N, L).to(dtype),
-        "C": normal(B, G, N, L).to(dtype),
-    }
-    extra = {
-        "D": normal(D).float().to(wide(dtype)),
-        "z": normal(B, D, L).to(dtype),
-        "delta_bias": (normal(D) - 1).float().to(wide(dtype)),
-        "initial_state": normal(B, D, N).float().to(wide(dtype)),
-    }
-    arguments.update({name: value for name, value in extra.items() if name in options})
-    arguments.update({name: name in options for name in ("delta_softplus", "reverse")})
-    return arguments
-
-
-def run(arguments: dict[str, Tensor | bool], upstream_seed: int = 1) -> dict[str, Tensor]:
-    """Output, last state and the gradient of every tensor for fixed upstream gradients."""
-    tensors = {k: v.clone().requires_grad_() for k, v in arguments.items() if torch.is_tensor(v)}
-    flags = {k: v for k, v in arguments.items() if not torch.is_tensor(v)}
-    out, last = selective_scan(**tensors, **flags, return_last_state=True)
-    generator = torch.Generator().manual_seed(upstream_seed)
-    upstream = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x.dtype)
-        for x in (out, last)
-    ]
-    gradients = torch.autograd.grad([out, last], list(tensors.values()), upstream)
-    named = {f"d{name}": g for name, g in zip(tensors, gradients, strict=True)}
-    return {"out": out.detach(), "last_state": last.detach(), **named}
-
-
 @functools.cache
 def defined(shape: str, options: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the definition gives in float64 for the inputs of that type."""
@@ -102,17 +34,6 @@ def defined(shape: str, options: str, dtype: torch.dtype) -> dict[str, Tensor]:
     doubles = {k: v.double() if torch.is_tensor(v) else v for k, v in arguments.items()}
     with use_backend("reference"):
         return run(doubles)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest expected value."""
-    scale = expected.abs().max().item() if expected.numel() else 0.0
-    difference = (actual.double() - expected).abs().max().item() if expected.numel() else 0.0
-    return difference / scale if scale else difference
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -373,106 +294,3 @@ class TestReportedDefectsOfOtherScans:
         _, expected = selective_scan(**padded, return_last_state=True)
         _, actual = selective_scan(**arguments, return_last_state=True)
         assert error(actual, expected.double()) < 1e-6
-
-
-def test_operators_pass_torch_opcheck():
-    inputs = make_inputs((2, 6, 70, 4, 2), dtype=torch.float32)
-    tensors = [v.requires_grad_() if torch.is_tensor(v) else v for v in positional(inputs)]
-    torch.library.opcheck(scan_file._scan_forward, (*tensors, False, True))
-    plain = [v.detach() if torch.is_tensor(v) else v for v in tensors]
-    out, last, states = torch.ops.umamba.selective_scan_fwd(*plain, False, True)
-    torch.library.opcheck(
-        scan_file._scan_backward,
-        (torch.randn_like(out), torch.randn_like(last), *plain, states, False),
-    )
-    bare = positional(make_inputs((2, 6, 70, 4, 2), (), torch.float32))
-    torch.library.opcheck(scan_file._scan_forward, (*bare, False, False))
-
-
-def positional(arguments: dict[str, Tensor | bool]) -> list[Tensor | bool | None]:
-    order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
-    return [arguments.get(name) for name in order]
-
-
-class Scanner(torch.nn.Module):
-    def forward(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        return selective_scan(u.sin(), delta, A, B, C, delta_softplus=True).cos()
-
-
-def test_compiles_as_one_graph_with_gradients():
-    inputs = [x.requires_grad_() for x in positional(make_inputs((1, 6, 70, 4, 1), (), torch.float32))[:5]]  # fmt: skip # noqa: E501
-    expected = torch.autograd.grad(Scanner()(*inputs).sum(), inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
-        compiled = torch.compile(Scanner(), backend="aot_eager", fullgraph=True)
-        actual = torch.autograd.grad(compiled(*inputs).sum(), inputs)
-    for one, two in zip(actual, expected, strict=True):
-        assert torch.equal(one, two)
-
-
-def test_exports():
-    inputs = tuple(positional(make_inputs((1, 6, 70, 4, 1), (), torch.float32))[:5])
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(Scanner(), inputs)
-    assert torch.equal(program.module()(*inputs), Scanner()(*inputs))
-    assert "umamba.selective_scan_fwd" in str(program.graph)
-
-
-def test_runs_on_the_meta_device_with_gradients():
-    arguments = make_inputs((2, 6, 70, 4, 2), dtype=torch.float32)
-    on_meta = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in arguments.items()}
-    tensors = {k: v.requires_grad_() for k, v in on_meta.items() if torch.is_tensor(v)}
-    out, last = selective_scan(**tensors, delta_softplus=True, return_last_state=True)
-    assert out.is_meta
-    assert last.shape == (2, 6, 4)
-    gradients = torch.autograd.grad(out.sum() + last.sum(), list(tensors.values()))
-    for gradient, tensor in zip(gradients, tensors.values(), strict=True):
-        assert gradient.shape == tensor.shape
-
-
-def test_nothing_is_saved_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch):
-    chosen = scan_file.choose(torch.device("cpu"), torch.float32, 4)
-    asked: list[bool] = []
-    forward: Callable = chosen.forward
-
-    def spy(*arguments: object):
-        asked.append(bool(arguments[-1]))
-        return forward(*arguments)
-
-    monkeypatch.setattr(chosen, "forward", spy)
-    arguments = make_inputs((1, 4, 70, 4, 1), dtype=torch.float32)
-    selective_scan(**arguments)
-    arguments["A"] = arguments["A"].requires_grad_()
-    with torch.no_grad():
-        selective_scan(**arguments)
-    selective_scan(**arguments)
-    assert asked == [False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"A": torch.zeros(4, 3, dtype=torch.complex64)}, "A is complex"),
-        ({"delta": torch.zeros(2, 4, 8)}, r"delta has shape \(2, 4, 8\)"),
-        ({"A": torch.zeros(5, 3)}, r"A has shape \(5, 3\)"),
-        ({"C": torch.zeros(2, 2, 3, 9)}, r"C has shape \(2, 2, 3, 9\)"),
-        ({"B": torch.zeros(2, 3, 3, 9)}, "not a multiple of the 3 groups"),
-        ({"D": torch.zeros(3)}, "D has shape"),
-        ({"z": torch.zeros(2, 4, 9, dtype=torch.int64)}, "z is torch.int64"),
-        ({"delta_bias": torch.zeros(4, device="meta")}, "delta_bias is on meta"),
-        ({"u": torch.zeros(4, 9)}, "u must be"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_named(change: dict[str, Tensor], message: str):
-    B, D, L, N = 2, 4, 9, 3
-    good = {
-        "u": torch.zeros(B, D, L),
-        "delta": torch.zeros(B, D, L),
-        "A": torch.zeros(D, N),
-        "B": torch.zeros(B, N, L),
-        "C": torch.zeros(B, 1, N, L),
-    }
-    selective_scan(**good)
-    with pytest.raises(ValueError, match=message):
-        selective_scan(**good | change)

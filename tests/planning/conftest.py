@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def stock_lists_files_in_threads(monkeypatch: pytest.MonkeyPatch):
+    """Stock nnU-Net forks twelve processes to list the files of a dataset."""
+    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ def test_nnunet_builds_the_network_of_the_plans_and_it_takes_the_patch(fingerpri
 
 @pytest.mark.parametrize("network", ["umamba_bot", "umamba_enc"])
 def test_the_planned_step_runs_and_its_loss_is_finite(fingerprinted, network):
-    plans = plan(fingerprinted("tiny"), network, configurations=["3d_fullres"])
+    narrow = {"features_per_stage": [8]}
+    plans = plan(fingerprinted("tiny"), network, network_args=narrow, configurations=["3d_fullres"])
     step = check_plan(replan(plans, "3d_fullres", batch_size=2), "3d_fullres", device="cpu")
     assert step.finite
     assert step.parameters == plans["configurations"]["3d_fullres"]["planning"]["parameters"]

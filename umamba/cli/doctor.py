@@ -81,7 +81,9 @@ def examine(workspace: str | None = None, bench: bool = False) -> dict[str, Any]
 def _versions() -> dict[str, str | None]:
     import platform
 
-    versions: dict[str, str | None] = {"umamba": _version("umamba")}
+    import umamba
+
+    versions: dict[str, str | None] = {"umamba": umamba.__version__}
     versions["Python"] = platform.python_version()
     versions.update({name: _version(name) for name in PACKAGES})
     return versions
@@ -101,8 +103,8 @@ def _torchvision() -> dict[str, str]:
     works = "All umamba commands work: they never import it."
     fails = (
         "Stock nnUNetv2_train and nnUNetv2_predict fail with any trainer but nnUNetTrainer, ours "
-        "included, because their search imports timm, which imports torchvision; with nnUNetTrainer "
-        "they work, as do the other stock commands."
+        "included, because their search imports timm, which imports torchvision; with "
+        "nnUNetTrainer they work, as do the other stock commands."
     )
     cure = "To use them, install the torchvision build that belongs to this torch, as torch was."
     try:

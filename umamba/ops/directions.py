@@ -101,7 +101,6 @@ def _scan_one(
         delta_softplus=True,
         reverse=order.reverse,
     )
-    assert isinstance(out, Tensor)
     return [out]
 
 
@@ -139,7 +138,6 @@ def _scan_stack(
         delta_softplus=True,
         reverse=reverse,
     )
-    assert isinstance(out, Tensor)
     return list(out.chunk(n_directions, dim=1))
 
 

@@ -3,11 +3,48 @@
 B batch, D channels, L tokens, N states, G groups of channels that share B and C.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from umamba.ops.dispatch import choose, without_autocast
 from umamba.ops.layout import CHUNK, empty_tokens
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    initial_state: Tensor | None = ...,
+    reverse: bool = ...,
+    return_last_state: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    initial_state: Tensor | None = ...,
+    reverse: bool = ...,
+    *,
+    return_last_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def selective_scan(
