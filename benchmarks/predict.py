@@ -97,7 +97,7 @@ def measure(words: list[str]) -> dict[str, float]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(words)}\nfailed:\n{errors}")
+        raise SystemExit(f"{' '.join(words)}\nexit code {process.returncode}:\n{errors}")
     return {
         "cpu_s": usage.ru_utime + usage.ru_stime,
         "wall_s": time.monotonic() - start,

@@ -2,9 +2,9 @@
 
     python benchmarks/scan.py [--shapes 1,64,16384 ...] [--repeats 20] [--json FILE]
 
-Times are CPU time of the process on one thread, the shortest of the repeats, in ns per (b,d,l,n), N = 16,
-channel-last tensors, all options on.  Every figure of a row comes from one process, the backends in turn.
-The table is printed only if `pytest tests/ops` passes.
+Times are CPU time of the process on one thread, the shortest of the repeats, in ns per (b,d,l,n),
+for 16 states, channel-last tensors and all options. Every figure of a row comes from one process,
+the backends in turn. The table is printed only if `pytest tests/ops` passes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from umamba.ops import chunked, cpu
 from umamba.ops.dispatch import use_backend
-from umamba.ops.self_check import make_inputs, scan_errors
 from umamba.ops.selective_scan import selective_scan
+from umamba.ops.self_check import make_inputs, scan_errors
 
 N_STATES = 16
 SHAPES = ((1, 64, 16384), (1, 384, 1024), (2, 768, 1024))
@@ -84,33 +84,27 @@ def measure(
     batch, channels, length = shape
     size = batch * channels * length * N_STATES
     inputs = make_inputs(batch, channels, length, N_STATES, dtype=torch.float32)
-    weight, bias = inputs["conv_weight"], inputs["conv_bias"]
-    u, dout = inputs["u"], torch.randn(batch, length, channels).transpose(1, 2)
     row: dict[str, Any] = {"shape": list(shape)}
     for name, backend in backends.items():
-        scan, states = scan_calls(backend, inputs, dout)
         count = repeats if name == "cpu" else max(2, repeats // 7)
-        calls: dict[str, Callable[[], object]] = {
-            **scan,
-            "conv_forward": lambda b=backend: b.conv_forward(u, weight, bias, False),
-            "conv_backward": lambda b=backend: b.conv_backward(dout, u, weight, bias, False),
-        }
+        calls = backend_calls(backend, inputs, torch.randn_like(inputs["u"]))
         row[name] = {what: cpu_seconds(call, count) / size * 1e9 for what, call in calls.items()}
-        del states
     return row
 
 
-def scan_calls(
+def backend_calls(
     backend: ModuleType, inputs: dict[str, Tensor], dout: Tensor
-) -> tuple[dict[str, Callable[[], object]], Tensor]:
-    """Forward and backward of a backend with all options but the initial state."""
+) -> dict[str, Callable[[], object]]:
+    """Forward and backward of the scan, without initial state, and of the convolution."""
     leading = [inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    u, weight, bias = (inputs[name] for name in ("u", "conv_weight", "conv_bias"))
     _, _, states = backend.forward(*leading, True, None, False, True)
-    calls: dict[str, Callable[[], object]] = {
+    return {
         "forward": lambda: backend.forward(*leading, True, None, False, True),
         "backward": lambda: backend.backward(dout, None, *leading, True, None, states, False),
+        "conv_forward": lambda: backend.conv_forward(u, weight, bias, False),
+        "conv_backward": lambda: backend.conv_backward(dout, u, weight, bias, False),
     }
-    return calls, states
 
 
 def cpu_seconds(call: Callable[[], object], repeats: int) -> float:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-try:
-    __version__ = version("umamba")
-except PackageNotFoundError:  # running from a source tree that was never installed
-    __version__ = "0.0.0"
 
 __all__ = ["__version__", "create_network", "list_networks", "predict_volume"]
 
@@ -22,6 +16,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'umamba' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
@@ -29,3 +25,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _version() -> str:
+    # importlib.metadata costs half of the time in which `umamba --help` answers.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("umamba")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0.0.0"

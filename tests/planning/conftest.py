@@ -11,6 +11,8 @@ import pytest
 import SimpleITK
 import torch
 
+from umamba.planning import preprocess
+
 FINGERPRINTS: dict[str, dict[str, Any]] = {
     "isotropic_ct": {"shape": (220, 260, 250), "spacing": (1.0, 0.9, 0.9), "cases": 60},
     "anisotropic_mr": {"shape": (20, 320, 310), "spacing": (3.6, 0.7, 0.7), "cases": 40},
@@ -31,6 +33,11 @@ def one_thread():
 def stock_lists_files_in_threads(monkeypatch: pytest.MonkeyPatch):
     """Stock nnU-Net forks twelve processes to list the files of a dataset."""
     monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preprocess, "SAMPLED_VOXELS", 5_000)
 
 
 @pytest.fixture

@@ -29,13 +29,12 @@ from umamba.planning.preprocess import (
 
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(preprocess, "SAMPLED_VOXELS", 5_000)
+def few_samples_in_stock(monkeypatch):
     original = DatasetFingerprintExtractor.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        self.num_foreground_voxels_for_intensitystats = 5_000
+        self.num_foreground_voxels_for_intensitystats = preprocess.SAMPLED_VOXELS
 
     monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", init)
 

@@ -25,6 +25,7 @@ from umamba.ops.reference import (
     conv_forward,
     silu_slope,
     step_sizes,
+    step_slopes,
     token_major,
 )
 
@@ -68,8 +69,7 @@ def forward(
     states is (B, ceil(L / CHUNK), N, D) in walk order, empty unless `save_states`.
     """
     cut = Cut.of(u, A, B, reverse)
-    d, _ = step_sizes(delta, delta_bias, delta_softplus)
-    steps = cut.tokens(d)  # (B, S, T, G, E)
+    steps = cut.tokens(step_sizes(delta, delta_bias, delta_softplus))  # (B, S, T, G, E)
     inputs = steps * cut.tokens(u)
     input_B, output_C, decay = cut.matrix(B), cut.matrix(C), cut.rates(A)
     entering = cut.state(initial_state, u.device)  # (B, G, N, E)
@@ -91,9 +91,9 @@ def forward(
         last[b, ..., e] = h[:, -1]
     out = cut.whole(y)
     if D is not None:
-        out = torch.addcmul(out, u, D.to(cut.wide)[:, None])
+        out.addcmul_(u.to(cut.wide), D.to(cut.wide)[:, None])
     if z is not None:
-        out = out * functional.silu(z.to(cut.wide))
+        out.mul_(functional.silu(z.to(cut.wide)))
     states = y.new_empty(0) if saved is None else cut.whole_saved(saved)
     return token_major(out, u.dtype), cut.whole_state(last), states
 
@@ -120,16 +120,17 @@ def backward(
     The states within a chunk are computed again from the one saved before it.
     """
     cut = Cut.of(u, A, B, reverse)
-    d, slope = step_sizes(delta, delta_bias, delta_softplus)
+    d = step_sizes(delta, delta_bias, delta_softplus)
     q = dout.to(cut.wide)
     if z is not None:
         q = q * functional.silu(z.to(cut.wide))
-    steps, x, upstream = cut.tokens(d), cut.tokens(u), cut.tokens(q)
-    inputs = steps * x
+    steps, upstream = cut.tokens(d), cut.tokens(q)
+    inputs = steps * cut.tokens(u)
     input_B, output_C, decay = cut.matrix(B), cut.matrix(C), cut.rates(A)
     saved = cut.saved(states)
     leaving = cut.state(dlast_state, u.device)
-    r, s, y = torch.empty_like(steps), torch.empty_like(steps), torch.empty_like(steps)
+    r, s = torch.empty_like(steps), torch.empty_like(steps)
+    y = torch.empty_like(steps) if z is not None else r
     dB, dC = torch.zeros_like(input_B), torch.zeros_like(output_C)
     dA, first = torch.zeros_like(decay), torch.empty_like(leaving)
     for b, e in cut.blocks(8 * window_elements(u) // CHUNK):
@@ -154,15 +155,22 @@ def backward(
             s[b, :, t : t + w, :, e] = torch.mul(a, A_b, out=g).sum(-2).movedim(0, 2)
             dA[..., e] += a.mul_(_window(walk.steps, t, w).unsqueeze(-2)).sum((0, 1, 2))
         first[b, ..., e] = carry[:, 0]
-    wide_u, r, s = u.to(cut.wide), cut.whole(r), cut.whole(s)
-    du, ddelta = d * r, torch.addcmul(s, wide_u, r).mul_(slope)
+    # From here on the buffers are turned into the results in place.
+    wide_u, du, ddelta = u.to(cut.wide), cut.whole(r), cut.whole(s)
+    ddelta.addcmul_(wide_u, du)
+    if delta_softplus:
+        ddelta.mul_(step_slopes(d))
+    du.mul_(d)
     dD = dz = None
     if D is not None:
         skip = D.to(cut.wide)[:, None]
-        du, dD = torch.addcmul(du, q, skip), (q * wide_u).sum((0, 2))
+        du.addcmul_(q, skip)
+        dD = (q * wide_u).sum((0, 2))
     if z is not None:
-        before_gate = cut.whole(y) if D is None else torch.addcmul(cut.whole(y), wide_u, skip)
-        dz = before_gate * silu_slope(z.to(cut.wide)) * dout
+        dz = cut.whole(y)
+        if D is not None:
+            dz.addcmul_(wide_u, skip)
+        dz.mul_(silu_slope(z.to(cut.wide))).mul_(dout)
     return (
         token_major(du, u.dtype),
         token_major(ddelta, delta.dtype),
@@ -170,7 +178,7 @@ def backward(
         cut.whole_matrix(dB).to(B.dtype),
         cut.whole_matrix(dC).to(C.dtype),
         dD,
-        None if z is None or dz is None else token_major(dz, z.dtype),
+        None if dz is None or z is None else token_major(dz, z.dtype),
         None if delta_bias is None else ddelta.sum((0, 2)),
         None if initial_state is None else cut.whole_state(first),
     )

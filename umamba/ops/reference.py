@@ -43,7 +43,7 @@ def forward(
     """
     wide = wide_type(u.dtype)
     batch, channels, length = u.shape
-    d, _ = step_sizes(delta, delta_bias, delta_softplus)
+    d = step_sizes(delta, delta_bias, delta_softplus)
     x, decay = u.to(wide), A.to(wide)
     B, C = (_per_channel(m, channels, wide) for m in (B, C))  # (B, D, N, L)
     h = _initial(initial_state, u, A)
@@ -89,7 +89,7 @@ def backward(
     wide = wide_type(u.dtype)
     batch, channels, length = u.shape
     n_states, n_groups = A.shape[1], B.shape[1]
-    d, slope = step_sizes(delta, delta_bias, delta_softplus)
+    d = step_sizes(delta, delta_bias, delta_softplus)
     x, decay = u.to(wide), A.to(wide)
     wide_B, wide_C = (_per_channel(m, channels, wide) for m in (B, C))
     q = dout.to(wide)
@@ -128,7 +128,7 @@ def backward(
         du, y, dD = du + skip * q, y + skip * x, (q * x).sum((0, 2))
     if z is not None:
         dz = token_major(dout.to(wide) * y * silu_slope(z.to(wide)), z.dtype)
-    ddelta = dd * slope
+    ddelta = dd * step_slopes(d) if delta_softplus else dd
     return (
         token_major(du, u.dtype),
         token_major(ddelta, delta.dtype),
@@ -176,13 +176,17 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
-    """Return the step sizes of delta (B, D, L) and their derivative by it."""
+def step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """Return the step sizes of delta (B, D, L)."""
     wide = wide_type(delta.dtype)
     s = delta.to(wide) if bias is None else delta.to(wide) + bias.to(wide)[:, None]
-    if not softplus:
-        return s, torch.ones_like(s)
-    return s.clamp(min=0) + torch.log1p(torch.exp(-s.abs())), torch.sigmoid(s)
+    # torch takes s itself above 20, which is not exact enough in float64.
+    return functional.softplus(s, threshold=40) if softplus else s
+
+
+def step_slopes(d: Tensor) -> Tensor:
+    """Return the derivative of the softplus whose value is d: sigmoid(s) = 1 - exp(-softplus(s))."""
+    return -torch.expm1(-d)
 
 
 def silu_slope(z: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def _summarize(results: Sequence[tuple]) -> dict[str, Any]:
     shapes, spacings, intensities, _, relative_sizes = zip(*results, strict=True)
     properties: dict[str, dict[str, float]] = {}
     for channel in range(len(intensities[0])):
-        values = np.concatenate([case[channel] for case in intensities])
+        # Taken out of the cases: the samples of all cases are large, twice them is too much.
+        values = np.concatenate([case.pop(0) for case in intensities])
         if values.size == 0:
             raise ValueError("no case has a labelled voxel: there is nothing to learn")
         mean, std = float(np.mean(values)), float(np.std(values))

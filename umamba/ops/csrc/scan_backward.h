@@ -27,16 +27,19 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
                            const BlockRows *m, Rows Bc, Rows Cc, const float *A2, const float *initial,
                            float *decays, float *before, float *carry, float *dA, float *sum_b,
                            float *sum_c) {
-    vf h[BACKWARD_STATES], g[BACKWARD_STATES], da[BACKWARD_STATES];
+    vf h[BACKWARD_STATES], g[BACKWARD_STATES], da[BACKWARD_STATES], rate[BACKWARD_STATES];
 #pragma GCC unroll 4
-    for (int i = 0; i < n_states; i++) h[i] = vload(initial + i * LANES);
+    for (int i = 0; i < n_states; i++) {
+        h[i] = vload(initial + i * LANES);
+        rate[i] = vload(A2 + i * LANES);
+    }
     for (int64_t t = 0; t < T; t++) {
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(m->d + t * LANES), dut = vload(m->du + t * LANES);
         vf y = need_y ? vload(m->y + t * LANES) : (vf){0};
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
-            const vf a = exp2_product(dt, vload(A2 + i * LANES));
+            const vf a = exp2_product(dt, rate[i]);
             vstore(decays + (t * n_states + i) * LANES, a);
             vstore(before + (t * n_states + i) * LANES, h[i]);
             h[i] = vfma(a, h[i], dut * Bt[i]);
@@ -64,7 +67,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
             g[i] *= vload(decays + (t * n_states + i) * LANES);
             h[i] = vload(before + (t * n_states + i) * LANES);
             const vf e = g[i] * h[i];
-            decay_sum = vfma(e, vload(A2 + i * LANES), decay_sum);
+            decay_sum = vfma(e, rate[i], decay_sum);
             da[i] = vfma(dt, e, da[i]);
         }
         vstore(m->r + t * LANES, r);
@@ -169,6 +172,28 @@ static int64_t lay_out(float *p, int64_t N, Scratch *m) {
     return p - start;
 }
 
+INLINE void begin_backward(const int with_softplus, const int gate, int64_t T, Rows u, Rows delta,
+                           Rows dout, Rows z, vf skip, vf bias, const BlockRows *m) {
+    for (int64_t t = 0; t < T; t++) {
+        const vf ut = vload(u.rows + t * u.stride);
+        vf dt = vload(delta.rows + t * delta.stride) + bias, slope = vset(1.0f);
+        vf q = vload(dout.rows + t * dout.stride);
+        if (with_softplus) dt = softplus(dt, &slope);
+        if (gate) {
+            const vf zt = vload(z.rows + t * z.stride), sg = sigmoid(zt), silu = zt * sg;
+            vstore(m->gate + t * LANES, q * vfma(silu, 1.0f - sg, sg));
+            q *= silu;
+        }
+        vstore(m->d + t * LANES, dt);
+        vstore(m->slope + t * LANES, slope);
+        vstore(m->du + t * LANES, dt * ut);
+        vstore(m->q + t * LANES, q);
+        vstore(m->y + t * LANES, skip * ut);
+        vstore(m->r + t * LANES, (vf){0});
+        vstore(m->decay_sum + t * LANES, (vf){0});
+    }
+}
+
 /* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. */
 static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c, int add,
                            const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
@@ -189,24 +214,10 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
     const Rows dout = READ(dout, m->staged_dout);
     const Rows z = gate ? READ(z, m->staged_z) : dout;
     const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
-    for (int64_t t = 0; t < T; t++) {
-        const vf ut = vload(u.rows + t * u.stride);
-        vf dt = vload(delta.rows + t * delta.stride) + bias, slope = vset(1.0f);
-        vf q = vload(dout.rows + t * dout.stride);
-        if (s->softplus) dt = softplus(dt, &slope);
-        if (gate) {
-            const vf zt = vload(z.rows + t * z.stride), sg = sigmoid(zt), silu = zt * sg;
-            vstore(m->gate + t * LANES, q * vfma(silu, 1.0f - sg, sg));
-            q *= silu;
-        }
-        vstore(m->d + t * LANES, dt);
-        vstore(m->slope + t * LANES, slope);
-        vstore(m->du + t * LANES, dt * ut);
-        vstore(m->q + t * LANES, q);
-        vstore(m->y + t * LANES, skip * ut);
-        vstore(m->r + t * LANES, (vf){0});
-        vstore(m->decay_sum + t * LANES, (vf){0});
-    }
+    if (s->softplus && gate)
+        begin_backward(1, 1, T, u, delta, dout, z, skip, bias, m);
+    else
+        begin_backward((int)s->softplus, gate, T, u, delta, dout, z, skip, bias, m);
 
     backward_states(gate, add, T, N, m, Bc, Cc, A2, w->initial, w->decays, w->before, carry, sums,
                     w->sum_b, w->sum_c);

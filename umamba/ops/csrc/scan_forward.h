@@ -55,19 +55,34 @@ static void load_constants(const float *A, const float *skip, const float *bias,
     load_state(bias ? bias + k.channel : NULL, 1, k.lanes, out + (N + 1) * LANES);
 }
 
+INLINE void begin_block(const int with_softplus, int64_t T, Rows u, Rows delta, vf skip, vf bias,
+                        float *d, float *du, float *y) {
+    for (int64_t t = 0; t < T; t++) {
+        const vf ut = vload(u.rows + t * u.stride);
+        vf dt = vload(delta.rows + t * delta.stride) + bias, slope;
+        if (with_softplus) dt = softplus(dt, &slope);
+        vstore(d + t * LANES, dt);
+        vstore(du + t * LANES, dt * ut);
+        vstore(y + t * LANES, skip * ut);
+    }
+}
+
 /* n_states states of a block over one chunk: y += sum_n C h. */
 INLINE void forward_group(const int n_states, int64_t T, const float *d, const float *du, float *y,
                           Rows Bc, Rows Cc, const float *A2, float *state) {
-    vf h[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < n_states; i++) h[i] = vload(state + i * LANES);
+    vf h[8], rate[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < n_states; i++) {
+        h[i] = vload(state + i * LANES);
+        rate[i] = vload(A2 + i * LANES);
+    }
     for (int64_t t = 0; t < T; t++) {
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(d + t * LANES), dut = vload(du + t * LANES);
         vf even = vload(y + t * LANES), odd = (vf){0};
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int i = 0; i < n_states; i++) {
-            h[i] = vfma(exp2_product(dt, vload(A2 + i * LANES)), h[i], dut * Bt[i]);
+            h[i] = vfma(exp2_product(dt, rate[i]), h[i], dut * Bt[i]);
             if (i % 2)
                 odd = vfma(h[i], vset(Ct[i]), odd);
             else
@@ -75,7 +90,7 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
         }
         vstore(y + t * LANES, even + odd);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int i = 0; i < n_states; i++) vstore(state + i * LANES, h[i]);
 }
 
@@ -88,7 +103,6 @@ static void forward_states(int64_t T, int64_t N, const float *d, const float *du
         forward_group(k, T, d, du, y, (Rows){Bc.rows + n, Bc.stride},                       \
                       (Rows){Cc.rows + n, Cc.stride}, A2 + n * LANES, state + n * LANES);
 #if LANES == 16
-    GROUP(16)
     GROUP(8)
 #endif
     GROUP(4)
@@ -147,14 +161,10 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
                                          sign * s->delta.token, T, k.lanes, staged_delta);
             const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
-            for (int64_t t = 0; t < T; t++) {
-                const vf ut = vload(u.rows + t * u.stride);
-                vf dt = vload(delta.rows + t * delta.stride) + bias, slope;
-                if (s->softplus) dt = softplus(dt, &slope);
-                vstore(d + t * LANES, dt);
-                vstore(du + t * LANES, dt * ut);
-                vstore(y + t * LANES, skip * ut);
-            }
+            if (s->softplus)
+                begin_block(1, T, u, delta, skip, bias, d, du, y);
+            else
+                begin_block(0, T, u, delta, skip, bias, d, du, y);
             forward_states(T, N, d, du, y, Bc, Cc, A2, h);
 
             const Rows out = write_rows(&s->out, out_at, sign * s->out.token, k.lanes, y);
