@@ -70,6 +70,13 @@ def test_runs_on_the_meta_device_with_gradients():
         assert gradient.shape == tensor.shape
 
 
+def test_runs_in_inference_mode():
+    arguments = make_inputs((1, 6, 70, 4, 1), dtype=torch.float32)
+    with torch.inference_mode():
+        out = selective_scan(**arguments)
+    assert torch.equal(out, selective_scan(**arguments))
+
+
 def test_nothing_is_saved_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch):
     chosen = scan_file.choose(torch.device("cpu"), torch.float32, 4)
     asked: list[bool] = []

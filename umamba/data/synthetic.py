@@ -27,7 +27,7 @@ def make_demo_dataset(folder: Path, n_train: int = 16, n_test: int = 3, seed: in
     """
     folder = Path(folder)
     rng = np.random.default_rng(seed)
-    has_lesion = rng.permutation(np.arange(n_train + n_test) % 2 == 0)
+    has_lesion = np.concatenate([rng.permutation(np.arange(n) % 2 == 0) for n in (n_train, n_test)])
     for i in range(n_train + n_test):
         image, label = make_case(np.random.default_rng([seed, i]), bool(has_lesion[i]))
         part = "Tr" if i < n_train else "Ts"

@@ -185,7 +185,7 @@ def step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
 
 
 def step_slopes(d: Tensor) -> Tensor:
-    """Return the derivative of the softplus whose value is d: sigmoid(s) = 1 - exp(-softplus(s))."""
+    """Return the derivative of the softplus whose value is d: sigmoid(s) = 1 - exp(-d)."""
     return -torch.expm1(-d)
 
 

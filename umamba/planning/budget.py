@@ -142,7 +142,7 @@ def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_second
     """
     n_epochs = max(5, min(n_iterations // 30, 40 if n_iterations < LONG_ITERATIONS else 1000))
     per_epoch = max(1, n_iterations // n_epochs)
-    recipe = {
+    recipe: dict[str, object] = {
         "train_seconds": round(train_seconds, 1),
         "num_epochs": n_epochs,
         "num_iterations_per_epoch": per_epoch,

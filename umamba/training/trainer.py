@@ -46,7 +46,7 @@ class UMambaTrainer(nnUNetTrainer):
         self,
         plans: dict,
         configuration: str,
-        fold: int,
+        fold: int | str,
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
     ) -> None:
@@ -60,6 +60,7 @@ class UMambaTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
         self.enable_deep_supervision = recipe.enable_deep_supervision
         self.iteration = 0
+        self.save_every: int = 50  # nnU-Net's, annotated
         self.clock = time.monotonic
         self._seconds_before = 0.0
         self._started: float | None = None

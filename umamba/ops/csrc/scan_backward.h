@@ -24,9 +24,10 @@ typedef struct {
 
 /* One group of states over one chunk; sum_b, sum_c (T, LANES) take the folded dB and dC. */
 INLINE void backward_group(const int n_states, const int need_y, const int add, int64_t T,
-                           const BlockRows *m, Rows Bc, Rows Cc, const float *A2, const float *initial,
-                           float *decays, float *before, float *carry, float *dA, float *sum_b,
-                           float *sum_c) {
+                           const BlockRows *rows, Rows Bc, Rows Cc, const float *A2,
+                           const float *initial, float *decays, float *before, float *carry, float *dA,
+                           float *sum_b, float *sum_c) {
+    const BlockRows copy = *rows, *m = &copy; /* no store can change it */
     vf h[BACKWARD_STATES], g[BACKWARD_STATES], da[BACKWARD_STATES], rate[BACKWARD_STATES];
 #pragma GCC unroll 4
     for (int i = 0; i < n_states; i++) {
