@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import pickle
 import pydoc
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+
+from umamba.networks.checkpoint import read_checkpoint as read_tensors
 
 Fold = int | str
 SEARCH_DEPTH = 4
@@ -101,23 +100,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """A training checkpoint, read as tensors, numbers and names only: no code in it can run."""
-    try:
-        with (
-            torch.serialization.safe_globals(_numpy_scalar_types()),
-            warnings.catch_warnings(action="ignore", category=UserWarning),
-        ):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is damaged or holds objects other than tensors and numbers, and is not read; "
-            "copy it again, or choose another with -chk"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{file} cannot be read, it seems truncated; copy it again, or choose another with -chk"
-        ) from error
+    checkpoint = read_tensors(file)
     needed = ("network_weights", "init_args")
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in needed):
+    if any(key not in checkpoint for key in needed):
         raise ValueError(
             f"{file} is not a checkpoint of nnU-Net's trainers (no {' and '.join(needed)}); "
             "import official weights with `umamba models import`"
@@ -169,11 +154,3 @@ def check_weights(network: nn.Module, weights: dict[str, torch.Tensor], file: Pa
 
 def _is_model_folder(path: Path) -> bool:
     return (path / "plans.json").is_file() and any(path.glob("fold_*"))
-
-
-def _numpy_scalar_types() -> list[Any]:
-    """What nnU-Net's own checkpoints hold beside tensors: numpy numbers of its training log."""
-    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]
-    types: list[Any] = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
-    modules = ("numpy._core.multiarray", "numpy.core.multiarray")
-    return [np.dtype, *types, *((scalar, f"{m}.scalar") for m in modules)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; check the path")
     try:
-        with torch.serialization.safe_globals(numpy_scalar_types()):
+        with (
+            torch.serialization.safe_globals(numpy_scalar_types()),
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+        ):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is damaged or holds objects other than tensors and numbers, and is not read; "
             "copy it again, or use another checkpoint"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read, it seems truncated; copy it again, or use another checkpoint"
         ) from error

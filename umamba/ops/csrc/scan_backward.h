@@ -26,7 +26,7 @@ typedef struct {
 INLINE void backward_group(const int n_states, const int need_y, const int add, int64_t T,
                            const BlockRows *rows, Rows Bc, Rows Cc, const float *A2,
                            const float *initial, float *decays, float *before, float *carry, float *dA,
-                           float *sum_b, float *sum_c) {
+                           float *sum_b, float *sum_c, const Ahead *ahead) {
     const BlockRows copy = *rows, *m = &copy; /* no store can change it */
     vf h[BACKWARD_STATES], g[BACKWARD_STATES], da[BACKWARD_STATES], rate[BACKWARD_STATES];
 #pragma GCC unroll 4
@@ -38,6 +38,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(m->d + t * LANES), dut = vload(m->du + t * LANES);
         vf y = need_y ? vload(m->y + t * LANES) : (vf){0};
+        if (ahead) fetch_ahead(ahead, t);
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
             const vf a = exp2_product(dt, rate[i]);
@@ -59,6 +60,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
         const vf q = vload(m->q + t * LANES);
         vf r = vload(m->r + t * LANES), decay_sum = vload(m->decay_sum + t * LANES);
         vf db[BACKWARD_STATES], dc[BACKWARD_STATES];
+        if (ahead) fetch_ahead(ahead + 1, t);
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
             g[i] = vfma(q, vset(Ct[i]), g[i]);
@@ -91,12 +93,13 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
 /* Groups of states one after another; each takes (T, LANES) of sum_b and sum_c. */
 static void backward_states(int need_y, int add, int64_t T, int64_t N, const BlockRows *m, Rows Bc,
                             Rows Cc, const float *A2, const float *initial, float *decays,
-                            float *before, float *carry, float *dA, float *sum_b, float *sum_c) {
+                            float *before, float *carry, float *dA, float *sum_b, float *sum_c,
+                            const Ahead *ahead) {
     int64_t n = 0;
 #define GROUP(k, y, a)                                                                              \
     backward_group(k, y, a, T, m, (Rows){Bc.rows + n, Bc.stride}, (Rows){Cc.rows + n, Cc.stride},   \
                    A2 + n * LANES, initial + n * LANES, decays, before, carry + n * LANES,          \
-                   dA + n * LANES, sum_b, sum_c)
+                   dA + n * LANES, sum_b, sum_c, n ? NULL : ahead)
 #define GROUPS(k)                                                           \
     for (; n + k <= N; n += k, sum_b += T * LANES, sum_c += T * LANES) {    \
         if (need_y && add) GROUP(k, 1, 1);                                  \
@@ -198,7 +201,7 @@ INLINE void begin_backward(const int with_softplus, const int gate, int64_t T, R
 /* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. */
 static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c, int add,
                            const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
-                           float *sums) {
+                           float *sums, int64_t ahead_channels, int64_t ahead_tokens) {
     const ScanBackward *s = job->s;
     const BlockRows *m = &w->rows;
     const int64_t N = s->N, D = s->D, T = smaller(CHUNK, s->L - c * CHUNK);
@@ -215,13 +218,26 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
     const Rows dout = READ(dout, m->staged_dout);
     const Rows z = gate ? READ(z, m->staged_z) : dout;
     const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
+    Ahead ahead[2] = {nothing_ahead, nothing_ahead};
+#define EXPECT(i, x)                                                                            \
+    expect(ahead, i, &s->x,                                                                     \
+           AT(x) + ahead_channels * s->x.channel + ahead_tokens * sign * s->x.token,            \
+           sign * s->x.token)
+    EXPECT(0, u);
+    EXPECT(1, delta);
+    EXPECT(2, z);
+    EXPECT(3, dout);
+#undef EXPECT
+    expect(ahead + 1, 0, &s->du, AT(du), sign * s->du.token);
+    expect(ahead + 1, 1, &s->ddelta, AT(ddelta), sign * s->ddelta.token);
+    expect(ahead + 1, 2, &s->dz, AT(dz), sign * s->dz.token);
     if (s->softplus && gate)
         begin_backward(1, 1, T, u, delta, dout, z, skip, bias, m);
     else
         begin_backward((int)s->softplus, gate, T, u, delta, dout, z, skip, bias, m);
 
     backward_states(gate, add, T, N, m, Bc, Cc, A2, w->initial, w->decays, w->before, carry, sums,
-                    w->sum_b, w->sum_c);
+                    w->sum_b, w->sum_c, ahead);
 
     const Rows du = WRITE(du, m->du), ddelta = WRITE(ddelta, m->d);
     const Rows dz = gate ? WRITE(dz, m->r) : du;
@@ -278,9 +294,12 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         const int64_t step_b = sign * s->Bm.token, step_c = sign * s->Cm.token;
         const Rows Bc = read_states(&s->Bm, AT(Bm) + step_b * c * CHUNK, step_b, T, N, w.staged_b);
         const Rows Cc = read_states(&s->Cm, AT(Cm) + step_c * c * CHUNK, step_c, T, N, w.staged_c);
-        for (int64_t j = 0; j < n_blocks; j++)
+        for (int64_t j = 0; j < n_blocks; j++) {
+            const int last = j == n_blocks - 1; /* then the next block is the first of chunk c - 1 */
             backward_block(job, b, block_at(D, s->G, group, first + j), c, j > 0, &w, Bc, Cc,
-                           constants + j * width, carry + j * N * LANES, sums + j * width);
+                           constants + j * width, carry + j * N * LANES, sums + j * width,
+                           last ? -j * LANES : LANES, last ? -CHUNK : 0);
+        }
         unfold_states(T, N, w.sum_b, job->part_b + item * job->part_size + part);
         unfold_states(T, N, w.sum_c, job->part_c + item * job->part_size + part);
     }

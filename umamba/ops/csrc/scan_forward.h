@@ -69,7 +69,7 @@ INLINE void begin_block(const int with_softplus, int64_t T, Rows u, Rows delta, 
 
 /* n_states states of a block over one chunk: y += sum_n C h. */
 INLINE void forward_group(const int n_states, int64_t T, const float *d, const float *du, float *y,
-                          Rows Bc, Rows Cc, const float *A2, float *state) {
+                          Rows Bc, Rows Cc, const float *A2, float *state, const Ahead *ahead) {
     vf h[8], rate[8];
 #pragma GCC unroll 8
     for (int i = 0; i < n_states; i++) {
@@ -80,6 +80,7 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(d + t * LANES), dut = vload(du + t * LANES);
         vf even = vload(y + t * LANES), odd = (vf){0};
+        if (ahead) fetch_ahead(ahead, t);
 #pragma GCC unroll 8
         for (int i = 0; i < n_states; i++) {
             h[i] = vfma(exp2_product(dt, rate[i]), h[i], dut * Bt[i]);
@@ -96,12 +97,13 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
 
 /* As many states at once as the registers hold. */
 static void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y, Rows Bc,
-                           Rows Cc, const float *A2, float *state) {
+                           Rows Cc, const float *A2, float *state, const Ahead *ahead) {
     int64_t n = 0;
 #define GROUP(k)                                                                            \
     for (; n + k <= N; n += k)                                                              \
         forward_group(k, T, d, du, y, (Rows){Bc.rows + n, Bc.stride},                       \
-                      (Rows){Cc.rows + n, Cc.stride}, A2 + n * LANES, state + n * LANES);
+                      (Rows){Cc.rows + n, Cc.stride}, A2 + n * LANES, state + n * LANES,         \
+                      n ? NULL : ahead);
 #if LANES == 16
     GROUP(8)
 #endif
@@ -161,11 +163,23 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
                                          sign * s->delta.token, T, k.lanes, staged_delta);
             const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
+            const int last = j == n_blocks - 1; /* then the next block is the next chunk's first */
+            Ahead ahead = nothing_ahead;
+#define EXPECT(i, x)                                                                          \
+    expect(&ahead, i, &s->x,                                                                  \
+           AT(x) + k.channel * s->x.channel + (last ? CHUNK * sign * s->x.token : 0)          \
+               + (last ? -j * LANES : LANES) * s->x.channel,                                  \
+           sign * s->x.token)
+            EXPECT(0, u);
+            EXPECT(1, delta);
+            EXPECT(2, z);
+            expect(&ahead, 3, &s->out, out_at, sign * s->out.token);
+#undef EXPECT
             if (s->softplus)
                 begin_block(1, T, u, delta, skip, bias, d, du, y);
             else
                 begin_block(0, T, u, delta, skip, bias, d, du, y);
-            forward_states(T, N, d, du, y, Bc, Cc, A2, h);
+            forward_states(T, N, d, du, y, Bc, Cc, A2, h, &ahead);
 
             const Rows out = write_rows(&s->out, out_at, sign * s->out.token, k.lanes, y);
             if (s->z.data) {

@@ -20,6 +20,9 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifndef FETCH_LEVEL
+#define FETCH_LEVEL 2
+#endif
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
 
@@ -300,6 +303,28 @@ INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, int64_t step, i
                         int64_t n_channels, const float *scratch) {
     if (r.rows == scratch)
         copy_out(element(x, offset), x->dtype, step, n_tokens, n_channels, LANES, r.rows);
+}
+
+/* Rows that are needed next: their strides are too long for the processor to see them coming. */
+typedef struct {
+    const char *rows[4];
+    int64_t step[4]; /* bytes */
+} Ahead;
+
+static const Ahead nothing_ahead = {{(const char *)&nothing_ahead, (const char *)&nothing_ahead,
+                                     (const char *)&nothing_ahead, (const char *)&nothing_ahead},
+                                    {0, 0, 0, 0}};
+
+INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, int64_t step) {
+    if (!x->data) return;
+    ahead->rows[i] = element(x, offset);
+    ahead->step[i] = step * (x->dtype == DTYPE_F32 ? 4 : 2);
+}
+
+INLINE void fetch_ahead(const Ahead *ahead, int64_t t) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        __builtin_prefetch(ahead->rows[i] + t * ahead->step[i], 0, FETCH_LEVEL);
 }
 
 #endif
