@@ -135,7 +135,9 @@ def metric_strips(title: str, values: Mapping[str, Sequence[float]], bounded: bo
 def _figure(description: str, height: float = 2.5) -> Iterator[tuple[Axes, list[str]]]:
     """Yields axes to draw on and a list that holds the SVG afterwards."""
     done: list[str] = []
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": "umamba"}):
+    # From matplotlib's own defaults: nnU-Net's logger enlarges all fonts of the process.
+    style = {**_without_backend(mpl.rcParamsDefault), **_STYLE, "svg.hashsalt": "umamba"}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(4.0, height), layout="constrained")
         yield figure.subplots(), done
         stream = io.StringIO()
@@ -175,6 +177,10 @@ def _line(
         x, y = zip(*points, strict=True)
         marker = "o" if len(points) == 1 else ""
         axes.plot(x, y, marker=marker, lw=width, color=colour, label=label, alpha=alpha)
+
+
+def _without_backend(parameters: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in parameters.items() if not key.startswith("backend")}
 
 
 def _is_number(value: Any) -> bool:
