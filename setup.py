@@ -29,7 +29,7 @@ FLAGS = (
 INSTRUCTION_SETS = {
     "kernels_v2": ["-march=x86-64-v2"],
     "kernels_v3": ["-march=x86-64-v3"],
-    "kernels_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "kernels_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mtune=icelake-server"],
 }
 
 

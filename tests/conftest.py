@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # As umamba.cli.main sets it, before torch is imported: tests run in parallel processes.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -68,8 +68,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predicts; returns 0, or 3 where some cases failed, or 1 where all did."""
-    # Threads that wait spinning double the CPU time of a small network; read once, by OpenMP.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     predictor = _load_predictor(args)
 
     from umamba.inference.cases import find_images, plan_cases

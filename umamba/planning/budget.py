@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from umamba.planning.footprint import StepCheck
 from umamba.planning.topology import network_divisor
 
-ENOUGH_ITERATIONS = 700
+ENOUGH_ITERATIONS = 500
 """Iterations that a short schedule needs before a wider network pays: below, narrower wins."""
+
+WORTH_ITERATIONS = 0.7
+"""A wider network is taken while it gets this share of the narrower one's iterations."""
 
 LONG_ITERATIONS = 50_000
 """From here on nnU-Net's own recipe (SGD, poly, full augmentation) is kept."""
@@ -97,8 +100,11 @@ def fit(
                 break
             n_iterations = max(1, int((seconds - stopwatch.spent) / step_seconds))
             here = best is not None and best.candidate.patch_size == patch
-            if here and n_iterations < ENOUGH_ITERATIONS:
-                break
+            if here and best is not None:
+                # A narrower network must buy many more iterations to be worth its width.
+                wanted = min(ENOUGH_ITERATIONS, WORTH_ITERATIONS * best.n_iterations)
+                if n_iterations < wanted:
+                    break
             if best is None or here or n_iterations > best.n_iterations:
                 best = Fit(candidate, step_seconds, n_iterations, ())
         if best is not None and best.n_iterations >= ENOUGH_ITERATIONS:

@@ -28,6 +28,14 @@ static Rows read_tokens(const Conv *s, const Tensor *x, int64_t b, int64_t chann
     return (Rows){scratch, LANES};
 }
 
+static void expect_tokens(const Conv *s, Ahead *ahead, int i, const Tensor *x, int64_t b, int64_t channel,
+                          int64_t from) {
+    const int64_t step = s->reverse ? -x->token : x->token;
+    expect(ahead, i, x,
+           b * x->batch + channel * x->channel + (s->reverse ? (s->L - 1) * x->token : 0) + from * step,
+           step);
+}
+
 /* weight[k] of tap k and, at [K], the bias */
 static void load_taps(const Conv *s, int64_t channel, int64_t lanes, float *taps) {
     for (int64_t k = 0; k <= s->K; k++)
@@ -49,8 +57,9 @@ INLINE vf convolve(const int64_t K, const Rows x, int64_t t, const float *taps) 
 }
 
 INLINE void conv_forward_block(const int64_t K, int64_t T, const Rows x, const Rows out,
-                               const float *taps) {
+                               const float *taps, const Ahead *ahead) {
     for (int64_t t = 0; t < T; t++) {
+        fetch_ahead(2, ahead, t);
         const vf sum = convolve(K, x, t, taps);
         vstore(out.rows + t * out.stride, sum * sigmoid(sum));
     }
@@ -87,11 +96,14 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
             const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (s->K - 1), T + s->K - 1,
                                        staged_x);
             const Rows out = write_rows(&s->out, at, step, lanes, staged_out);
+            Ahead ahead = nothing_ahead;
+            expect_tokens(s, &ahead, 0, &s->x, m.b, channel, t + CHUNK);
+            expect_tokens(s, &ahead, 1, &s->out, m.b, channel, t + CHUNK);
             load_taps(s, channel, lanes, taps);
             if (s->K == 4)
-                conv_forward_block(4, T, x, out, taps);
+                conv_forward_block(4, T, x, out, taps, &ahead);
             else
-                conv_forward_block(s->K, T, x, out, taps);
+                conv_forward_block(s->K, T, x, out, taps, &ahead);
             finish_rows(&s->out, out, at, step, T, lanes, staged_out);
         }
     }
@@ -99,12 +111,13 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
 
 /* pre: T + K - 1 gradients before the SiLU, from which dx, dweight and dbias follow. */
 INLINE void conv_backward_block(const int64_t K, int64_t T, const Rows x, const Rows dout, const Rows dx,
-                                const float *taps, float *pre, float *sums) {
+                                const float *taps, float *pre, float *sums, const Ahead *ahead) {
     vf dtaps[MAX_TAPS + 1];
 #pragma GCC unroll 9
     for (int64_t k = 0; k <= K; k++) dtaps[k] = (vf){0};
     for (int64_t t = 0; t < T + K - 1; t++) {
         const vf sum = convolve(K, x, t, taps), sg = sigmoid(sum);
+        fetch_ahead(3, ahead, t);
         const vf g = vload(dout.rows + t * dout.stride) * sg * vfma(sum, 1.0f - sg, vset(1.0f));
         vstore(pre + t * LANES, g);
     }
@@ -143,11 +156,15 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
                                        staged_x);
             const Rows dout = read_tokens(s, &s->dout, m.b, channel, lanes, t, T + K - 1, staged_dout);
             const Rows dx = write_rows(&s->dx, at, step, lanes, staged_dx);
+            Ahead ahead = nothing_ahead;
+            expect_tokens(s, &ahead, 0, &s->x, m.b, channel, t + CHUNK);
+            expect_tokens(s, &ahead, 1, &s->dout, m.b, channel, t + CHUNK);
+            expect_tokens(s, &ahead, 2, &s->dx, m.b, channel, t + CHUNK);
             load_taps(s, channel, lanes, taps);
             if (K == 4)
-                conv_backward_block(4, T, x, dout, dx, taps, pre, sums);
+                conv_backward_block(4, T, x, dout, dx, taps, pre, sums, &ahead);
             else
-                conv_backward_block(K, T, x, dout, dx, taps, pre, sums);
+                conv_backward_block(K, T, x, dout, dx, taps, pre, sums, &ahead);
             finish_rows(&s->dx, dx, at, step, T, lanes, staged_dx);
             for (int64_t i = 0; i < lanes; i++) {
                 for (int64_t k = 0; k < K; k++) {

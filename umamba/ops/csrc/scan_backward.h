@@ -3,12 +3,11 @@
  * Chunks are taken last to first. Within one, a few states at a time are recomputed from the saved
  * state (decays a and states h of the chunk stay in cache), then swept in reverse. dB and dC are kept as
  * vectors over the channel blocks of the item, summed over the lanes once, and over the items of a
- * group in index order by whoever finishes last. A window of chunks bounds the memory of those parts. */
+ * group in index order by whoever finishes last. A window of chunks bounds the memory of these parts. */
 #include "scan_forward.h"
 
 #include <stdatomic.h>
 
-#define WINDOW 32 /* chunks */
 
 #if LANES == 16
 #define BACKWARD_STATES 4
@@ -16,72 +15,65 @@
 #define BACKWARD_STATES 2
 #endif
 
-/* The arrays of one block and chunk, each (T, LANES); gate is d out / d z over y. */
-typedef struct {
-    float *d, *du, *q, *y, *r, *decay_sum, *slope, *gate;
-    float *staged_u, *staged_delta, *staged_z, *staged_dout;
-} BlockRows;
+/* What a block keeps per token of a chunk: (T, N_ROWS, LANES). GATE is d out / d z over y, DECAYS
+ * sum_n A e / ln 2; the rest as in the formulas: q = dout * silu(z), r = sum_n g B. */
+enum { STEP, STEP_U, Q, Y, R, DECAYS, SLOPE, GATE, N_ROWS };
 
-/* One group of states over one chunk; sum_b, sum_c (T, LANES) take the folded dB and dC. */
-INLINE void backward_group(const int n_states, const int need_y, const int add, int64_t T,
-                           const BlockRows *rows, Rows Bc, Rows Cc, const float *A2,
-                           const float *initial, float *decays, float *before, float *carry, float *dA,
-                           float *sum_b, float *sum_c, const Ahead *ahead) {
-    const BlockRows copy = *rows, *m = &copy; /* no store can change it */
+INLINE float *row(float *rows, int64_t t, int k) { return rows + (t * N_ROWS + k) * LANES; }
+
+/* One group of states over one chunk. history (T, 2, n_states, LANES): the decays and the states before
+ * each token. sums (T, LANES): the folded dB and dC, added to those of the item's blocks before if `add`. */
+INLINE void backward_group(const int n_states, const int need_y, const int first, int add, int64_t T,
+                           float *rows, Rows Bc, Rows Cc, const float *A2, Rows initial,
+                           float *history, float *carry, float *dA, float *sums, const Ahead *ahead) {
     vf h[BACKWARD_STATES], g[BACKWARD_STATES], da[BACKWARD_STATES], rate[BACKWARD_STATES];
 #pragma GCC unroll 4
     for (int i = 0; i < n_states; i++) {
-        h[i] = vload(initial + i * LANES);
+        h[i] = vload(initial.rows + i * initial.stride);
+        g[i] = vload(carry + i * LANES);
         rate[i] = vload(A2 + i * LANES);
+        da[i] = (vf){0};
     }
     for (int64_t t = 0; t < T; t++) {
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
-        const vf dt = vload(m->d + t * LANES), dut = vload(m->du + t * LANES);
-        vf y = need_y ? vload(m->y + t * LANES) : (vf){0};
-        if (ahead) fetch_ahead(ahead, t);
+        const vf step = vload(row(rows, t, STEP)), step_u = vload(row(rows, t, STEP_U));
+        vf y = need_y ? vload(row(rows, t, Y)) : (vf){0};
+        if (first) fetch_ahead(4, ahead, t);
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
-            const vf a = exp2_product(dt, rate[i]);
-            vstore(decays + (t * n_states + i) * LANES, a);
-            vstore(before + (t * n_states + i) * LANES, h[i]);
-            h[i] = vfma(a, h[i], dut * Bt[i]);
+            const vf a = exp2_product(step, rate[i]);
+            vstore(history + (t * 2 * n_states + i) * LANES, a);
+            vstore(history + ((t * 2 + 1) * n_states + i) * LANES, h[i]);
+            h[i] = vfma(a, h[i], step_u * Bt[i]);
             if (need_y) y = vfma(h[i], vset(Ct[i]), y);
         }
-        if (need_y) vstore(m->y + t * LANES, y);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < n_states; i++) {
-        g[i] = vload(carry + i * LANES);
-        da[i] = (vf){0};
+        if (need_y) vstore(row(rows, t, Y), y);
     }
     for (int64_t t = T - 1; t >= 0; t--) {
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
-        const vf dt = vload(m->d + t * LANES), dut = vload(m->du + t * LANES);
-        const vf q = vload(m->q + t * LANES);
-        vf r = vload(m->r + t * LANES), decay_sum = vload(m->decay_sum + t * LANES);
+        const vf step = vload(row(rows, t, STEP)), step_u = vload(row(rows, t, STEP_U));
+        const vf q = vload(row(rows, t, Q));
+        vf r = first ? (vf){0} : vload(row(rows, t, R));
+        vf decays = first ? (vf){0} : vload(row(rows, t, DECAYS));
         vf db[BACKWARD_STATES], dc[BACKWARD_STATES];
-        if (ahead) fetch_ahead(ahead + 1, t);
+        if (first) fetch_ahead(3, ahead + 1, t);
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
             g[i] = vfma(q, vset(Ct[i]), g[i]);
             dc[i] = q * h[i];
-            db[i] = dut * g[i];
+            db[i] = step_u * g[i];
             r = vfma(g[i], vset(Bt[i]), r);
-            g[i] *= vload(decays + (t * n_states + i) * LANES);
-            h[i] = vload(before + (t * n_states + i) * LANES);
+            g[i] *= vload(history + (t * 2 * n_states + i) * LANES);
+            h[i] = vload(history + ((t * 2 + 1) * n_states + i) * LANES);
             const vf e = g[i] * h[i];
-            decay_sum = vfma(e, rate[i], decay_sum);
-            da[i] = vfma(dt, e, da[i]);
+            decays = vfma(e, rate[i], decays);
+            da[i] = vfma(step, e, da[i]);
         }
-        vstore(m->r + t * LANES, r);
-        vstore(m->decay_sum + t * LANES, decay_sum);
-        vf folded_b = fold(n_states, db), folded_c = fold(n_states, dc);
-        if (add) {
-            folded_b += vload(sum_b + t * LANES);
-            folded_c += vload(sum_c + t * LANES);
-        }
-        vstore(sum_b + t * LANES, folded_b);
-        vstore(sum_c + t * LANES, folded_c);
+        vstore(row(rows, t, R), r);
+        vstore(row(rows, t, DECAYS), decays);
+        vf folded = fold(n_states, db, dc);
+        if (add) folded += vload(sums + t * LANES);
+        vstore(sums + t * LANES, folded);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < n_states; i++) {
@@ -90,22 +82,22 @@ INLINE void backward_group(const int n_states, const int need_y, const int add, 
     }
 }
 
-/* Groups of states one after another; each takes (T, LANES) of sum_b and sum_c. */
-static void backward_states(int need_y, int add, int64_t T, int64_t N, const BlockRows *m, Rows Bc,
-                            Rows Cc, const float *A2, const float *initial, float *decays,
-                            float *before, float *carry, float *dA, float *sum_b, float *sum_c,
-                            const Ahead *ahead) {
+/* Groups of states one after another; each takes (T, LANES) of the sums. */
+static void backward_states(int need_y, int add, int64_t T, int64_t N, float *rows, Rows Bc, Rows Cc,
+                            const float *A2, Rows initial, float *history, float *carry,
+                            float *dA, float *sums, const Ahead *ahead) {
     int64_t n = 0;
-#define GROUP(k, y, a)                                                                              \
-    backward_group(k, y, a, T, m, (Rows){Bc.rows + n, Bc.stride}, (Rows){Cc.rows + n, Cc.stride},   \
-                   A2 + n * LANES, initial + n * LANES, decays, before, carry + n * LANES,          \
-                   dA + n * LANES, sum_b, sum_c, n ? NULL : ahead)
-#define GROUPS(k)                                                           \
-    for (; n + k <= N; n += k, sum_b += T * LANES, sum_c += T * LANES) {    \
-        if (need_y && add) GROUP(k, 1, 1);                                  \
-        else if (need_y) GROUP(k, 1, 0);                                    \
-        else if (add) GROUP(k, 0, 1);                                       \
-        else GROUP(k, 0, 0);                                                \
+#define GROUP(k, y, first)                                                                           \
+    backward_group(k, y, first, add, T, rows, (Rows){Bc.rows + n, Bc.stride},                        \
+                   (Rows){Cc.rows + n, Cc.stride}, A2 + n * LANES,                                   \
+                   (Rows){initial.rows + n * initial.stride, initial.stride}, history,               \
+                   carry + n * LANES, dA + n * LANES, sums, ahead)
+#define GROUPS(k)                                             \
+    for (; n + k <= N; n += k, sums += T * LANES) {       \
+        if (need_y && n) GROUP(k, 1, 0);                      \
+        else if (need_y) GROUP(k, 1, 1);                      \
+        else if (n) GROUP(k, 0, 0);                           \
+        else GROUP(k, 0, 1);                                  \
     }
 #if BACKWARD_STATES == 4
     GROUPS(4)
@@ -117,10 +109,12 @@ static void backward_states(int need_y, int add, int64_t T, int64_t N, const Blo
 }
 
 /* From the folded sums of all groups to rows of N. */
-static void unfold_states(int64_t T, int64_t N, const float *sums, float *out) {
+static void unfold_states(int64_t T, int64_t N, const float *sums, float *dB, float *dC) {
     int64_t n = 0;
-#define GROUPS(k) \
-    for (; n + k <= N; n += k, sums += T * LANES) unfold(k, sums, T, N, out + n);
+#define GROUPS(k)                                           \
+    for (; n + k <= N; n += k, sums += T * LANES) {     \
+        unfold(k, sums, T, N, dB + n, dC + n);              \
+    }
 #if BACKWARD_STATES == 4
     GROUPS(4)
 #endif
@@ -140,12 +134,11 @@ typedef struct {
 
 /* dB or dC of the window: the items' parts in index order. */
 static void sum_parts(const BackwardJob *job, const float *parts, const Tensor *x, int64_t offset,
-                      int64_t step, float *row) {
+                      int64_t step, float *total) {
     const int64_t N = job->s->N, L = job->s->L;
     for (int64_t c = job->first_chunk; c < job->last_chunk; c++) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK);
         const float *part = parts + (c - job->first_chunk) * CHUNK * N;
-        float *total = row;
         for (int64_t k = 0; k < T * N; k++) total[k] = part[k];
         for (int64_t i = 1; i < job->split.items_per_group; i++)
             for (int64_t k = 0; k < T * N; k++) total[k] += part[i * job->part_size + k];
@@ -155,46 +148,45 @@ static void sum_parts(const BackwardJob *job, const float *parts, const Tensor *
 
 /* The scratch of one worker. */
 typedef struct {
-    float *staged_b, *staged_c, *initial, *sum_b, *sum_c, *decays, *before, *row;
-    BlockRows rows;
+    float *staged_b, *staged_c, *initial, *sums, *history, *rows, *total;
+    float *staged_u, *staged_delta, *staged_z, *staged_dout;
 } Scratch;
 
-static int64_t lay_out(float *p, int64_t N, Scratch *m) {
-    const int64_t groups = N / BACKWARD_STATES + 2, histories = BACKWARD_STATES * CHUNK * LANES;
-    float *start = p, **rows = (float **)&m->rows;
-#define TAKE(name, size) m->name = p, p += padded(size) + 16
+static int64_t lay_out(float *start, int64_t N, Scratch *w) {
+    int64_t size = 0;
+#define TAKE(name, n_floats) w->name = start + size, size += padded(n_floats)
     TAKE(staged_b, CHUNK * N);
     TAKE(staged_c, CHUNK * N);
-    TAKE(row, CHUNK * N);
+    TAKE(total, CHUNK * N);
     TAKE(initial, N * LANES);
-    TAKE(sum_b, groups * CHUNK * LANES);
-    TAKE(sum_c, groups * CHUNK * LANES);
-    TAKE(decays, histories);
-    TAKE(before, histories);
+    TAKE(sums, (N / BACKWARD_STATES + 2) * CHUNK * LANES);
+    TAKE(history, 2 * BACKWARD_STATES * CHUNK * LANES);
+    TAKE(rows, N_ROWS * CHUNK * LANES);
+    TAKE(staged_u, CHUNK * LANES);
+    TAKE(staged_delta, CHUNK * LANES);
+    TAKE(staged_z, CHUNK * LANES);
+    TAKE(staged_dout, CHUNK * LANES);
 #undef TAKE
-    for (size_t i = 0; i < sizeof(BlockRows) / sizeof(float *); i++, p += CHUNK * LANES + 16) rows[i] = p;
-    return p - start;
+    return size;
 }
 
 INLINE void begin_backward(const int with_softplus, const int gate, int64_t T, Rows u, Rows delta,
-                           Rows dout, Rows z, vf skip, vf bias, const BlockRows *m) {
+                           Rows dout, Rows z, vf skip, vf bias, float *rows) {
     for (int64_t t = 0; t < T; t++) {
         const vf ut = vload(u.rows + t * u.stride);
-        vf dt = vload(delta.rows + t * delta.stride) + bias, slope = vset(1.0f);
+        vf step = vload(delta.rows + t * delta.stride) + bias, slope = vset(1.0f);
         vf q = vload(dout.rows + t * dout.stride);
-        if (with_softplus) dt = softplus(dt, &slope);
+        if (with_softplus) step = softplus(step, &slope);
         if (gate) {
             const vf zt = vload(z.rows + t * z.stride), sg = sigmoid(zt), silu = zt * sg;
-            vstore(m->gate + t * LANES, q * vfma(silu, 1.0f - sg, sg));
+            vstore(row(rows, t, GATE), q * vfma(silu, 1.0f - sg, sg));
+            vstore(row(rows, t, Y), skip * ut);
             q *= silu;
         }
-        vstore(m->d + t * LANES, dt);
-        vstore(m->slope + t * LANES, slope);
-        vstore(m->du + t * LANES, dt * ut);
-        vstore(m->q + t * LANES, q);
-        vstore(m->y + t * LANES, skip * ut);
-        vstore(m->r + t * LANES, (vf){0});
-        vstore(m->decay_sum + t * LANES, (vf){0});
+        vstore(row(rows, t, STEP), step);
+        vstore(row(rows, t, STEP_U), step * ut);
+        vstore(row(rows, t, Q), q);
+        vstore(row(rows, t, SLOPE), slope);
     }
 }
 
@@ -203,20 +195,21 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
                            const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
                            float *sums, int64_t ahead_channels, int64_t ahead_tokens) {
     const ScanBackward *s = job->s;
-    const BlockRows *m = &w->rows;
+    float *rows = w->rows;
     const int64_t N = s->N, D = s->D, T = smaller(CHUNK, s->L - c * CHUNK);
     const int64_t t0 = token_at(c * CHUNK, s->L, s->reverse), sign = s->reverse ? -1 : 1;
     const int gate = s->z.data != NULL;
-    copy_in(s->states + ((b * job->split.n_chunks + c) * N) * D + k.channel, DTYPE_F32, D, 1, N, k.lanes,
-            LANES, w->initial);
+    const Tensor states = {(void *)s->states, 0, 0, D, 1, DTYPE_F32};
+    const Rows initial = read_rows(&states, (b * job->split.n_chunks + c) * N * D + k.channel, D, N,
+                                   k.lanes, w->initial);
 
 #define AT(x) (s->x.batch * b + s->x.channel * k.channel + s->x.token * t0)
 #define READ(x, scratch) read_rows(&s->x, AT(x), sign * s->x.token, T, k.lanes, scratch)
 #define WRITE(x, scratch) write_rows(&s->x, AT(x), sign * s->x.token, k.lanes, scratch)
 #define FINISH(x, r, scratch) finish_rows(&s->x, r, AT(x), sign * s->x.token, T, k.lanes, scratch)
-    const Rows u = READ(u, m->staged_u), delta = READ(delta, m->staged_delta);
-    const Rows dout = READ(dout, m->staged_dout);
-    const Rows z = gate ? READ(z, m->staged_z) : dout;
+    const Rows u = READ(u, w->staged_u), delta = READ(delta, w->staged_delta);
+    const Rows dout = READ(dout, w->staged_dout);
+    const Rows z = gate ? READ(z, w->staged_z) : dout;
     const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
     Ahead ahead[2] = {nothing_ahead, nothing_ahead};
 #define EXPECT(i, x)                                                                            \
@@ -232,29 +225,30 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
     expect(ahead + 1, 1, &s->ddelta, AT(ddelta), sign * s->ddelta.token);
     expect(ahead + 1, 2, &s->dz, AT(dz), sign * s->dz.token);
     if (s->softplus && gate)
-        begin_backward(1, 1, T, u, delta, dout, z, skip, bias, m);
+        begin_backward(1, 1, T, u, delta, dout, z, skip, bias, rows);
     else
-        begin_backward((int)s->softplus, gate, T, u, delta, dout, z, skip, bias, m);
+        begin_backward((int)s->softplus, gate, T, u, delta, dout, z, skip, bias, rows);
 
-    backward_states(gate, add, T, N, m, Bc, Cc, A2, w->initial, w->decays, w->before, carry, sums,
-                    w->sum_b, w->sum_c, ahead);
+    backward_states(gate, add, T, N, rows, Bc, Cc, A2, initial, w->history, carry, sums, w->sums,
+                    ahead);
 
-    const Rows du = WRITE(du, m->du), ddelta = WRITE(ddelta, m->d);
-    const Rows dz = gate ? WRITE(dz, m->r) : du;
+    /* an input is not read again after its token, so its scratch may take the gradient */
+    const Rows du = WRITE(du, w->staged_u), ddelta = WRITE(ddelta, w->staged_delta);
+    const Rows dz = gate ? WRITE(dz, w->staged_z) : du;
     vf dskip = {0}, dbias = {0};
     for (int64_t t = 0; t < T; t++) {
-        const vf ut = vload(u.rows + t * u.stride), q = vload(m->q + t * LANES);
-        const vf r = vload(m->r + t * LANES), dt = vload(m->d + t * LANES);
-        const vf change = vfma(ut, r, vload(m->decay_sum + t * LANES) * LN2) * vload(m->slope + t * LANES);
+        const vf ut = vload(u.rows + t * u.stride), q = vload(row(rows, t, Q));
+        const vf r = vload(row(rows, t, R)), step = vload(row(rows, t, STEP));
+        const vf change = vfma(ut, r, vload(row(rows, t, DECAYS)) * LN2) * vload(row(rows, t, SLOPE));
         dskip = vfma(q, ut, dskip);
         dbias += change;
-        if (gate) vstore(dz.rows + t * dz.stride, vload(m->gate + t * LANES) * vload(m->y + t * LANES));
-        vstore(du.rows + t * du.stride, vfma(dt, r, skip * q));
+        if (gate) vstore(dz.rows + t * dz.stride, vload(row(rows, t, GATE)) * vload(row(rows, t, Y)));
+        vstore(du.rows + t * du.stride, vfma(step, r, skip * q));
         vstore(ddelta.rows + t * ddelta.stride, change);
     }
-    FINISH(du, du, m->du);
-    FINISH(ddelta, ddelta, m->d);
-    if (gate) FINISH(dz, dz, m->r);
+    FINISH(du, du, w->staged_u);
+    FINISH(ddelta, ddelta, w->staged_delta);
+    if (gate) FINISH(dz, dz, w->staged_z);
 #undef AT
 #undef READ
 #undef WRITE
@@ -300,8 +294,8 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
                            constants + j * width, carry + j * N * LANES, sums + j * width,
                            last ? -j * LANES : LANES, last ? -CHUNK : 0);
         }
-        unfold_states(T, N, w.sum_b, job->part_b + item * job->part_size + part);
-        unfold_states(T, N, w.sum_c, job->part_c + item * job->part_size + part);
+        unfold_states(T, N, w.sums, job->part_b + item * job->part_size + part,
+                      job->part_c + item * job->part_size + part);
     }
     for (int64_t j = 0; j < n_blocks && job->first_chunk == 0; j++) {
         const Block k = block_at(D, s->G, group, first + j);
@@ -314,19 +308,25 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
     }
     if (atomic_fetch_sub(job->unfinished + place, 1) == 1) {
         const int64_t at = place * job->split.items_per_group * job->part_size;
-        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), sign * s->dBm.token, w.row);
-        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), sign * s->dCm.token, w.row);
+        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), sign * s->dBm.token, w.total);
+        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), sign * s->dCm.token, w.total);
     }
 #undef AT
 }
 
 static int scan_backward(const ScanBackward *s) {
-    BackwardJob job = {.s = s, .split = split_channels(s->B, s->D, s->L, s->G, 2)};
+    /* a function of the shape: the sums of dB and dC must not depend on the number of threads */
+    const int64_t blocks = divide_up(s->D / s->G, LANES), total = s->B * s->G * blocks;
+    BackwardJob job = {.s = s, .split = split_channels(s->B, s->L, s->G, blocks,
+                                                       larger(divide_up(total, 12), 2))};
+    /* Chunks that all items finish before any goes on: small, so that one item finds in cache what
+     * another has read; threads pay for a meeting. Never shows in a result. */
+    const int64_t window = s->n_threads == 1 ? 4 : 16;
     const int64_t N = s->N, threads = smaller(s->n_threads, job.split.n_items);
     const int64_t n_blocks = job.split.n_items * job.split.blocks_per_item;
     const int64_t width = (N + 2) * LANES;
     Scratch w;
-    job.part_size = smaller(WINDOW, job.split.n_chunks) * CHUNK * N;
+    job.part_size = smaller(window, job.split.n_chunks) * CHUNK * N;
     job.scratch_size = lay_out(NULL, N, &w);
     job.scratch = allocate(threads * job.scratch_size);
     job.part_b = allocate(2 * job.split.n_items * job.part_size);
@@ -338,7 +338,7 @@ static int scan_backward(const ScanBackward *s) {
         job.sums = job.constants + n_blocks * width;
         job.carry = job.sums + n_blocks * width;
         for (job.last_chunk = job.split.n_chunks; job.last_chunk > 0; job.last_chunk = job.first_chunk) {
-            job.first_chunk = larger(0, job.last_chunk - WINDOW);
+            job.first_chunk = larger(0, job.last_chunk - window);
             for (int64_t i = 0; i < s->B * s->G; i++) job.unfinished[i] = job.split.items_per_group;
             umamba_parallel(threads, job.split.n_items, backward_item, &job);
         }

@@ -10,18 +10,19 @@ typedef struct {
     int64_t group, channel, lanes;
 } Block;
 
+/* Items of a few blocks: neighbours in memory are then read one after another. */
 typedef struct {
     int64_t blocks_per_group, blocks_per_item, items_per_group, n_items, n_chunks;
 } Split;
 
-/* A function of the shape only, so that results do not depend on the number of threads. */
-static Split split_channels(int64_t B, int64_t D, int64_t L, int64_t G, int64_t least_blocks) {
-    Split s;
-    s.blocks_per_group = divide_up(D / G, LANES);
-    s.blocks_per_item = smaller(larger(divide_up(B * G * s.blocks_per_group, 32), least_blocks), 8);
-    s.items_per_group = divide_up(s.blocks_per_group, s.blocks_per_item);
+#define MOST_BLOCKS 8
+
+static Split split_channels(int64_t B, int64_t L, int64_t G, int64_t blocks_per_group,
+                            int64_t blocks_per_item) {
+    Split s = {.blocks_per_group = blocks_per_group, .n_chunks = divide_up(L, CHUNK)};
+    s.blocks_per_item = smaller(blocks_per_item, MOST_BLOCKS);
+    s.items_per_group = divide_up(blocks_per_group, s.blocks_per_item);
     s.n_items = B * G * s.items_per_group;
-    s.n_chunks = divide_up(L, CHUNK);
     return s;
 }
 
@@ -80,7 +81,7 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(d + t * LANES), dut = vload(du + t * LANES);
         vf even = vload(y + t * LANES), odd = (vf){0};
-        if (ahead) fetch_ahead(ahead, t);
+        if (ahead) fetch_ahead(4, ahead, t);
 #pragma GCC unroll 8
         for (int i = 0; i < n_states; i++) {
             h[i] = vfma(exp2_product(dt, rate[i]), h[i], dut * Bt[i]);
@@ -155,8 +156,8 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             float *h = state + j * N * LANES, *A2 = constants + j * (N + 2) * LANES;
             if (s->states)
                 for (int64_t n = 0; n < N; n++)
-                    memcpy(s->states + ((b * job->split.n_chunks + c) * N + n) * D + k.channel,
-                           h + n * LANES, (size_t)k.lanes * sizeof(float));
+                    store_lanes(s->states + ((b * job->split.n_chunks + c) * N + n) * D + k.channel,
+                                k.lanes, vload(h + n * LANES));
 
             const Rows u = read_rows(&s->u, AT(u) + k.channel * s->u.channel, sign * s->u.token, T,
                                      k.lanes, staged_u);
@@ -204,7 +205,11 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
 }
 
 static int scan_forward(const ScanForward *s) {
-    ForwardJob job = {.s = s, .split = split_channels(s->B, s->D, s->L, s->G, 1)};
+    /* channels do not meet in the forward: the split may suit the threads and never shows */
+    const int64_t blocks = divide_up(s->D / s->G, LANES), total = s->B * s->G * blocks;
+    const int64_t rounds = divide_up(divide_up(total, MOST_BLOCKS), s->n_threads);
+    ForwardJob job = {.s = s, .split = split_channels(s->B, s->L, s->G, blocks,
+                                                      divide_up(total, rounds * s->n_threads))};
     const int64_t threads = smaller(s->n_threads, job.split.n_items);
     job.scratch_size = padded(2 * CHUNK * s->N + 5 * CHUNK * LANES
                               + job.split.blocks_per_item * (2 * s->N + 2) * LANES);

@@ -20,9 +20,6 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#ifndef FETCH_LEVEL
-#define FETCH_LEVEL 2
-#endif
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
 
@@ -32,6 +29,12 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
 INLINE vf vload(const float *p) { return *(const vfu *)p; }
 INLINE void vstore(float *p, vf x) { *(vfu *)p = x; }
+INLINE void store_lanes(float *p, int64_t n, vf x) {
+    if (n == LANES)
+        vstore(p, x);
+    else
+        memcpy(p, &x, (size_t)n * sizeof(float));
+}
 INLINE vf vset(float x) { return x - (vf){0}; }
 
 #if defined(__AVX512F__)
@@ -118,54 +121,79 @@ INLINE vf softplus(vf x, vf *slope) {
     return at_least(vset(0.0f), x) + log1p_unit(e);
 }
 
-/* n vectors (1, 2 or 4) folded into one: its i-th LANES/n lanes sum to the sum of v[i]. */
-INLINE vf fold(const int n, const vf *v) {
+/* Two times n vectors (n = 1, 2 or 4) folded into one. In it the i-th LANES/n lanes belong to b[i] and
+ * c[i]: of every four lanes, the first two are partial sums of b[i], the others of c[i].
+ * With four lanes: whole sums b[0], b[1], c[0], c[1]. */
+INLINE vf fold(const int n, const vf *b, const vf *c) {
 #if defined(__AVX512F__)
-    if (n == 1) return v[0];
     __m512 x[2];
-    for (int i = 0; i < n / 2; i++) {
-        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
-        x[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+    for (int k = 0; k < 2; k++) {
+        const vf *v = k ? c : b;
+        __m512 half[2];
+        for (int i = 0; i < n / 2; i++) {
+            const __m512 low = (__m512)v[2 * i], high = (__m512)v[2 * i + 1];
+            half[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, low, high),
+                                    _mm512_shuffle_f32x4(low, high, 0x4e));
+        }
+        if (n == 4)
+            x[k] = _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88),
+                                 _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+        else
+            x[k] = n == 2 ? half[0] : (__m512)v[0];
     }
-    if (n == 2) return (vf)x[0];
-    return (vf)_mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88),
-                             _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+    return (vf)_mm512_add_ps(_mm512_mask_blend_ps(0xcccc, x[0], x[1]),
+                             _mm512_shuffle_ps(x[0], x[1], 0x4e));
 #elif defined(__AVX2__)
-    if (n == 1) return v[0];
-    const __m256 a = (__m256)v[0], b = (__m256)v[1];
-    return (vf)_mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
+    __m256 x[2];
+    for (int k = 0; k < 2; k++) {
+        const vf *v = k ? c : b;
+        x[k] = (__m256)v[0];
+        if (n == 2)
+            x[k] = _mm256_add_ps(_mm256_blend_ps((__m256)v[0], (__m256)v[1], 0xf0),
+                                 _mm256_permute2f128_ps((__m256)v[0], (__m256)v[1], 0x21));
+    }
+    return (vf)_mm256_add_ps(_mm256_blend_ps(x[0], x[1], 0xcc), _mm256_shuffle_ps(x[0], x[1], 0x4e));
 #else
-    if (n == 1) return v[0];
-    return (vf){v[0][0] + v[0][2], v[0][1] + v[0][3], v[1][0] + v[1][2], v[1][1] + v[1][3]};
+    vf sums = {0};
+    for (int i = 0; i < n; i++) {
+        sums[i] = (b[i][0] + b[i][1]) + (b[i][2] + b[i][3]);
+        sums[2 + i] = (c[i][0] + c[i][1]) + (c[i][2] + c[i][3]);
+    }
+    return sums;
 #endif
 }
 
-/* The sums that fold() left in n_rows vectors: out[row * pitch + i], i < n. */
-INLINE void unfold(const int n, const float *rows, int64_t n_rows, int64_t pitch, float *out) {
-    int64_t row = 0;
+/* The sums that fold() left in n_rows vectors: out_b[row * pitch + i] and out_c likewise, i < n. */
+INLINE void unfold(const int n, const float *rows, int64_t n_rows, int64_t pitch, float *out_b,
+                   float *out_c) {
+    int64_t t = 0;
 #if defined(__AVX512F__)
-    const __m512i order =
-        _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    for (; n == 4 && row + 4 <= n_rows; row += 4) {
-        __m512 v[4], x[2];
-        for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps(rows + (row + k) * LANES);
-        for (int k = 0; k < 2; k++)
-            x[k] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * k], v[2 * k + 1]),
-                                 _mm512_unpackhi_ps(v[2 * k], v[2 * k + 1]));
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    for (; n == 4 && t + 2 <= n_rows; t += 2) {
+        const __m512 x = _mm512_loadu_ps(rows + t * LANES), y = _mm512_loadu_ps(rows + (t + 1) * LANES);
         const __m512 sums = _mm512_permutexvar_ps(
-            order, _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x44), _mm512_shuffle_ps(x[0], x[1], 0xee)));
-        _mm_storeu_ps(out + row * pitch, _mm512_extractf32x4_ps(sums, 0));
-        _mm_storeu_ps(out + (row + 1) * pitch, _mm512_extractf32x4_ps(sums, 1));
-        _mm_storeu_ps(out + (row + 2) * pitch, _mm512_extractf32x4_ps(sums, 2));
-        _mm_storeu_ps(out + (row + 3) * pitch, _mm512_extractf32x4_ps(sums, 3));
+            order, _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd)));
+        _mm_storeu_ps(out_b + t * pitch, _mm512_castps512_ps128(sums));
+        _mm_storeu_ps(out_c + t * pitch, _mm512_extractf32x4_ps(sums, 1));
+        _mm_storeu_ps(out_b + (t + 1) * pitch, _mm512_extractf32x4_ps(sums, 2));
+        _mm_storeu_ps(out_c + (t + 1) * pitch, _mm512_extractf32x4_ps(sums, 3));
     }
 #endif
-    for (; row < n_rows; row++)
+    for (; t < n_rows; t++)
         for (int i = 0; i < n; i++) {
-            const float *part = rows + row * LANES + i * (LANES / n);
-            float sum = 0.0f;
-            for (int k = 0; k < LANES / n; k++) sum += part[k];
-            out[row * pitch + i] = sum;
+#if LANES == 4
+            out_b[t * pitch + i] = rows[t * LANES + i];
+            out_c[t * pitch + i] = rows[t * LANES + 2 + i];
+#else
+            const float *part = rows + t * LANES + i * (LANES / n);
+            float sum_b = 0.0f, sum_c = 0.0f;
+            for (int k = 0; k < LANES / n; k += 4) {
+                sum_b += part[k] + part[k + 1];
+                sum_c += part[k + 2] + part[k + 3];
+            }
+            out_b[t * pitch + i] = sum_b;
+            out_c[t * pitch + i] = sum_c;
+#endif
         }
 }
 
@@ -321,10 +349,9 @@ INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, int64_t
     ahead->step[i] = step * (x->dtype == DTYPE_F32 ? 4 : 2);
 }
 
-INLINE void fetch_ahead(const Ahead *ahead, int64_t t) {
+INLINE void fetch_ahead(const int n, const Ahead *ahead, int64_t t) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        __builtin_prefetch(ahead->rows[i] + t * ahead->step[i], 0, FETCH_LEVEL);
+    for (int i = 0; i < n; i++) __builtin_prefetch(ahead->rows[i] + t * ahead->step[i], 0, 2);
 }
 
 #endif
