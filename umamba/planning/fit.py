@@ -55,8 +55,13 @@ def fit_to_time(
         found = budget.fit(_sizes(part), measure, max(time_left, 1.0), memory)
         size = found.candidate
         forward = found.step_seconds / size.batch_size / 3
-        n_passes = 1 + 2 ** len(size.patch_size)
-        needed = budget.validation_seconds(shapes, n_validation, size.patch_size, forward, n_passes)
+        recipe = budget.budget_recipe(
+            found.n_iterations, size.batch_size, len(shapes) - n_validation, time_left
+        )
+        mirrored = 2 ** len(size.patch_size) if recipe.get("mirroring", True) else 0
+        needed = budget.validation_seconds(
+            shapes, n_validation, size.patch_size, forward, 1 + mirrored
+        )
         return found, min(MOST_FOR_VALIDATION * seconds, needed)
 
     # The first choice does not know how long validation takes: that depends on the choice.

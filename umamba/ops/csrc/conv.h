@@ -57,9 +57,9 @@ INLINE vf convolve(const int64_t K, const Rows x, int64_t t, const float *taps) 
 }
 
 INLINE void conv_forward_block(const int64_t K, int64_t T, const Rows x, const Rows out,
-                               const float *taps, const Ahead *ahead) {
+                               const float *taps, Ahead *ahead) {
     for (int64_t t = 0; t < T; t++) {
-        fetch_ahead(2, ahead, t);
+        fetch_ahead(2, ahead);
         const vf sum = convolve(K, x, t, taps);
         vstore(out.rows + t * out.stride, sum * sigmoid(sum));
     }
@@ -89,6 +89,9 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
     const int64_t step = s->reverse ? -s->out.token : s->out.token;
     for (int64_t t = m.first_token; t < m.last_token; t += CHUNK) {
         const int64_t T = smaller(CHUNK, m.last_token - t);
+        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
+        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CHUNK);
+        expect_tokens(s, &ahead, 1, &s->out, m.b, m.first_channel, t + CHUNK);
         for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
             const int64_t at = m.b * s->out.batch + channel + t * step
@@ -96,9 +99,6 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
             const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (s->K - 1), T + s->K - 1,
                                        staged_x);
             const Rows out = write_rows(&s->out, at, step, lanes, staged_out);
-            Ahead ahead = nothing_ahead;
-            expect_tokens(s, &ahead, 0, &s->x, m.b, channel, t + CHUNK);
-            expect_tokens(s, &ahead, 1, &s->out, m.b, channel, t + CHUNK);
             load_taps(s, channel, lanes, taps);
             if (s->K == 4)
                 conv_forward_block(4, T, x, out, taps, &ahead);
@@ -111,13 +111,13 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
 
 /* pre: T + K - 1 gradients before the SiLU, from which dx, dweight and dbias follow. */
 INLINE void conv_backward_block(const int64_t K, int64_t T, const Rows x, const Rows dout, const Rows dx,
-                                const float *taps, float *pre, float *sums, const Ahead *ahead) {
+                                const float *taps, float *pre, float *sums, Ahead *ahead) {
     vf dtaps[MAX_TAPS + 1];
 #pragma GCC unroll 9
     for (int64_t k = 0; k <= K; k++) dtaps[k] = (vf){0};
     for (int64_t t = 0; t < T + K - 1; t++) {
         const vf sum = convolve(K, x, t, taps), sg = sigmoid(sum);
-        fetch_ahead(3, ahead, t);
+        fetch_ahead(3, ahead);
         const vf g = vload(dout.rows + t * dout.stride) * sg * vfma(sum, 1.0f - sg, vset(1.0f));
         vstore(pre + t * LANES, g);
     }
@@ -148,6 +148,10 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
     float *dweight = s->dweight + m.part * s->D * K, *dbias = s->dbias + m.part * s->D;
     for (int64_t t = m.first_token; t < m.last_token; t += CHUNK) {
         const int64_t T = smaller(CHUNK, m.last_token - t);
+        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
+        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CHUNK);
+        expect_tokens(s, &ahead, 1, &s->dout, m.b, m.first_channel, t + CHUNK);
+        expect_tokens(s, &ahead, 2, &s->dx, m.b, m.first_channel, t + CHUNK);
         for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
             const int64_t at = m.b * s->dx.batch + channel + t * step
@@ -156,10 +160,6 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
                                        staged_x);
             const Rows dout = read_tokens(s, &s->dout, m.b, channel, lanes, t, T + K - 1, staged_dout);
             const Rows dx = write_rows(&s->dx, at, step, lanes, staged_dx);
-            Ahead ahead = nothing_ahead;
-            expect_tokens(s, &ahead, 0, &s->x, m.b, channel, t + CHUNK);
-            expect_tokens(s, &ahead, 1, &s->dout, m.b, channel, t + CHUNK);
-            expect_tokens(s, &ahead, 2, &s->dx, m.b, channel, t + CHUNK);
             load_taps(s, channel, lanes, taps);
             if (K == 4)
                 conv_backward_block(4, T, x, dout, dx, taps, pre, sums, &ahead);

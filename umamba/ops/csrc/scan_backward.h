@@ -25,7 +25,7 @@ INLINE float *row(float *rows, int64_t t, int k) { return rows + (t * N_ROWS + k
  * each token. sums (T, LANES): the folded dB and dC, added to those of the item's blocks before if `add`. */
 INLINE void backward_group(const int n_states, const int need_y, const int first, int add, int64_t T,
                            float *rows, Rows Bc, Rows Cc, const float *A2, Rows initial,
-                           float *history, float *carry, float *dA, float *sums, const Ahead *ahead) {
+                           float *history, float *carry, float *dA, float *sums, Ahead *ahead) {
     vf h[BACKWARD_STATES], g[BACKWARD_STATES], da[BACKWARD_STATES], rate[BACKWARD_STATES];
 #pragma GCC unroll 4
     for (int i = 0; i < n_states; i++) {
@@ -38,7 +38,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int first
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf step = vload(row(rows, t, STEP)), step_u = vload(row(rows, t, STEP_U));
         vf y = need_y ? vload(row(rows, t, Y)) : (vf){0};
-        if (first) fetch_ahead(4, ahead, t);
+        if (first) fetch_ahead(4, ahead);
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
             const vf a = exp2_product(step, rate[i]);
@@ -56,7 +56,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int first
         vf r = first ? (vf){0} : vload(row(rows, t, R));
         vf decays = first ? (vf){0} : vload(row(rows, t, DECAYS));
         vf db[BACKWARD_STATES], dc[BACKWARD_STATES];
-        if (first) fetch_ahead(3, ahead + 1, t);
+        if (first) fetch_ahead(3, ahead + 1);
 #pragma GCC unroll 4
         for (int i = 0; i < n_states; i++) {
             g[i] = vfma(q, vset(Ct[i]), g[i]);
@@ -85,7 +85,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int first
 /* Groups of states one after another; each takes (T, LANES) of the sums. */
 static void backward_states(int need_y, int add, int64_t T, int64_t N, float *rows, Rows Bc, Rows Cc,
                             const float *A2, Rows initial, float *history, float *carry,
-                            float *dA, float *sums, const Ahead *ahead) {
+                            float *dA, float *sums, Ahead *ahead) {
     int64_t n = 0;
 #define GROUP(k, y, first)                                                                           \
     backward_group(k, y, first, add, T, rows, (Rows){Bc.rows + n, Bc.stride},                        \
@@ -193,7 +193,7 @@ INLINE void begin_backward(const int with_softplus, const int gate, int64_t T, R
 /* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. */
 static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c, int add,
                            const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
-                           float *sums, int64_t ahead_channels, int64_t ahead_tokens) {
+                           float *sums, Ahead *ahead) {
     const ScanBackward *s = job->s;
     float *rows = w->rows;
     const int64_t N = s->N, D = s->D, T = smaller(CHUNK, s->L - c * CHUNK);
@@ -211,19 +211,6 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
     const Rows dout = READ(dout, w->staged_dout);
     const Rows z = gate ? READ(z, w->staged_z) : dout;
     const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
-    Ahead ahead[2] = {nothing_ahead, nothing_ahead};
-#define EXPECT(i, x)                                                                            \
-    expect(ahead, i, &s->x,                                                                     \
-           AT(x) + ahead_channels * s->x.channel + ahead_tokens * sign * s->x.token,            \
-           sign * s->x.token)
-    EXPECT(0, u);
-    EXPECT(1, delta);
-    EXPECT(2, z);
-    EXPECT(3, dout);
-#undef EXPECT
-    expect(ahead + 1, 0, &s->du, AT(du), sign * s->du.token);
-    expect(ahead + 1, 1, &s->ddelta, AT(ddelta), sign * s->ddelta.token);
-    expect(ahead + 1, 2, &s->dz, AT(dz), sign * s->dz.token);
     if (s->softplus && gate)
         begin_backward(1, 1, T, u, delta, dout, z, skip, bias, rows);
     else
@@ -288,12 +275,22 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         const int64_t step_b = sign * s->Bm.token, step_c = sign * s->Cm.token;
         const Rows Bc = read_states(&s->Bm, AT(Bm) + step_b * c * CHUNK, step_b, T, N, w.staged_b);
         const Rows Cc = read_states(&s->Cm, AT(Cm) + step_c * c * CHUNK, step_c, T, N, w.staged_c);
-        for (int64_t j = 0; j < n_blocks; j++) {
-            const int last = j == n_blocks - 1; /* then the next block is the first of chunk c - 1 */
+        const int64_t channel = block_at(D, s->G, group, first).channel;
+        Ahead ahead[2] = {{.n_blocks = n_blocks}, {.n_blocks = n_blocks}};
+#define EXPECT(which, i, x)                                                              \
+    expect(ahead + which, i, &s->x,                                                      \
+           AT(x) + channel * s->x.channel + sign * (c - 1) * CHUNK * s->x.token, sign * s->x.token)
+        EXPECT(0, 0, u);
+        EXPECT(0, 1, delta);
+        EXPECT(0, 2, z);
+        EXPECT(0, 3, dout);
+        EXPECT(1, 0, du);
+        EXPECT(1, 1, ddelta);
+        EXPECT(1, 2, dz);
+#undef EXPECT
+        for (int64_t j = 0; j < n_blocks; j++)
             backward_block(job, b, block_at(D, s->G, group, first + j), c, j > 0, &w, Bc, Cc,
-                           constants + j * width, carry + j * N * LANES, sums + j * width,
-                           last ? -j * LANES : LANES, last ? -CHUNK : 0);
-        }
+                           constants + j * width, carry + j * N * LANES, sums + j * width, ahead);
         unfold_states(T, N, w.sums, job->part_b + item * job->part_size + part,
                       job->part_c + item * job->part_size + part);
     }

@@ -70,7 +70,7 @@ INLINE void begin_block(const int with_softplus, int64_t T, Rows u, Rows delta, 
 
 /* n_states states of a block over one chunk: y += sum_n C h. */
 INLINE void forward_group(const int n_states, int64_t T, const float *d, const float *du, float *y,
-                          Rows Bc, Rows Cc, const float *A2, float *state, const Ahead *ahead) {
+                          Rows Bc, Rows Cc, const float *A2, float *state, Ahead *ahead) {
     vf h[8], rate[8];
 #pragma GCC unroll 8
     for (int i = 0; i < n_states; i++) {
@@ -81,7 +81,7 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
         const float *Bt = Bc.rows + t * Bc.stride, *Ct = Cc.rows + t * Cc.stride;
         const vf dt = vload(d + t * LANES), dut = vload(du + t * LANES);
         vf even = vload(y + t * LANES), odd = (vf){0};
-        if (ahead) fetch_ahead(4, ahead, t);
+        if (ahead) fetch_ahead(4, ahead);
 #pragma GCC unroll 8
         for (int i = 0; i < n_states; i++) {
             h[i] = vfma(exp2_product(dt, rate[i]), h[i], dut * Bt[i]);
@@ -98,7 +98,7 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
 
 /* As many states at once as the registers hold. */
 static void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y, Rows Bc,
-                           Rows Cc, const float *A2, float *state, const Ahead *ahead) {
+                           Rows Cc, const float *A2, float *state, Ahead *ahead) {
     int64_t n = 0;
 #define GROUP(k)                                                                            \
     for (; n + k <= N; n += k)                                                              \
@@ -150,6 +150,16 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
         const Rows Bc = read_states(&s->Bm, AT(Bm), sign * s->Bm.token, T, N, staged_b);
         const Rows Cc = read_states(&s->Cm, AT(Cm), sign * s->Cm.token, T, N, staged_c);
 
+        const int64_t channel = block_at(D, s->G, group, first).channel;
+        Ahead ahead = {.n_blocks = n_blocks};
+#define EXPECT(i, x)                                                            \
+    expect(&ahead, i, &s->x,                                                    \
+           AT(x) + channel * s->x.channel + sign * CHUNK * s->x.token, sign * s->x.token)
+        EXPECT(0, u);
+        EXPECT(1, delta);
+        EXPECT(2, z);
+        EXPECT(3, out);
+#undef EXPECT
         for (int64_t j = 0; j < n_blocks; j++) {
             const Block k = block_at(D, s->G, group, first + j);
             const int64_t out_at = AT(out) + k.channel;
@@ -164,18 +174,6 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
                                          sign * s->delta.token, T, k.lanes, staged_delta);
             const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
-            const int last = j == n_blocks - 1; /* then the next block is the next chunk's first */
-            Ahead ahead = nothing_ahead;
-#define EXPECT(i, x)                                                                          \
-    expect(&ahead, i, &s->x,                                                                  \
-           AT(x) + k.channel * s->x.channel + (last ? CHUNK * sign * s->x.token : 0)          \
-               + (last ? -j * LANES : LANES) * s->x.channel,                                  \
-           sign * s->x.token)
-            EXPECT(0, u);
-            EXPECT(1, delta);
-            EXPECT(2, z);
-            expect(&ahead, 3, &s->out, out_at, sign * s->out.token);
-#undef EXPECT
             if (s->softplus)
                 begin_block(1, T, u, delta, skip, bias, d, du, y);
             else

@@ -333,25 +333,31 @@ INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, int64_t step, i
         copy_out(element(x, offset), x->dtype, step, n_tokens, n_channels, LANES, r.rows);
 }
 
-/* Rows that are needed next: their strides are too long for the processor to see them coming. */
+/* Up to 4 tensors of which the next chunk is fetched while this one is computed, row by row as it lies in
+ * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming. */
 typedef struct {
     const char *rows[4];
-    int64_t step[4]; /* bytes */
+    int64_t down[4], across[4]; /* bytes from row to row, and from block to block */
+    int64_t block, n_blocks;
 } Ahead;
 
-static const Ahead nothing_ahead = {{(const char *)&nothing_ahead, (const char *)&nothing_ahead,
-                                     (const char *)&nothing_ahead, (const char *)&nothing_ahead},
-                                    {0, 0, 0, 0}};
-
 INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, int64_t step) {
+    const int64_t size = x->dtype == DTYPE_F32 ? 4 : 2;
     if (!x->data) return;
     ahead->rows[i] = element(x, offset);
-    ahead->step[i] = step * (x->dtype == DTYPE_F32 ? 4 : 2);
+    ahead->down[i] = step * size;
+    ahead->across[i] = LANES * x->channel * size;
 }
 
-INLINE void fetch_ahead(const int n, const Ahead *ahead, int64_t t) {
+/* One block of one row of each of the first n. */
+INLINE void fetch_ahead(const int n, Ahead *ahead) {
 #pragma GCC unroll 4
-    for (int i = 0; i < n; i++) __builtin_prefetch(ahead->rows[i] + t * ahead->step[i], 0, 2);
+    for (int i = 0; i < n; i++)
+        __builtin_prefetch(ahead->rows[i] + ahead->block * ahead->across[i], 0, 2);
+    if (++ahead->block < ahead->n_blocks) return;
+    ahead->block = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) ahead->rows[i] += ahead->down[i];
 }
 
 #endif
