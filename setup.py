@@ -23,9 +23,15 @@ ROOT = Path(__file__).parent
 SOURCES = ROOT / "umamba" / "ops" / "csrc"
 LIBRARY = Path("umamba") / "ops" / "libumamba_cpu.so"
 # Never -ffast-math: it removes the rounding step of exp, and switches denormals off in the process.
-FLAGS = (
-    "-std=gnu11 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-).split()
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 INSTRUCTION_SETS = {
     "kernels_v2": ["-march=x86-64-v2"],
     "kernels_v3": ["-march=x86-64-v3"],

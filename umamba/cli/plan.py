@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from umamba.planning.plans import plans_file
     from umamba.planning.preprocess import fingerprint_dataset, preprocess_dataset
 
-    dataset, workspace = prepare_dataset(args.dataset, args.workspace)
+    dataset, workspace = prepare_dataset(args.dataset, args.workspace, strict=args.no_audit)
     print(workspace.describe())
     for note in dataset.notes:
         print(f"note: {note}")

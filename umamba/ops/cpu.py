@@ -1,8 +1,9 @@
-"""Backend of the selective scan and of the causal convolution: the C library, called through ctypes.
+"""Backend of the selective scan and of the causal convolution: the C library through ctypes.
 
 B batch, D channels, L tokens, N states, G groups of channels that share B and C, K taps. Every
 function accepts any strides, float32, bfloat16 or float16, and computes in float32. Results lie
-channel-last in memory ((B, L, D) under a (B, D, L) view) and do not depend on the number of threads.
+channel-last in memory ((B, L, D) under a (B, D, L) view) and are the same for any number of
+threads.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import math
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,7 +174,9 @@ def conv_backward(
             *(_data(dense_weight), _data(dense_bias), _data(dweight), _data(dbias)),
         )
         _call("umamba_conv_backward", arguments)
-    return dx, _total(dweight), None if bias is None else _total(dbias)
+    total = _total(dweight)
+    assert total is not None
+    return dx, total, None if bias is None else _total(dbias)
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -187,7 +191,7 @@ class _Tensor(ctypes.Structure):
 
 
 def _structure(name: str, sizes: str, tensors: str, pointers: str) -> type[ctypes.Structure]:
-    fields = [(field, ctypes.c_int64) for field in sizes.split()]
+    fields: list[tuple[str, Any]] = [(field, ctypes.c_int64) for field in sizes.split()]
     fields += [(field, _Tensor) for field in tensors.split()]
     fields += [(field, ctypes.c_void_p) for field in pointers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
@@ -230,8 +234,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
     chosen = library.umamba_select(wanted.encode())
     if chosen is None:
         reason = (
-            f"UMAMBA_CPU_ISA={wanted} is not one of {', '.join(INSTRUCTION_SETS)} or not offered by "
-            f"this {platform.machine()} processor: unset it"
+            f"UMAMBA_CPU_ISA={wanted} is not one of {', '.join(INSTRUCTION_SETS)} or not offered "
+            f"by this {platform.machine()} processor: unset it"
         )
         return None, reason, None
     return library, None, chosen.decode()
@@ -270,7 +274,7 @@ def _data(x: Tensor | None) -> int | None:
 
 
 def _like_tokens(x: Tensor) -> Tensor:
-    return empty_tokens(*x.shape, dtype=x.dtype, device=x.device)
+    return empty_tokens(x.shape[0], x.shape[1], x.shape[2], x.dtype, x.device)
 
 
 def _total(parts: Tensor | None) -> Tensor | None:

@@ -315,7 +315,7 @@ static int scan_backward(const ScanBackward *s) {
     /* a function of the shape: the sums of dB and dC must not depend on the number of threads */
     const int64_t blocks = divide_up(s->D / s->G, LANES), total = s->B * s->G * blocks;
     BackwardJob job = {.s = s, .split = split_channels(s->B, s->L, s->G, blocks,
-                                                       larger(divide_up(total, 12), 2))};
+                                                       larger(divide_up(total, 8), 2))};
     /* Chunks that all items finish before any goes on: small, so that one item finds in cache what
      * another has read; threads pay for a meeting. Never shows in a result. */
     const int64_t window = s->n_threads == 1 ? 4 : 16;

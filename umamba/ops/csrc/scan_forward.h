@@ -15,7 +15,7 @@ typedef struct {
     int64_t blocks_per_group, blocks_per_item, items_per_group, n_items, n_chunks;
 } Split;
 
-#define MOST_BLOCKS 8
+#define MOST_BLOCKS 32
 
 static Split split_channels(int64_t B, int64_t L, int64_t G, int64_t blocks_per_group,
                             int64_t blocks_per_item) {
@@ -121,6 +121,11 @@ typedef struct {
     int64_t scratch_size;
 } ForwardJob;
 
+/* The saved states before chunk c: N rows, D apart. */
+INLINE float *state_rows(const ScanForward *s, int64_t b, int64_t c, int64_t channel) {
+    return s->states + (b * divide_up(s->L, CHUNK) + c) * s->N * s->D + channel;
+}
+
 static void forward_item(void *context, int64_t item, int64_t worker) {
     const ForwardJob *job = context;
     const ScanForward *s = job->s;
@@ -140,6 +145,9 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
         const Block k = block_at(D, s->G, group, first + j);
         load_state(s->initial ? s->initial + (b * D + k.channel) * N : NULL, N, k.lanes,
                    state + j * N * LANES);
+        for (int64_t n = 0; n < N && s->states; n++)
+            store_lanes(state_rows(s, b, 0, k.channel) + n * D, k.lanes,
+                        vload(state + (j * N + n) * LANES));
         load_constants(s->A, s->skip, s->bias, N, k, constants + j * (N + 2) * LANES);
     }
 
@@ -164,11 +172,11 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             const Block k = block_at(D, s->G, group, first + j);
             const int64_t out_at = AT(out) + k.channel;
             float *h = state + j * N * LANES, *A2 = constants + j * (N + 2) * LANES;
-            if (s->states)
-                for (int64_t n = 0; n < N; n++)
-                    store_lanes(s->states + ((b * job->split.n_chunks + c) * N + n) * D + k.channel,
-                                k.lanes, vload(h + n * LANES));
-
+            float *next_state = NULL;
+            if (s->states && c + 1 < job->split.n_chunks)
+                next_state = state_rows(s, b, c + 1, k.channel);
+            for (int64_t n = 0; n < N && next_state; n++)
+                __builtin_prefetch(next_state + n * D, 1, 2);
             const Rows u = read_rows(&s->u, AT(u) + k.channel * s->u.channel, sign * s->u.token, T,
                                      k.lanes, staged_u);
             const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
@@ -193,6 +201,8 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                     vstore(out.rows + t * out.stride, vload(y + t * LANES));
             }
             finish_rows(&s->out, out, out_at, sign * s->out.token, T, k.lanes, y);
+            for (int64_t n = 0; n < N && next_state; n++)
+                store_lanes(next_state + n * D, k.lanes, vload(h + n * LANES));
         }
 #undef AT
     }
