@@ -22,7 +22,7 @@ from setuptools.dist import Distribution
 ROOT = Path(__file__).parent
 SOURCES = ROOT / "umamba" / "ops" / "csrc"
 LIBRARY = Path("umamba") / "ops" / "libumamba_cpu.so"
-# Never -ffast-math: it removes the rounding step of exp, and switches denormals off in the process.
+# Never -ffast-math: it removes the rounding step of exp and switches denormals off everywhere.
 FLAGS = [
     "-std=gnu11",
     "-O3",

@@ -2,7 +2,7 @@
 
 import torch
 
-CHUNK = 64  # tokens between two saved states
+CHUNK = 32  # tokens between two saved states; equals CHUNK in csrc/umamba.h
 
 
 def empty_tokens(B: int, D: int, L: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,8 @@
 #include "vec.h"
 
 #define CONV_BLOCKS 16 /* channel blocks of an item */
-#define CONV_ROWS (CHUNK + 2 * (MAX_TAPS - 1))
+#define CONV_CHUNK 64 /* tokens */
+#define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1))
 
 typedef struct {
     const Conv *s;
@@ -87,11 +88,11 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
     float *staged_x = job->scratch + worker * job->scratch_size;
     float *staged_out = staged_x + CONV_ROWS * LANES, *taps = staged_out + CONV_ROWS * LANES;
     const int64_t step = s->reverse ? -s->out.token : s->out.token;
-    for (int64_t t = m.first_token; t < m.last_token; t += CHUNK) {
-        const int64_t T = smaller(CHUNK, m.last_token - t);
+    for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
         Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
-        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CHUNK);
-        expect_tokens(s, &ahead, 1, &s->out, m.b, m.first_channel, t + CHUNK);
+        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CONV_CHUNK);
+        expect_tokens(s, &ahead, 1, &s->out, m.b, m.first_channel, t + CONV_CHUNK);
         for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
             const int64_t at = m.b * s->out.batch + channel + t * step
@@ -146,12 +147,12 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
     float *sums = taps + (MAX_TAPS + 1) * LANES;
     const int64_t step = s->reverse ? -s->dx.token : s->dx.token, K = s->K;
     float *dweight = s->dweight + m.part * s->D * K, *dbias = s->dbias + m.part * s->D;
-    for (int64_t t = m.first_token; t < m.last_token; t += CHUNK) {
-        const int64_t T = smaller(CHUNK, m.last_token - t);
+    for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
         Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
-        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CHUNK);
-        expect_tokens(s, &ahead, 1, &s->dout, m.b, m.first_channel, t + CHUNK);
-        expect_tokens(s, &ahead, 2, &s->dx, m.b, m.first_channel, t + CHUNK);
+        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CONV_CHUNK);
+        expect_tokens(s, &ahead, 1, &s->dout, m.b, m.first_channel, t + CONV_CHUNK);
+        expect_tokens(s, &ahead, 2, &s->dx, m.b, m.first_channel, t + CONV_CHUNK);
         for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
             const int64_t at = m.b * s->dx.batch + channel + t * step

@@ -318,7 +318,7 @@ static int scan_backward(const ScanBackward *s) {
                                                        larger(divide_up(total, 8), 2))};
     /* Chunks that all items finish before any goes on: small, so that one item finds in cache what
      * another has read; threads pay for a meeting. Never shows in a result. */
-    const int64_t window = s->n_threads == 1 ? 4 : 16;
+    const int64_t window = s->n_threads == 1 ? 8 : 32;
     const int64_t N = s->N, threads = smaller(s->n_threads, job.split.n_items);
     const int64_t n_blocks = job.split.n_items * job.split.blocks_per_item;
     const int64_t width = (N + 2) * LANES;

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define CHUNK 64 /* tokens between two saved states; equals CHUNK in umamba/ops/layout.py */
+#define CHUNK 32 /* tokens between two saved states; equals CHUNK in umamba/ops/layout.py */
 #define MAX_TAPS 8
 
 enum { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
