@@ -11,6 +11,7 @@ from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from umamba.networks.checkpoint import read_checkpoint
+from umamba.planning.plans import replan
 from umamba.training.run import TrainingRun, fold_folder, train_fold
 from umamba.training.trainer import UMambaTrainer, format_seconds, thin_out
 
@@ -135,6 +136,16 @@ def test_the_stock_trainer_class_builds_and_steps_our_plans(blobs):
     trainer.on_train_start()
     assert type(trainer.network).__name__ == "UMambaBot"
     assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+
+
+def test_a_network_of_two_stages_trains_with_a_finite_loss(blobs):
+    plans, content = blobs
+    two = replan(plans, "3d_fullres", patch_size=[8, 8, 8], features_per_stage=[4, 8])
+    assert len(two["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"]) == 2
+    trainer = trainer_of(two, content)
+    trainer.on_train_start()
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+    assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
 
 
 def test_light_augmentation_drops_noise_and_narrows_the_spatial_limits(blobs):

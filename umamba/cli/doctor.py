@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _torchvision() -> dict[str, str]:
     )
     cure = "To use them, install the torchvision build that belongs to this torch, as torch was."
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except (ImportError, RuntimeError, OSError) as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "torchvision"
         state = "is not installed" if absent else f"does not load ({_one_line(error)})"

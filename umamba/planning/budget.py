@@ -24,6 +24,9 @@ FULL_AUGMENTATION_PASSES = 150
 LOADING = 1.1
 """Time of an iteration in training over that of a bare step: data loading, logging, checkpoints."""
 
+SMALLEST_EDGE = 16
+"""Voxels below which no axis of a patch is shrunk."""
+
 MEASURING_SHARE = 0.05
 """Share of the time that measuring steps may take."""
 
@@ -205,7 +208,7 @@ def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[in
     """The patch, then ever smaller ones: the longest axis (in divisors) shrinks first."""
     patch = [int(size) for size in patch_size]
     found = [tuple(patch)]
-    smallest = [max(2 * d, 8) for d in divisor]
+    smallest = [max(2 * d, SMALLEST_EDGE) for d in divisor]
     while len(found) < 4:
         target = math.prod(patch) * 0.6
         while math.prod(patch) > target:

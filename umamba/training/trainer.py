@@ -58,7 +58,9 @@ class UMambaTrainer(nnUNetTrainer):
         self.num_epochs = recipe.num_epochs
         self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
-        self.enable_deep_supervision = recipe.enable_deep_supervision
+        # nnU-Net weighs the coarsest output with 0: with a single one the loss would be 0 / 0.
+        n_outputs = len(self.configuration_manager.pool_op_kernel_sizes) - 1
+        self.enable_deep_supervision = recipe.enable_deep_supervision and n_outputs > 1
         self.iteration = 0
         self.save_every: int = 50  # nnU-Net's, annotated
         self.clock = time.monotonic

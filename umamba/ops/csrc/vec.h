@@ -48,7 +48,7 @@ INLINE vf by_sign(vf x, vf positive, vf negative) {
     return (vf)_mm512_mask_mov_ps((__m512)positive, _mm512_movepi32_mask((__m512i)x),
                                   (__m512)negative);
 }
-INLINE vf reciprocal(vf x) { /* x in [1, 1e31]: one Newton step from 14 bits */
+INLINE vf reciprocal(vf x) { /* x in [1, 1e31): one Newton step from 14 bits */
     vf r = (vf)_mm512_rcp14_ps((__m512)x);
     return vfma(r, 1.0f - x * r, r);
 }
@@ -82,17 +82,27 @@ INLINE vf exp2_fraction(vf r) {
     return vfma(p, r, vset(1.0f));
 }
 
-/* 2^(x*y), rounding to the nearest integer by adding 1.5 * 2^23. */
-INLINE vf exp2_product(vf x, vf y) {
+/* 2^t; integers by adding 1.5 * 2^23, which rounds to the nearest. */
+INLINE vf exp2_vector(vf t) {
     const vf magic = vset(12582912.0f);
 #if defined(__AVX512F__)
-    vf n = vfma(x, y, magic) - magic;
+    const vf n = (t + magic) - magic;
+    return scale(exp2_fraction(t - n), n);
+#else
+    t = at_most(vset(127.0f), at_least(vset(-126.0f), t));
+    const vf shifted = t + magic;
+    const vf p = exp2_fraction(t - (shifted - magic));
+    return (vf)(((vi)shifted << 23) + (vi)p);
+#endif
+}
+
+/* 2^(x*y) for |x*y| < 1e14; one operation less, and x*y is not rounded. */
+INLINE vf exp2_product(vf x, vf y) {
+#if defined(__AVX512F__)
+    const vf magic = vset(12582912.0f), n = vfma(x, y, magic) - magic;
     return scale(exp2_fraction((vf)_mm512_fmsub_ps((__m512)x, (__m512)y, (__m512)n)), n);
 #else
-    vf t = at_most(vset(127.0f), at_least(vset(-126.0f), x * y));
-    vf shifted = t + magic;
-    vf p = exp2_fraction(t - (shifted - magic));
-    return (vf)(((vi)shifted << 23) + (vi)p);
+    return exp2_vector(x * y);
 #endif
 }
 
@@ -109,14 +119,14 @@ INLINE vf log1p_unit(vf e) {
     return p * e;
 }
 
-/* The limit (above every value that matters) keeps the reciprocal's Newton step finite. */
+/* The limits here keep powers and Newton steps finite; nothing that matters lies beyond them. */
 INLINE vf sigmoid(vf x) {
-    return reciprocal(1.0f + at_most(vset(1e30f), exp2_product(x, vset(-LOG2E))));
+    return reciprocal(1.0f + exp2_vector(at_most(vset(100.0f), x * -LOG2E)));
 }
 
 /* softplus(x); its derivative goes to *slope */
 INLINE vf softplus(vf x, vf *slope) {
-    vf e = exp2_product(vabs(x), vset(-LOG2E));
+    const vf e = exp2_vector(at_least(vset(-200.0f), vabs(x) * -LOG2E));
     *slope = reciprocal(1.0f + e) * by_sign(x, vset(1.0f), e);
     return at_least(vset(0.0f), x) + log1p_unit(e);
 }
