@@ -1,13 +1,12 @@
 /* Selective scan, backward: every gradient; one work item is a sample and a range of channels.
  *
  * Chunks are taken last to first. Within one, a few states at a time are recomputed from the saved
- * state (decays a and states h of the chunk stay in cache), then swept in reverse. dB and dC are kept as
- * vectors over the channel blocks of the item, summed over the lanes once, and over the items of a
- * group in index order by whoever finishes last. A window of chunks bounds the memory of these parts. */
+ * state (decays a and states h of the chunk stay in cache), then swept in reverse. dB and dC are folded
+ * to partial sums over lanes, added over the channel blocks of the item, then over the items of a group
+ * in index order by whoever finishes last. A window of chunks bounds the memory of these parts. */
 #include "scan_forward.h"
 
 #include <stdatomic.h>
-
 
 #if LANES == 16
 #define BACKWARD_STATES 4

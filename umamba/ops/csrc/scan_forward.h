@@ -10,7 +10,7 @@ typedef struct {
     int64_t group, channel, lanes;
 } Block;
 
-/* Items of a few blocks: neighbours in memory are then read one after another. */
+/* Items of several blocks: neighbours in memory are then read one after another. */
 typedef struct {
     int64_t blocks_per_group, blocks_per_item, items_per_group, n_items, n_chunks;
 } Split;
@@ -20,7 +20,7 @@ typedef struct {
 static Split split_channels(int64_t B, int64_t L, int64_t G, int64_t blocks_per_group,
                             int64_t blocks_per_item) {
     Split s = {.blocks_per_group = blocks_per_group, .n_chunks = divide_up(L, CHUNK)};
-    s.blocks_per_item = smaller(blocks_per_item, MOST_BLOCKS);
+    s.blocks_per_item = smaller(smaller(blocks_per_item, MOST_BLOCKS), blocks_per_group);
     s.items_per_group = divide_up(blocks_per_group, s.blocks_per_item);
     s.n_items = B * G * s.items_per_group;
     return s;

@@ -353,8 +353,7 @@ typedef struct {
 
 INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, int64_t step) {
     const int64_t size = x->dtype == DTYPE_F32 ? 4 : 2;
-    if (!x->data) return;
-    ahead->rows[i] = element(x, offset);
+    ahead->rows[i] = x->data ? element(x, offset) : (const char *)ahead;
     ahead->down[i] = step * size;
     ahead->across[i] = LANES * x->channel * size;
 }
