@@ -20,6 +20,9 @@ from umamba.planning.plans import (
 OVERHEAD_SECONDS = 18.0
 """Starting the loaders, the last checkpoint and the report."""
 
+VALIDATION_MARGIN = 2.0
+"""Time kept for validation over its estimate: training can wait for a slow machine, this cannot."""
+
 MOST_FOR_VALIDATION = 0.3
 """Share of the time that validation may be given."""
 
@@ -62,7 +65,7 @@ def fit_to_time(
         needed = budget.validation_seconds(
             shapes, n_validation, size.patch_size, forward, 1 + mirrored
         )
-        return found, min(MOST_FOR_VALIDATION * seconds, needed)
+        return found, min(MOST_FOR_VALIDATION * seconds, VALIDATION_MARGIN * needed)
 
     # The first choice does not know how long validation takes: that depends on the choice.
     _, share = choose(0.0)
