@@ -157,8 +157,13 @@ def test_progress_adds_up_to_one(conv):
 
 @pytest.mark.parametrize(
     ("patch_size", "device", "expected"),
-    [((56, 40), "cpu", 8), ((40, 56, 40), "cpu", 1), ((40, 56, 40), "cuda", 9)],
-    ids=["small plane on a CPU", "volume on a CPU", "GPU"],
+    [
+        ((56, 40), "cpu", 8),
+        ((40, 56, 40), "cpu", 2),
+        ((128, 128, 128), "cpu", 1),
+        ((40, 56, 40), "cuda", 9),
+    ],
+    ids=["small plane on a CPU", "small volume on a CPU", "large volume on a CPU", "GPU"],
 )
 def test_small_tiles_share_a_pass_on_a_cpu_and_any_on_a_gpu(patch_size, device, expected):
     assert tiles_per_batch(patch_size, 9, torch.device(device)) == expected
