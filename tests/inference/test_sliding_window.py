@@ -79,7 +79,7 @@ def test_a_single_window_is_the_output_of_the_network_itself(conv):
     logits = accumulate_windows(
         conv, data, windows_3d((5, 6, 7), (5, 6, 7)), patch_size=(5, 6, 7), n_outputs=3, device=CPU
     )
-    assert torch.equal(logits, conv(data[None])[0])
+    torch.testing.assert_close(logits, conv(data[None])[0], atol=1e-6, rtol=1e-5)
 
 
 def test_two_dimensional_windows_fill_every_plane():
@@ -142,6 +142,29 @@ def test_output_that_is_not_finite_is_refused():
             network, torch.zeros(1, 4, 4, 4), windows_3d((4, 4, 4), (4, 4, 4)),
             patch_size=(4, 4, 4), n_outputs=1, device=CPU,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_windows", [1, 3])
+def test_a_lone_small_volume_tile_goes_through_as_a_pair(conv, n_windows):
+    batches: list[int] = []
+
+    def network(tiles):
+        batches.append(len(tiles))
+        return conv(tiles)
+
+    patch = (4, 4, 4)
+    data = torch.randn(2, 2 + 2 * n_windows, 4, 4)
+    windows = windows_3d(data.shape[1:], patch)
+    assert len(windows) == n_windows
+    logits = accumulate_windows(
+        network, data, windows, patch_size=patch, n_outputs=3, device=CPU, max_batch=2
+    )
+    assert set(batches) == {2}
+    together = accumulate_windows(
+        conv, data, windows, patch_size=patch, n_outputs=3, device=CPU, max_batch=6
+    )
+    torch.testing.assert_close(logits, together, atol=1e-6, rtol=1e-5)
+    assert not bool((logits == 0).all())
 
 
 def test_progress_adds_up_to_one(conv):

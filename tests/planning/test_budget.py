@@ -20,7 +20,8 @@ def steps(seconds_at_full, peak=0):
 
     def measure(candidate):
         asked.append(candidate)
-        return SimpleNamespace(seconds=seconds_at_full * candidate.cost, peak_bytes=peak)
+        seconds = seconds_at_full * candidate.cost
+        return SimpleNamespace(seconds=seconds, forward_seconds=seconds / 5, peak_bytes=peak)
 
     measure.asked = asked
     return measure
@@ -64,6 +65,11 @@ def test_what_does_not_fit_into_memory_is_left_out():
         budget.fit(sizes(), steps(1.0, peak=2**40), 600, memory_bytes=2**30)
 
 
+def test_the_forward_pass_is_scaled_with_the_step():
+    found = budget.fit(sizes(), steps(60.0), 900)
+    assert found.forward_seconds == pytest.approx(found.step_seconds / budget.LOADING / 5)
+
+
 def test_measuring_takes_a_small_share_of_the_time():
     machine = steps(60.0)
     budget.fit(sizes(), machine, 900)
@@ -97,5 +103,7 @@ def test_validation_time_counts_tiles_and_slices():
     eight = budget.validation_seconds([(60, 84, 60)], 1, (40, 56, 40), 1.0)
     assert one == pytest.approx(1.0, abs=0.1)
     assert eight == pytest.approx(8.0, abs=0.2)
+    pairs = budget.validation_seconds([(40, 56, 40)], 1, (40, 56, 40), 1.0, n_together=2)
+    assert pairs == pytest.approx(2.0, abs=0.1)
     slices = budget.validation_seconds([(10, 56, 40)], 3, (56, 40), 1.0)
     assert slices == pytest.approx(30.0, abs=0.3)

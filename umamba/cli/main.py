@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
+    _keep_freed_memory()
     try:
         return int(args.run(args) or 0)
     except UsageError as error:
@@ -75,6 +77,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"{type(error).__name__}: {error}"
         print(f"error: {message}\n(the traceback: the same command with --debug)", file=sys.stderr)
         return 1
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what tensors give back instead of asking the system for new pages each step.
+
+    Zeroing pages was an eighth of a training step on a CPU.  Arrays of 256 MiB and more still go
+    back to the system, so that a large volume does not stay in memory.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 2**28)
+        library.mallopt(trim_threshold, -1)
 
 
 def _fail(error: Exception, code: int, debug: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umamba.planning.footprint import StepCheck
 from umamba.planning.topology import network_divisor
@@ -46,10 +46,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """The chosen size, what one step of it takes (s), the iterations that fit, and why."""
+    """The chosen size, seconds of a training step and of a forward pass, steps that fit, and why."""
 
     candidate: Candidate
     step_seconds: float
+    forward_seconds: float
     n_iterations: int
     reasons: tuple[str, ...]
 
@@ -98,7 +99,7 @@ def fit(
     for patch in sorted({c.patch_size for c in sizes}, key=math.prod, reverse=True):
         narrow_first = sorted((c for c in sizes if c.patch_size == patch), key=lambda c: c.cost)
         for candidate in narrow_first:
-            step_seconds, peak = stopwatch.step(candidate)
+            step_seconds, forward_seconds, peak = stopwatch.step(candidate)
             if memory_bytes is not None and peak > memory_bytes:
                 break
             n_iterations = max(1, int((seconds - stopwatch.spent) / step_seconds))
@@ -109,7 +110,7 @@ def fit(
                 if n_iterations < wanted:
                     break
             if best is None or here or n_iterations > best.n_iterations:
-                best = Fit(candidate, step_seconds, n_iterations, ())
+                best = Fit(candidate, step_seconds, forward_seconds, n_iterations, ())
         if best is not None and best.n_iterations >= ENOUGH_ITERATIONS:
             break
     if best is None:
@@ -117,7 +118,7 @@ def fit(
             "not even the smallest size of this network fits into the memory: give --memory more "
             "gigabytes, or choose the configuration 3d_lowres or 2d"
         )
-    return Fit(best.candidate, best.step_seconds, best.n_iterations, _reasons(best, seconds))
+    return replace(best, reasons=_reasons(best, seconds))
 
 
 class _Stopwatch:
@@ -127,20 +128,22 @@ class _Stopwatch:
         self.measure = measure
         self.allowance = allowance
         self.spent = 0.0
-        self._last: tuple[Candidate, float] | None = None
+        self._last: tuple[Candidate, float, float] | None = None
 
-    def step(self, candidate: Candidate) -> tuple[float, int]:
-        """Seconds of an iteration in training, and the measured peak (0 where it was scaled)."""
-        guess = 0.0
+    def step(self, candidate: Candidate) -> tuple[float, float, int]:
+        """Seconds of an iteration in training, of a forward pass of its batch, and the peak bytes.
+
+        The peak is 0 where the times were scaled.
+        """
         if self._last is not None:
-            measured, seconds = self._last
-            guess = seconds * candidate.cost / measured.cost
-            if self.spent + STEPS_TO_MEASURE * guess > self.allowance:
-                return guess, 0
+            measured, seconds, forward = self._last
+            times = candidate.cost / measured.cost
+            if self.spent + STEPS_TO_MEASURE * seconds * times > self.allowance:
+                return seconds * times, forward * times, 0
         check = self.measure(candidate)
         self.spent += STEPS_TO_MEASURE * check.seconds
-        self._last = (candidate, LOADING * check.seconds)
-        return LOADING * check.seconds, check.peak_bytes
+        self._last = (candidate, LOADING * check.seconds, check.forward_seconds)
+        return LOADING * check.seconds, check.forward_seconds, check.peak_bytes
 
 
 def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_seconds: float) -> dict:
@@ -179,6 +182,7 @@ def validation_seconds(
     patch_size: Sequence[int],
     forward_seconds: float,
     n_passes: int = 1,
+    n_together: int = 1,
 ) -> float:
     """Seconds that predicting `n_cases` of such shapes takes, tile by tile at half-patch steps.
 
@@ -186,8 +190,10 @@ def validation_seconds(
         shapes: voxels per axis of the training cases at the planned spacing; their mean counts.
         forward_seconds: of one tile.
         n_passes: forward passes per tile: 1, and more with mirroring.
+        n_together: tiles that share a pass; a case's last pass takes as long if there are fewer.
     """
-    tiles = [_n_tiles(shape, patch_size) for shape in shapes]
+    passes = [math.ceil(_n_tiles(shape, patch_size) / n_together) for shape in shapes]
+    tiles = [n_together * n for n in passes]
     mean_tiles = sum(tiles) / max(1, len(tiles))
     voxels = sum(math.prod(shape) for shape in shapes) / max(1, len(shapes))
     return n_cases * (mean_tiles * forward_seconds * n_passes + 0.03 + 2e-7 * voxels)

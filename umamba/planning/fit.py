@@ -20,7 +20,7 @@ from umamba.planning.plans import (
 OVERHEAD_SECONDS = 18.0
 """Starting the loaders, the last checkpoint and the report."""
 
-VALIDATION_MARGIN = 2.0
+VALIDATION_MARGIN = 1.5
 """Time kept for validation over its estimate: training can wait for a slow machine, this cannot."""
 
 MOST_FOR_VALIDATION = 0.3
@@ -57,13 +57,14 @@ def fit_to_time(
         time_left = seconds - OVERHEAD_SECONDS - share
         found = budget.fit(_sizes(part), measure, max(time_left, 1.0), memory)
         size = found.candidate
-        forward = found.step_seconds / size.batch_size / 3
+        forward = found.forward_seconds / size.batch_size
+        together = 2 if len(size.patch_size) == 3 else 1
         recipe = budget.budget_recipe(
             found.n_iterations, size.batch_size, len(shapes) - n_validation, time_left
         )
         mirrored = 2 ** len(size.patch_size) if recipe.get("mirroring", True) else 0
         needed = budget.validation_seconds(
-            shapes, n_validation, size.patch_size, forward, 1 + mirrored
+            shapes, n_validation, size.patch_size, forward, 1 + mirrored, together
         )
         return found, min(MOST_FOR_VALIDATION * seconds, VALIDATION_MARGIN * needed)
 

@@ -127,10 +127,11 @@ def training_bytes(
 
 @dataclass(frozen=True)
 class StepCheck:
-    """What a dry run of training steps at the planned patch cost."""
+    """What a dry run of training steps at the planned patch cost; a forward is one of inference."""
 
     seconds: float
     cpu_seconds: float
+    forward_seconds: float
     peak_bytes: int
     counted_bytes: int
     parameters: int
@@ -167,12 +168,14 @@ def measure_step(
         loss = _step(network, optimizer, image)
         finite = finite and bool(torch.isfinite(loss))
         costs.append((time.perf_counter() - start, time.process_time() - cpu_start))
+    peak = max(_read_peak(where) - before, 0)
     timed = sorted(costs[1:] or costs)
     seconds, cpu_seconds = timed[len(timed) // 2]
     return StepCheck(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
-        peak_bytes=max(_read_peak(where) - before, 0),
+        forward_seconds=_forward_seconds(network.eval(), image),
+        peak_bytes=peak,
         counted_bytes=counted,
         parameters=sum(p.numel() for p in network.parameters()),
         finite=finite,
@@ -220,6 +223,19 @@ def _step(
     torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
     optimizer.step()
     return loss.detach()
+
+
+@torch.inference_mode()
+def _forward_seconds(network: nn.Module, image: torch.Tensor) -> float:
+    """The second of two forward passes: the first prepares the weights."""
+    taken = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.autocast(image.device.type, enabled=image.device.type == "cuda"):
+            outputs = network(image)
+        float((outputs[0] if isinstance(outputs, list | tuple) else outputs).flatten()[0])
+        taken = time.perf_counter() - start
+    return taken
 
 
 def _reset_peak(device: torch.device) -> int:
