@@ -46,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """The chosen size, seconds of a training step and of a forward pass, steps that fit, and why."""
+    """The chosen size, seconds of a training step and of a forward pass, and how many steps fit."""
 
     candidate: Candidate
     step_seconds: float
