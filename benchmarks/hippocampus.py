@@ -5,9 +5,9 @@
 
 DATASET is an nnU-Net raw folder (the figures in docs/results.md: 200 cases of MSD Task04
 Hippocampus). Each row is one `umamba run --minutes M` in a process of its own, fold 0; CPU
-seconds are those of the process tree, peak memory that of its largest process.  The row `nnunet`
-trains stock nnU-Net's plans with the stock trainer class for `--cpu-seconds` at batch 2 (its
-schedule fitted to that time).
+seconds are those of the process tree, peak memory that of its largest process.  The row
+`bot_mirrored` trains the plans of the row `bot` with mirrored patches.  The row `nnunet` trains
+stock nnU-Net's plans with the stock trainer class at batch 2 for 5 epochs of `--stock-iterations`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,21 @@ def run_umamba(row: str, dataset: Path, work: Path, minutes: float, threads: int
     figures = timed(command, {})
     (fold,) = (work / "results").glob(f"*/UMambaTrainer__{name}__{configuration}/fold_0")
     return figures | {"row": row, "asked_minutes": minutes, "threads": threads} | dice_of(fold)
+
+
+def run_mirrored(dataset: Path, work: Path, minutes: float, threads: int) -> dict:
+    """The plans of the row `bot` trained with mirrored patches, by `umamba train`."""
+    name = f"bot_{minutes:g}min".replace(".", "p")
+    (file,) = (work / "preprocessed").glob(f"*/{name}.json")
+    plans = json.loads(file.read_text())
+    plans["plans_name"] = f"{name}_mirrored"
+    plans["configurations"]["3d_fullres"]["recipe"]["mirroring"] = True
+    file.with_name(f"{name}_mirrored.json").write_text(json.dumps(plans, indent=1))
+    command = [sys.executable, "-m", "umamba.cli.main", "train", str(dataset), "3d_fullres", "0"]
+    command += ["-p", f"{name}_mirrored", "--workspace", str(work), "-t", str(threads), "--restart"]
+    figures = timed(command, {})
+    (fold,) = (work / "results").glob(f"*/UMambaTrainer__{name}_mirrored__3d_fullres/fold_0")
+    return figures | {"row": "bot_mirrored", "threads": threads} | dice_of(fold)
 
 
 def run_stock(dataset: Path, work: Path, n_iterations: int) -> dict:
@@ -122,9 +137,10 @@ def dice_of(fold: Path) -> dict:
 def main() -> None:
     """Runs the rows one after another, prints each when it is done, keeps them in the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    rows = [*ROWS, "bot_mirrored", "nnunet"]
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "nnunet"], default=[*ROWS, "nnunet"])
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stock-iterations", type=int, default=50, help="of each of 5 epochs")
@@ -135,6 +151,8 @@ def main() -> None:
     for row in args.rows:
         if row == "nnunet":
             results.append(run_stock(dataset, work, args.stock_iterations))
+        elif row == "bot_mirrored":
+            results.append(run_mirrored(dataset, work, args.minutes, args.threads))
         else:
             results.append(run_umamba(row, dataset, work, args.minutes, args.threads))
         print(json.dumps(results[-1]), flush=True)
