@@ -101,7 +101,7 @@ def run_stock(dataset: Path, work: Path, n_iterations: int) -> dict:
     umamba = [sys.executable, "-m", "umamba.cli.main"]
     words = ["-m", str(model), "-f", "0", "-i", str(images), "-o", str(predictions)]
     timed([*umamba, "predict", *words, "--disable_tta"], variables)
-    labels = ["-djfile", str(dataset / "dataset.json")]
+    labels = ["-djfile", str(dataset / "dataset.json"), "--chill"]
     timed([*umamba, "evaluate", str(predictions), str(folder / "gt_segmentations"), *labels], {})
     return figures | {"row": "nnunet", "iterations": 5 * n_iterations} | dice_of(model / "fold_0")
 
