@@ -5,6 +5,7 @@
 Every row is measured in one process, the networks in turn (A B C A B C ...); the ratio is the
 median of the ratios within a turn, of CPU time with one thread and of wall time with several.  The
 share of the scan is the profiler's time in the two scan operators over the time of the step.
+Freed memory is kept, as in the commands.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from umamba.cli.main import keep_freed_memory
 from umamba.networks import create_network
 from umamba.ops.dispatch import use_backend
 
@@ -132,6 +134,7 @@ def main() -> None:
     parser.add_argument("--no-chunked", action="store_true", help="leave the slow path out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    keep_freed_memory()
     rows = []
     print(f"{'network':<11} {'patch':<9} thr  {'peer':<32} {'CPU s':>7} {'wall s':>7} {'ratio':>6}")
     for plan in args.patch:

@@ -93,7 +93,7 @@ def test_an_unknown_configuration_names_the_nearest(folder, capsys):
 
 @pytest.mark.slow
 def test_a_folder_goes_in_and_a_validated_segmentation_comes_out(folder, tmp_path, capsys):
-    words = ["run", str(folder), "--minutes", "1", "-device", "cpu"]
+    words = ["run", str(folder), "--minutes", "1.5", "-device", "cpu"]
     assert main(words) == 0
     said = capsys.readouterr().out
     (fold,) = (folder / "umamba-work" / "results").glob("*/*/fold_0")

@@ -258,6 +258,13 @@ def test_a_channel_suffix_makes_channels_unless_the_labels_carry_it_too(tmp_path
     assert (second.folder / "imagesTr" / "x_0001_0000.nii.gz").exists()
 
 
+def test_test_images_lose_the_channel_number_that_training_images_lose(tmp_path):
+    for name in ("imagesTr/x_0000", "imagesTs/y_0000", "labelsTr/x"):
+        write_volume(tmp_path / "A" / f"{name}.nii.gz", make_label())
+    raw, _ = prepare_dataset(str(tmp_path / "A"))
+    assert [p.name for p in (raw.folder / "imagesTs").iterdir()] == ["y_0000.nii.gz"]
+
+
 def test_label_values_with_gaps_are_renumbered_in_copies_and_said(tmp_path):
     source = make_bare(tmp_path / "data", values=(3, 7))
     (source / "labels.json").write_text('{"3": "liver", "7": "spleen"}')

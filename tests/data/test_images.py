@@ -12,8 +12,7 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from umamba.data.content import label_counts, split_ending
-from umamba.data.images import read_image
+from umamba.data.images import label_counts, read_image, split_ending
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha", ".gipl"])
@@ -81,6 +80,12 @@ def test_label_values_are_counted_exactly(tmp_path, dtype):
     shifted = label.astype(np.float32) - 3.5
     write_volume(path, shifted)
     assert sorted(label_counts(read_image(path))) == [-3.5, -2.5, 196.5]
+
+
+def test_unsigned_labels_of_64_bits_are_counted(tmp_path):
+    label = make_label((1, 200)).astype(np.uint64)
+    counts = label_counts(read_image(write_volume(tmp_path / "x.nrrd", label)))
+    assert counts == {float(v): int((label == v).sum()) for v in (0, 1, 200)}
 
 
 def test_endings_are_told_in_any_case_and_the_longest_wins():

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from umamba.networks import get_entry
 from umamba.networks.base import SegmentationNetwork
 from umamba.planning import planner as planner_file
-from umamba.planning.machine import GIB
+from umamba.planning.footprint import GIB
 from umamba.planning.planner import UMambaPlanner, default_plans_name, plan_dataset
 from umamba.planning.plans import (
     check_plan,

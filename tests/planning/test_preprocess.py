@@ -18,12 +18,13 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from skimage.io import imsave
 
 from umamba.planning import preprocess
-from umamba.planning.cases import default_workers, list_cases
 from umamba.planning.planner import plan_dataset
 from umamba.planning.plans import load_plans, plans_file
 from umamba.planning.preprocess import (
+    default_workers,
     fingerprint_dataset,
     folder_is_current,
+    list_cases,
     preprocess_dataset,
 )
 

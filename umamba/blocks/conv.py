@@ -14,17 +14,14 @@ from umamba.blocks.norm import InstanceNorm
 NEGATIVE_SLOPE = 0.01
 
 Shortcut = Literal["conv", "pool"]
+Stride = Sequence[int] | int  # per spatial axis, or the same along all
 
 
 class ConvNormAct(nn.Module):
     """Convolution, instance normalization, leaky ReLU."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sequence[int],
-        stride: Sequence[int] | int = 1,
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Stride = 1
     ) -> None:
         super().__init__()
         self.conv = convolution(in_channels, out_channels, kernel_size, stride)
@@ -49,7 +46,7 @@ class ResidualBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: Sequence[int],
-        stride: Sequence[int] | int = 1,
+        stride: Stride = 1,
         *,
         shortcut: Shortcut = "pool",
     ) -> None:
@@ -62,7 +59,8 @@ class ResidualBlock(nn.Module):
             point = [1] * len(kernel_size)
             self.shortcut: nn.Module = convolution(in_channels, out_channels, point, stride)
         else:
-            self.shortcut = PoolShortcut(in_channels, out_channels, len(kernel_size), stride)
+            strides = per_axis(stride, len(kernel_size))
+            self.shortcut = PoolShortcut(in_channels, out_channels, strides)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, in_channels, *spatial) -> (B, out_channels, *spatial / stride)."""
@@ -74,24 +72,17 @@ class ResidualBlock(nn.Module):
 class PoolShortcut(nn.Module):
     """The identity, with average pooling for a stride and a 1x1 convolution for a new width."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        spatial_dims: int,
-        stride: Sequence[int] | int,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, ...]) -> None:
         super().__init__()
-        self.stride = per_axis(stride, spatial_dims)
-        self.is_strided = any(s > 1 for s in self.stride)
+        self.stride = stride
         self.conv: nn.Module | None = None
         self.norm: nn.Module | None = None
         if in_channels != out_channels:
-            self.conv = convolution(in_channels, out_channels, [1] * spatial_dims, bias=False)
+            self.conv = convolution(in_channels, out_channels, [1] * len(stride), bias=False)
             self.norm = InstanceNorm(out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.is_strided:
+        if max(self.stride) > 1:
             pool = functional.avg_pool2d if len(self.stride) == 2 else functional.avg_pool3d
             features = pool(features, self.stride, self.stride)
         if self.conv is not None and self.norm is not None:
@@ -103,7 +94,7 @@ def residual_stage(
     in_channels: int,
     out_channels: int,
     kernel_size: Sequence[int],
-    stride: Sequence[int] | int,
+    stride: Stride,
     n_blocks: int,
     shortcut: Shortcut,
 ) -> nn.Sequential:
@@ -117,7 +108,7 @@ def convolution(
     in_channels: int,
     out_channels: int,
     kernel_size: Sequence[int],
-    stride: Sequence[int] | int = 1,
+    stride: Stride = 1,
     *,
     bias: bool = True,
 ) -> nn.Conv2d | nn.Conv3d:
@@ -139,7 +130,7 @@ def activate_(features: Tensor) -> Tensor:
     return functional.leaky_relu_(features, NEGATIVE_SLOPE)
 
 
-def per_axis(value: Sequence[int] | int, spatial_dims: int) -> tuple[int, ...]:
+def per_axis(value: Stride, spatial_dims: int) -> tuple[int, ...]:
     """One value per spatial axis."""
     return (value,) * spatial_dims if isinstance(value, int) else tuple(value)
 

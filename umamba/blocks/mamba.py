@@ -89,13 +89,8 @@ class Direction(nn.Module):
     def forward(self) -> DirectionParameters:
         """The parameters as scan_directions takes them."""
         return DirectionParameters(
-            conv_weight=self.conv_weight,
-            conv_bias=self.conv_bias,
-            x_proj_weight=self.x_proj_weight,
-            dt_proj_weight=self.dt_proj_weight,
-            A_log=self.A_log,
-            D=self.D,
-            delta_bias=self.dt_proj_bias,
+            *(self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight),
+            *(self.A_log, self.D, self.dt_proj_bias),
         )
 
 

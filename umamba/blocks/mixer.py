@@ -5,17 +5,16 @@ B batch, C channels, L tokens.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import functional
 
 from umamba.blocks.mamba import Mamba, uniform
+from umamba.ops.dispatch import without_autocast
 
 MIXERS = ("scan", "none", "conv")
 
@@ -68,7 +67,7 @@ class MixerLayer(nn.Module):
         """features (B, C, *spatial) -> the same shape."""
         if self.norm is None or self.mixer is None:
             return features
-        with full_precision(features.device.type):
+        with without_autocast(features.device):
             wide = features.float() if features.dtype.itemsize < 4 else features
             if self.tokens == "voxels":
                 mixed = self.mixer(self.norm(wide.movedim(1, -1))).movedim(-1, 1).contiguous()
@@ -98,10 +97,8 @@ class ConvMixer(nn.Module):
         """tokens (B, *spatial, C) -> the same shape."""
         features, gate = self.in_proj(tokens).chunk(2, dim=-1)
         conv = (functional.conv1d, functional.conv2d, functional.conv3d)[tokens.ndim - 3]
-        width = self.conv_bias.numel()
-        mixed = conv(
-            features.movedim(-1, 1), self.conv_weight, self.conv_bias, padding=1, groups=width
-        )
+        weight, bias = self.conv_weight, self.conv_bias
+        mixed = conv(features.movedim(-1, 1), weight, bias, padding=1, groups=bias.numel())
         return self.out_proj(functional.silu(mixed.movedim(1, -1)) * functional.silu(gate))
 
 
@@ -114,10 +111,3 @@ def check_mixer(mixer: str) -> None:
 def count_parameters(module: nn.Module) -> int:
     """The number of learned values."""
     return sum(math.prod(parameter.shape) for parameter in module.parameters())
-
-
-def full_precision(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """A region without autocast on this kind of device."""
-    if not is_autocast_available(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)

@@ -14,10 +14,8 @@ class InstanceNorm(nn.Module):
     (eps 1e-5), with the keys `weight` and `bias`.
     """
 
-    def __init__(self, n_channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, n_channels: int) -> None:
         super().__init__()
-        self.n_channels = n_channels
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(n_channels))
         self.bias = nn.Parameter(torch.zeros(n_channels))
 
@@ -26,10 +24,5 @@ class InstanceNorm(nn.Module):
         if features.device.type == "cpu":
             # One group per channel is the same function, and torch's CPU kernel for it is 3 to 5
             # times faster. On a GPU autocast would turn it into float32, so not there.
-            return functional.group_norm(
-                features, self.n_channels, self.weight, self.bias, self.eps
-            )
-        return functional.instance_norm(features, weight=self.weight, bias=self.bias, eps=self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.n_channels}, eps={self.eps}"
+            return functional.group_norm(features, self.weight.numel(), self.weight, self.bias)
+        return functional.instance_norm(features, weight=self.weight, bias=self.bias)

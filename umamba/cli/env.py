@@ -1,39 +1,34 @@
-"""`umamba env [DATASET]`: nnU-Net's variables, for `eval "$(umamba env)"` before its commands."""
+"""`umamba env [DATASET]`: print the variables that nnU-Net's own commands need.
+
+After eval "$(umamba env DATASET)" they use the same folders and find UMambaTrainer.
+"""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
+
+from umamba.cli import common
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "env",
-        help="print the variables that nnU-Net's own commands need",
-        description='Print shell lines for eval "$(umamba env DATASET)"; after it nnU-Net\'s own '
-        "commands use the same folders and find UMambaTrainer.",
-    )
-    parser.add_argument(
-        "dataset", metavar="DATASET", nargs="?", help="id, name or folder of a dataset"
-    )
-    parser.add_argument("--workspace", metavar="DIR", help="where linked data and results go")
-    parser.set_defaults(run=run)
+    parser = common.add_command(subparsers, "env", run, __doc__, "--workspace")
+    parser.add_argument("dataset", nargs="?", help="id, name or folder of a dataset")
 
 
 def run(args: argparse.Namespace) -> int:
-    import shlex
-    from pathlib import Path
-
-    import umamba
+    """Prints an export line per variable; makes no folder."""
     from umamba.data.workspace import resolve_workspace
 
-    folder = Path(args.dataset).expanduser() if args.dataset else None
-    is_folder = folder is not None and folder.is_dir()
-    if folder is not None and not is_folder and ("/" in args.dataset or folder.exists()):
-        raise FileNotFoundError(f"There is no folder {folder}; give the folder of the dataset")
-    workspace = resolve_workspace(
-        folder.resolve() if folder and is_folder else None, args.workspace
-    )
-    trainers = Path(str(umamba.__file__)).parent / "training" / "nnunet_trainers"
-    for name, value in {**workspace.variables(), "nnUNet_extTrainer": trainers}.items():
+    folder = None
+    if args.dataset:
+        path = Path(args.dataset).expanduser()
+        if path.is_dir():
+            folder = path.resolve()
+        elif "/" in args.dataset or path.exists():
+            raise FileNotFoundError(f"There is no folder {path}; give the folder of the dataset")
+    workspace = resolve_workspace(folder, args.workspace)
+    for name, value in {**workspace.variables(), "nnUNet_extTrainer": common.TRAINERS}.items():
         print(f"export {name}={shlex.quote(str(value))}")
     return 0

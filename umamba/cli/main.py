@@ -9,27 +9,19 @@ import os
 import sys
 from collections.abc import Sequence
 
+import umamba
+from umamba.cli.common import UsageError
+
 COMMANDS = (
-    "run",
-    "audit",
-    "plan",
-    "train",
-    "predict",
-    "evaluate",
-    "report",
-    "models",
-    "demo",
-    "doctor",
-    "env",
-)
-
-
-class UsageError(ValueError):
-    """A wrong name or combination of arguments: exit code 2."""
+    "run", "audit", "plan", "train", "predict", "evaluate",
+    "report", "models", "demo", "doctor", "env",
+)  # fmt: skip
+PLAIN_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
+"""Those whose sentence says all; others are bugs, and named with the way to the traceback."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all subcommands; importing their files loads nothing heavy."""
+    """The parser with the `add_parser` of all commands; importing these loads nothing heavy."""
     parser = argparse.ArgumentParser(
         prog="umamba",
         description="Medical image segmentation with U-shaped Mamba networks, nnU-Net style.",
@@ -46,7 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 done, 1 failed, 2 usage, 3 some cases failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
     # Read when torch loads GNU's OpenMP. Threads that wait spinning (its default) starve the data
     # loaders: with one more process than cores a step took twice as long; sleeping at once instead
     # costs a tenth on an idle machine. This many turns, some microseconds, do neither.
@@ -54,32 +45,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args([word for word in words if word != "--debug"])
     if args.version:
-        from importlib.metadata import version
-
-        print(f"umamba {version('umamba')}")
+        print(f"umamba {umamba.__version__}")
         return 0
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
-        return int(args.run(args) or 0)
-    except UsageError as error:
-        return _fail(error, 2, debug)
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        return _fail(error, 1, debug)
+        return int(args.run(args))
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to continue", file=sys.stderr)
         return 1
-    except Exception as error:  # the last resort: named, with the traceback at hand
-        if debug:
+    except Exception as error:
+        if "--debug" in words:
             raise
-        message = f"{type(error).__name__}: {error}"
-        print(f"error: {message}\n(the traceback: the same command with --debug)", file=sys.stderr)
-        return 1
+        message = f"error: {error}"
+        if not isinstance(error, PLAIN_ERRORS):
+            message = f"error: {type(error).__name__}: {error}"
+            message += "\n(the traceback: the same command with --debug)"
+        print(message, file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep what tensors give back instead of asking the system for new pages each step.
 
     Zeroing pages was an eighth of a training step on a CPU.  Arrays of 256 MiB and more still go
@@ -96,13 +84,5 @@ def _keep_freed_memory() -> None:
         library.mallopt(trim_threshold, -1)
 
 
-def _fail(error: Exception, code: int, debug: bool) -> int:
-    if debug:
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-    return code
-
-
 if __name__ == "__main__":
-    # Under its own name, so that commands raise the very UsageError that is caught here.
-    sys.exit(importlib.import_module("umamba.cli.main").main())
+    sys.exit(main())

@@ -6,45 +6,30 @@ import argparse
 import json
 from pathlib import Path
 
+from umamba.cli.common import add_command, find_network, parse_fold
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds the command and its three actions."""
-    parser = subparsers.add_parser(
-        "models",
-        help="list networks, show one, import official checkpoints",
-        description="The registered networks, and official checkpoints as model folders.",
-    )
+    text = "list networks, show one, import official checkpoints as model folders"
+    parser = subparsers.add_parser("models", help=text, description=text)
     actions = parser.add_subparsers(metavar="list|show|import", dest="action", required=True)
 
-    listing = actions.add_parser("list", help="the registered networks")
-    listing.add_argument("--dims", type=int, choices=(2, 3), help="only those for 2D or 3D images")
-    listing.add_argument("--json", action="store_true", help="print JSON")
-    listing.set_defaults(run=run_list)
+    add = add_command(actions, "list", run_list, run_list.__doc__).add_argument
+    add("--dims", type=int, choices=(2, 3), help="only those for 2D or 3D images")
+    add("--json", action="store_true", help="print JSON")
 
-    showing = actions.add_parser("show", help="where a network comes from and what it takes")
-    showing.add_argument("name", metavar="NAME")
-    showing.set_defaults(run=run_show)
+    add_command(actions, "show", run_show, run_show.__doc__).add_argument("name", metavar="NAME")
 
-    importing = actions.add_parser(
-        "import",
-        help="turn an official checkpoint into a model folder",
-        description="Reads an official checkpoint with the plans.json and dataset.json of its "
-        "training, and writes a model folder that `umamba predict -m` and nnU-Net load.",
-    )
-    importing.add_argument("--network", required=True, metavar="NAME")
-    importing.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
-    importing.add_argument("--plans", required=True, type=Path, metavar="FILE")
-    importing.add_argument("--dataset-json", required=True, type=Path, metavar="FILE")
-    importing.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
-    importing.add_argument(
-        "-c", "--configuration", help="default: the one that the checkpoint names"
-    )
-    importing.add_argument("-f", "--fold", default="0", help="0 to 4 or all (default: 0)")
-    importing.set_defaults(run=run_import)
+    add = add_command(actions, "import", run_import, run_import.__doc__, "-f").add_argument
+    add("--network", required=True, metavar="NAME")
+    for file in ("--checkpoint", "--plans", "--dataset-json"):
+        add(file, required=True, type=Path, metavar="FILE")
+    add("-o", "--output", required=True, type=Path, metavar="FOLDER")
+    add("-c", "--configuration", help="default: the one that the checkpoint names")
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """Prints the registered names."""
+    """List the registered networks."""
     from umamba.networks import get_entry, list_networks
 
     names = list_networks(args.dims)
@@ -61,19 +46,18 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Prints all that is known of one network."""
+    """Tell where a network comes from and what it takes."""
     import inspect
 
-    entry = _entry(args.name)
-    dims = ", ".join(f"{d}D" for d in entry.spatial_dims)
+    entry = find_network(args.name)
     print(entry.name)
     print(f"  {(inspect.getdoc(entry.cls) or '').splitlines()[0]}")
     rows = {
         "class": entry.class_path,
-        "dimensions": dims,
+        "dimensions": ", ".join(f"{d}D" for d in entry.spatial_dims),
         "paper": entry.paper,
         "equals": f"{entry.reference} ({entry.licence})",
-        "strides": "chosen by the planner" if entry.fixed_strides is None else entry.fixed_strides,
+        "strides": entry.fixed_strides or "chosen by the planner",
     }
     if entry.control_of:
         rows["control of"] = entry.control_of
@@ -81,10 +65,10 @@ def run_show(args: argparse.Namespace) -> int:
     for label, value in rows.items():
         print(f"  {label:<11}{value}")
     print("  arguments (of the plans' arch_kwargs)")
-    for parameter in inspect.signature(entry.cls).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            required = parameter.default is parameter.empty
-            print(f"    {parameter.name}{'' if required else f' = {parameter.default!r}'}")
+    parameters = inspect.signature(entry.cls).parameters
+    for name in entry.keywords:
+        default = parameters[name].default
+        print(f"    {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
     if entry.quirks:
         print("  kept from the official code")
         for quirk in entry.quirks:
@@ -93,35 +77,18 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Imports an official checkpoint."""
-    from umamba.cli.main import UsageError
+    """Turn an official checkpoint into a model folder.
 
-    if args.fold != "all" and not args.fold.isdigit():
-        raise UsageError(f"fold {args.fold!r} does not exist; choose 0, 1, 2, 3, 4 or all")
-    entry = _entry(args.network)
+    Reads it with the plans.json and dataset.json of its training; `umamba predict -m` and nnU-Net
+    load the folder.
+    """
+    fold = parse_fold(args.fold)
+    entry = find_network(args.network)
     from umamba.inference.import_checkpoint import import_checkpoint
 
-    report = import_checkpoint(
-        entry.name,
-        args.checkpoint,
-        args.plans,
-        args.dataset_json,
-        args.output,
-        configuration=args.configuration,
-        fold=args.fold if args.fold == "all" else int(args.fold),
-    )
+    files = (args.checkpoint, args.plans, args.dataset_json, args.output)
+    report = import_checkpoint(entry.name, *files, configuration=args.configuration, fold=fold)
     print(report)
     print(f"model folder: {args.output}")
     print(f"next: umamba predict -m {args.output} -i IMAGES -o SEGMENTATIONS")
     return 0
-
-
-def _entry(name: str):  # type: ignore[no-untyped-def]
-    """The registry entry; an unknown name is a usage error."""
-    from umamba.cli.main import UsageError
-    from umamba.networks import get_entry
-
-    try:
-        return get_entry(name)
-    except ValueError as error:
-        raise UsageError(str(error)) from error

@@ -1,16 +1,19 @@
-"""`umamba predict`: label maps for a folder of images, or for one image, from a model folder."""
+"""`umamba predict`: label maps for a folder of images, or for one image, from a model folder.
+
+A case that cannot be read or predicted is named at the end, all others are done (exit code 3).
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from umamba.cli import common
+from umamba.cli.common import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from umamba.inference.cases import PredictionCase
     from umamba.inference.pipeline import CaseFailure
     from umamba.inference.predictor import UMambaPredictor
@@ -19,24 +22,15 @@ SOME_CASES_FAILED = 3
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Adds the `predict` command."""
-    parser = subparsers.add_parser(
-        "predict",
-        help="segment images with a trained model folder",
-        description="Writes a label map for each case. A case that cannot be read or predicted is "
-        "named at the end, all others are done (exit code 3).",
-    )
-    add = parser.add_argument
+    add = common.add_command(subparsers, "predict", run, __doc__, "-device -t").add_argument
     add("-m", "--model", required=True, metavar="FOLDER", help="model folder, with plans.json")
     add(
         "-i", "--input", required=True, nargs="+", metavar="PATH",
         help="folder of images named case_0000.ending, or the file(s) of one case, by channel",
     )  # fmt: skip
     add("-o", "--output", required=True, metavar="PATH", help="folder, or the file for one case")
-    add("-f", "--folds", nargs="+", default=None, help="folds to average (all that are trained)")
+    add("-f", "--folds", nargs="+", help="folds to average (all that are trained)")
     add("-chk", "--checkpoint", default="checkpoint_final.pth", help="name of the checkpoint")
-    add("-device", "--device", default=None, help="cpu, cuda or mps (the GPU if there is one)")
-    add("-t", "--threads", type=int, default=None, help="CPU threads (all cores)")
     add("-step_size", "--step-size", type=float, default=0.5, help="tile step, in patches (0.5)")
     add("--disable_tta", "--disable-tta", action="store_true", help="no mirroring: 8 times faster")
     add(
@@ -44,11 +38,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="write nnU-Net's .npz and .pkl beside each label map",
     )  # fmt: skip
     add(
-        "--continue_prediction", "--continue", dest="continue_prediction", action="store_true",
+        "--continue_prediction", "--continue", action="store_true",
         help="leave out cases whose outputs are there and whole",
     )  # fmt: skip
     add(
-        "-prev_stage_predictions", "--prev-stage-predictions", default=None, metavar="FOLDER",
+        "-prev_stage_predictions", "--prev-stage-predictions", metavar="FOLDER",
         help="label maps of the first stage, for a cascade",
     )  # fmt: skip
     add("-num_parts", "--num-parts", type=int, default=1, help="share the cases among N runs")
@@ -63,105 +57,72 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="do not read the images beforehand to find truncated or broken ones",
     )  # fmt: skip
     add("--disable_progress_bar", "--disable-progress-bar", action="store_true")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predicts; returns 0, or 3 where some cases failed, or 1 where all did."""
     predictor = _load_predictor(args)
 
-    from umamba.inference.cases import find_images, plan_cases
+    from umamba.inference.cases import find_images, is_whole, plan_cases
 
+    output = Path(args.output)
     ending = predictor.dataset_json["file_ending"]
     # nnU-Net's reader of 3-D TIFF finds the spacing by the length of the name with its channel.
     bare_names = predictor.n_channels == 1 and _reader_name(predictor) != "Tiff3DIO"
-    images = find_images(args.input, ending, bare_names=bare_names)
-    cases = plan_cases(
-        images,
-        Path(args.output),
+    found = plan_cases(
+        find_images(args.input, ending, bare_names=bare_names),
+        output,
         ending,
         previous_stage_folder=_previous_stage(args, predictor),
         num_parts=args.num_parts,
         part_id=args.part_id,
     )
-    n_found = len(cases)
-    cases = _not_done(cases, args, predictor)
+    cases = found
+    if args.continue_prediction:
+        reader = predictor.plans_manager.image_reader_writer_class()
+        cases = [c for c in found if not is_whole(c, reader, args.save_probabilities)]
     failures = [] if args.no_input_check else _check_inputs(cases, predictor)
     refused = {f.identifier for f in failures}
-    sound = [c for c in cases if c.identifier not in refused]
-    _write_settings(args, predictor, ending)
-    failures += _predict(sound, args, predictor)
+    _write_settings(args, predictor, output, ending)
+    failures += _predict([c for c in cases if c.identifier not in refused], args, predictor)
 
-    n_written = len(cases) - len(failures)
-    skipped = f", {n_found - len(cases)} were there already" if n_found > len(cases) else ""
-    print(f"{n_written} of {n_found} cases predicted{skipped} -> {args.output}")
+    n_written, n_there = len(cases) - len(failures), len(found) - len(cases)
+    skipped = f", {n_there} were there already" if n_there else ""
+    print(f"{n_written} of {len(found)} cases predicted{skipped} -> {output}")
     if not failures:
         return 0
     print(f"error: {len(failures)} cases could not be predicted:", file=sys.stderr)
     for failure in failures:
         print(f"  {failure.identifier}: {failure.reason}", file=sys.stderr)
-    return SOME_CASES_FAILED if n_written or n_found > len(cases) else 1
+    return SOME_CASES_FAILED if n_written or n_there else 1
 
 
 def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
-    from umamba.cli.main import UsageError
-
     if not 0 < args.step_size <= 1:
         raise UsageError(f"-step_size {args.step_size} is not above 0 and at most 1")
     if not 0 <= args.part_id < args.num_parts:
         raise UsageError(f"-part_id must be 0 to {args.num_parts - 1}; it is {args.part_id}")
-    folds = _parse_folds(args.folds)
-    device = _device(args.device)
+    wrong = [fold for fold in args.folds or () if fold != "all" and not fold.isdigit()]
+    if wrong:
+        raise UsageError(f"-f takes fold numbers or all, not {', '.join(wrong)}")
+    folds = [common.parse_fold(fold) for fold in args.folds] if args.folds else None
 
     import torch
 
     from umamba.inference.model_folder import UnknownFoldError
     from umamba.inference.predictor import UMambaPredictor
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    common.set_threads(args.threads)
     predictor = UMambaPredictor(
         tile_step_size=args.step_size,
         use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device,
-        device=device,
+        device=torch.device(common.choose_device(args.device)) if args.device else None,
         nnunet_exact=args.nnunet_exact,
     )
-    try:
+    with common.usage_errors(UnknownFoldError):
         predictor.initialize_from_trained_model_folder(args.model, folds, args.checkpoint)
-    except UnknownFoldError as error:
-        raise UsageError(str(error)) from error
     return predictor
-
-
-def _parse_folds(folds: list[str] | None) -> list[int | str] | None:
-    from umamba.cli.main import UsageError
-
-    if folds is None:
-        return None
-    wrong = [f for f in folds if f != "all" and not f.isdigit()]
-    if wrong:
-        raise UsageError(f"-f takes fold numbers or all, not {', '.join(wrong)}")
-    return [f if f == "all" else int(f) for f in folds]
-
-
-def _device(name: str | None) -> torch.device | None:
-    from umamba.cli.main import UsageError
-
-    if name is None:
-        return None
-
-    import torch
-
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"-device {name} is not known: give cpu, cuda or mps")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            "no CUDA device is visible to torch: use -device cpu, or see umamba doctor"
-        )
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("torch has no MPS device here: use -device cpu")
-    return torch.device(name)
 
 
 def _previous_stage(args: argparse.Namespace, predictor: UMambaPredictor) -> Path | None:
@@ -177,17 +138,6 @@ def _previous_stage(args: argparse.Namespace, predictor: UMambaPredictor) -> Pat
     if not folder.is_dir():
         raise FileNotFoundError(f"-prev_stage_predictions {folder} is not a folder; check it")
     return folder
-
-
-def _not_done(
-    cases: list[PredictionCase], args: argparse.Namespace, predictor: UMambaPredictor
-) -> list[PredictionCase]:
-    if not args.continue_prediction:
-        return cases
-    from umamba.inference.cases import is_whole
-
-    reader = predictor.plans_manager.image_reader_writer_class()
-    return [c for c in cases if not is_whole(c, reader, args.save_probabilities)]
 
 
 def _check_inputs(cases: list[PredictionCase], predictor: UMambaPredictor) -> list[CaseFailure]:
@@ -214,27 +164,22 @@ def _reader_name(predictor: UMambaPredictor) -> str:
     return str(predictor.plans_manager.plans.get("image_reader_writer", ""))
 
 
-def _write_settings(args: argparse.Namespace, predictor: UMambaPredictor, ending: str) -> None:
+def _write_settings(
+    args: argparse.Namespace, predictor: UMambaPredictor, output: Path, ending: str
+) -> None:
     """The three files that nnU-Net leaves beside predictions, for its post-processing tools."""
+    from umamba.data.links import write_json
     from umamba.inference.cases import output_folder
 
-    if output_folder(Path(args.output), ending) != Path(args.output):
+    if output_folder(output, ending) != output:
         return
-    settings = {k: v for k, v in vars(args).items() if k != "run" and not callable(v)}
-    settings["folds"] = list(predictor.folds)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(settings, folder / "predict_from_raw_data_args.json")
-    _write_json(predictor.dataset_json, folder / "dataset.json")
-    _write_json(predictor.plans_manager.plans, folder / "plans.json")
-
-
-def _write_json(content: dict[str, Any], file: Path) -> None:
-    import json
-
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=4))
-    os.replace(temporary, file)
+    settings = {key: value for key, value in vars(args).items() if key != "run"}
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(
+        output / "predict_from_raw_data_args.json", settings | {"folds": list(predictor.folds)}
+    )
+    write_json(output / "dataset.json", predictor.dataset_json)
+    write_json(output / "plans.json", predictor.plans_manager.plans)
 
 
 def _predict(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from umamba.data.decathlon import is_decathlon, link_decathlon, preferred_name
+from umamba.data.decathlon import TASK, is_decathlon, link_decathlon
 from umamba.data.faults import Fault, raise_if_faults
 from umamba.data.folders import find_bare_folders, link_bare_folders
+from umamba.data.images import TIFF
 from umamba.data.layout import check_dataset_json, list_cases, list_files, read_dataset_json
 from umamba.data.links import LinkedFolder, read_state
 from umamba.data.workspace import Workspace, resolve_workspace
@@ -28,13 +30,19 @@ class RawDataset:
     found wrong (empty unless prepared with strict=False).
     """
 
-    dataset_id: int
-    name: str
     folder: Path
     dataset_json: dict[str, Any]
     source: Path
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def dataset_id(self) -> int:
+        return _id(self.name)
 
 
 def prepare_dataset(
@@ -50,57 +58,25 @@ def prepare_dataset(
     stand in `faults`, so that `audit_dataset` can list them with its own findings.
     Raises ValueError or FileNotFoundError where nothing can be prepared at all.
     """
-    folder = _as_folder(spec)
+    text = str(spec).strip()
+    folder = _as_folder(text)
+    place = resolve_workspace(folder, workspace)
     if folder is None:
-        place = resolve_workspace(None, workspace)
-        folder = _find_by_name(spec, place)
+        folder = _find_by_name(text, place)
         if folder.parent == place.preprocessed:
-            return _without_raw(folder, place), place.activate()
-    else:
-        place = resolve_workspace(folder, workspace)
+            # only the preprocessed files are left; enough to train on
+            missing = place.raw / folder.name
+            note = f"There are no raw images in {missing}; only what is preprocessed can be used."
+            content = read_dataset_json(folder / "dataset.json")
+            return RawDataset(missing, content, missing, [note]), place.activate()
     raw = _prepare(folder, place)
     if strict:
         raise_if_faults(raw.faults, raw.name)
     return raw, place
 
 
-def _prepare(folder: Path, place: Workspace) -> RawDataset:
-    bare = find_bare_folders(folder)
-    content: dict[str, Any] | None = None
-    if (folder / "dataset.json").is_file() or bare is None:
-        content = _read_content(folder)
-    decathlon = content is not None and is_decathlon(content)
-    if folder.parent == place.raw.resolve() and NAME.fullmatch(folder.name) and not decathlon:
-        source = read_state(folder).get("source")
-        if source and Path(source).is_dir():
-            return _prepare(Path(source), place)
-        if content is not None:
-            _refuse_second_name(folder.name, place)
-            place.activate()
-            return _in_place(folder, content)
-    preferred = _preferred(folder, decathlon)
-    name = _choose_name(folder, place, preferred, is_nnunet=content is not None and not decathlon)
-    place.activate()
-    linked = LinkedFolder(place.raw / name, folder)
-    if content is None:
-        assert bare is not None
-        result, notes, faults = link_bare_folders(linked, *bare)
-    elif decathlon:
-        result, notes, faults = link_decathlon(linked, content)
-    else:
-        result, notes, faults = _link_raw(linked, content)
-    linked.finish(result)
-    return RawDataset(_id(name), name, place.raw / name, result, folder, notes, faults)
-
-
-def dataset_name(dataset_id: int, name: str) -> str:
-    """Return nnU-Net's name for a dataset; characters that do not suit a folder become _."""
-    return f"Dataset{dataset_id:03d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name).strip('_') or 'data'}"
-
-
-def _as_folder(spec: str) -> Path | None:
+def _as_folder(text: str) -> Path | None:
     """Return the folder that a spec names, None when it is an id or a name."""
-    text = str(spec).strip()
     if not text:
         raise ValueError("No dataset is named; give an id, a name or a folder")
     if text.isdigit():
@@ -120,22 +96,22 @@ def _as_folder(spec: str) -> Path | None:
     )
 
 
-def _find_by_name(spec: str, place: Workspace) -> Path:
-    text = str(spec).strip()
-    present = sorted(_dataset_names(place.raw))
-    if text.isdigit():
-        hits = [name for name in present if _id(name) == int(text)]
-        if len(hits) > 1:
-            raise ValueError(
-                f"{place.raw} has {' and '.join(hits)} under the id {int(text)}; rename one of them"
-            )
-    else:
-        hits = [name for name in present if name == text]
-    if hits:
-        return place.raw.resolve() / hits[0]
-    for name in sorted(_dataset_names(place.preprocessed)):
-        is_it = _id(name) == int(text) if text.isdigit() else name == text
-        if is_it and (place.preprocessed / name / "dataset.json").is_file():
+def _find_by_name(text: str, place: Workspace) -> Path:
+    """Return the raw folder of an id or a name, or the preprocessed one where it alone exists."""
+
+    def hits(names: list[str]) -> list[str]:
+        return [n for n in names if (_id(n) == int(text) if text.isdigit() else n == text)]
+
+    present = _dataset_names(place.raw)
+    found = hits(present)
+    if len(found) > 1:
+        raise ValueError(
+            f"{place.raw} has {' and '.join(found)} under the id {int(text)}; rename one of them"
+        )
+    if found:
+        return place.raw.resolve() / found[0]
+    for name in hits(_dataset_names(place.preprocessed)):
+        if (place.preprocessed / name / "dataset.json").is_file():
             return place.preprocessed / name
     if not present:
         raise ValueError(
@@ -146,121 +122,112 @@ def _find_by_name(spec: str, place: Workspace) -> Path:
     raise ValueError(f"There is no dataset {text} in {place.raw}; there is {', '.join(nearest)}")
 
 
-def _dataset_names(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        return set()
-    return {path.name for path in folder.iterdir() if NAME.fullmatch(path.name)}
-
-
-def _id(name: str) -> int:
-    match = NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1])
-
-
-def _read_content(folder: Path) -> dict[str, Any]:
-    path = folder / "dataset.json"
-    if not path.is_file() and not (folder / "imagesTr").is_dir():
+def _prepare(folder: Path, place: Workspace) -> RawDataset:
+    bare = find_bare_folders(folder)
+    has_json = (folder / "dataset.json").is_file()
+    if not bare and not has_json and not (folder / "imagesTr").is_dir():
         raise ValueError(
             f"{folder} is no dataset: it has neither dataset.json nor the folders images and "
             "labels; add them or give another folder"
         )
-    return read_dataset_json(path)
+    content = None if bare and not has_json else read_dataset_json(folder / "dataset.json")
+    decathlon = content is not None and is_decathlon(content)
+    if folder.parent == place.raw.resolve() and NAME.fullmatch(folder.name) and not decathlon:
+        source = read_state(folder).get("source")
+        if source and Path(source).is_dir():
+            return _prepare(Path(source), place)
+        if content is not None:
+            return _in_place(folder, content, place)
+    name = _choose_name(folder, place, decathlon, is_raw=content is not None and not decathlon)
+    place.activate()
+    linked = LinkedFolder(place.raw / name, folder)
+    if content is None:
+        assert bare is not None
+        result = link_bare_folders(linked, *bare)
+    elif decathlon:
+        result = link_decathlon(linked, content)
+    else:
+        result = _link_raw(linked, content)
+    linked.finish(result)
+    return RawDataset(linked.folder, result, folder, linked.notes, linked.faults)
 
 
-def _without_raw(folder: Path, place: Workspace) -> RawDataset:
-    """Return a dataset of which only the preprocessed files are left; enough to train on."""
-    raw = place.raw / folder.name
-    notes = [f"There are no raw images in {raw}; only what is preprocessed can be used."]
-    content = read_dataset_json(folder / "dataset.json")
-    return RawDataset(_id(folder.name), folder.name, raw, content, raw, notes)
-
-
-def _in_place(folder: Path, content: dict[str, Any]) -> RawDataset:
+def _in_place(folder: Path, content: dict[str, Any], place: Workspace) -> RawDataset:
+    if others := _names_with_id(_id(folder.name), place) - {folder.name}:
+        raise ValueError(
+            f"The id {_id(folder.name)} belongs to {folder.name} and to "
+            f"{', '.join(sorted(others))} in {place.root}; "
+            "nnU-Net needs one name per id: rename or remove one"
+        )
+    place.activate()
     faults = check_dataset_json(content, folder / "dataset.json")
-    if not faults:
-        faults = list_cases(folder, content)[1]
-    return RawDataset(_id(folder.name), folder.name, folder, content, folder, [], faults)
+    return RawDataset(folder, content, folder, [], faults or list_cases(folder, content)[1])
 
 
-def _link_raw(
-    linked: LinkedFolder, content: dict[str, Any]
-) -> tuple[dict[str, Any], list[str], list[Fault]]:
+def _link_raw(linked: LinkedFolder, content: dict[str, Any]) -> dict[str, Any]:
     """Plan the links of an nnU-Net raw folder; explicit paths become the usual layout."""
     folder = linked.source
-    faults = check_dataset_json(content, folder / "dataset.json")
-    result = {key: value for key, value in content.items() if key != "dataset"}
-    ending = content.get("file_ending")
-    if faults and not (
-        isinstance(ending, str) and ending and isinstance(content.get("labels"), dict)
-    ):
-        raise_if_faults(faults, folder.name)
-    assert isinstance(ending, str)
-    cases, more = list_cases(folder, content)
+    ending: Any = content.get("file_ending")
+    linked.faults += check_dataset_json(content, folder / "dataset.json")
+    if not (isinstance(ending, str) and ending and isinstance(content.get("labels"), dict)):
+        raise_if_faults(linked.faults, folder.name)
+    cases, faults = list_cases(folder, content)
+    linked.faults += faults
     for identifier, case in cases.items():
         for i, path in enumerate(case.images):
             name = path.name if "dataset" not in content else f"{identifier}_{i:04d}{ending}"
             linked.link(f"imagesTr/{name}", path)
         if case.label is not None:
             linked.link(f"labelsTr/{identifier}{ending}", case.label)
-    for where in ("imagesTs", "labelsTs"):
-        for name, path in list_files(folder / where, ending).items():
+    others = [("imagesTs", ending), ("labelsTs", ending)]
+    if ending.lower() in TIFF:  # spacings stand beside the files
+        others += [(name, ".json") for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")]
+    for where, kind in others:
+        for name, path in list_files(folder / where, kind).items():
             linked.link(f"{where}/{name}", path)
-    if ending.lower() in (".tif", ".tiff"):
-        for where in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
-            for name, path in list_files(folder / where, ".json").items():
-                linked.link(f"{where}/{name}", path)
-    result["numTraining"] = len(cases)
-    return result, [], faults + more
+    kept = {key: value for key, value in content.items() if key != "dataset"}
+    return {**kept, "numTraining": len(cases)}
 
 
-def _preferred(folder: Path, decathlon: bool) -> tuple[int | None, str]:
-    match = NAME.fullmatch(folder.name)
-    if match:
-        return int(match[1]), match[2]
-    return preferred_name(folder) if decathlon else (None, folder.name)
-
-
-def _choose_name(
-    folder: Path, place: Workspace, preferred: tuple[int | None, str], is_nnunet: bool
-) -> str:
+def _choose_name(folder: Path, place: Workspace, decathlon: bool, is_raw: bool) -> str:
     """Return the name under which the workspace knows this source, the same on every call."""
-    ours = {name: read_state(place.raw / name).get("source") for name in _dataset_names(place.raw)}
-    for name in sorted(ours):
-        if ours[name] == str(folder):
+    sources = {n: read_state(place.raw / n).get("source") for n in _dataset_names(place.raw)}
+    for name, source in sources.items():
+        if source == str(folder):
             return name
-    dataset_id, base = preferred
-    if dataset_id is not None:
-        name = dataset_name(dataset_id, base)
-        is_free = name not in ours or (ours[name] and not Path(str(ours[name])).is_dir())
-        others = _names_with_id(dataset_id, place) - {name}
-        if is_free and not others:
+    match = NAME.fullmatch(folder.name) or (TASK.fullmatch(folder.name) if decathlon else None)
+    if match:
+        name, dataset_id = _dataset_name(int(match[1]), match[2]), int(match[1])
+        source = sources.get(name)
+        is_taken = name in sources and not (source and not Path(source).is_dir())
+        others = sorted(_names_with_id(dataset_id, place) - {name})
+        if not is_taken and not others:
             return name
-        if is_nnunet:
-            taken = name if not is_free else ", ".join(sorted(others))
+        if is_raw:
+            taken = name if is_taken else ", ".join(others)
             raise ValueError(
                 f"{folder} needs the id {dataset_id}, which {taken} has in {place.raw.parent}; "
                 "name another place with --workspace DIR"
             )
-    taken_ids = {_id(name) for name in _all_names(place)}
-    dataset_id = FIRST_LOCAL_ID
-    while dataset_id in taken_ids:
-        dataset_id += 1
-    return dataset_name(dataset_id, base)
+    free = next(i for i in count(FIRST_LOCAL_ID) if not _names_with_id(i, place))
+    return _dataset_name(free, match[2] if match else folder.name)
 
 
-def _refuse_second_name(name: str, place: Workspace) -> None:
-    others = _names_with_id(_id(name), place) - {name}
-    if others:
-        raise ValueError(
-            f"The id {_id(name)} belongs to {name} and to {', '.join(sorted(others))} in "
-            f"{place.root}; nnU-Net needs one name per id: rename or remove one"
-        )
+def _dataset_name(dataset_id: int, name: str) -> str:
+    """Return nnU-Net's name for a dataset; characters that do not suit a folder become _."""
+    return f"Dataset{dataset_id:03d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name).strip('_') or 'data'}"
 
 
-def _all_names(place: Workspace) -> set[str]:
-    return set().union(*map(_dataset_names, (place.raw, place.preprocessed, place.results)))
+def _dataset_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name))
 
 
 def _names_with_id(dataset_id: int, place: Workspace) -> set[str]:
-    return {name for name in _all_names(place) if _id(name) == dataset_id}
+    folders = (place.raw, place.preprocessed, place.results)
+    return {n for folder in folders for n in _dataset_names(folder) if _id(n) == dataset_id}
+
+
+def _id(name: str) -> int:
+    return int(name.split("_")[0].removeprefix("Dataset"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+REPLACE = "replace it by a whole copy, or remove the case"
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,20 @@ class Fault:
         return f"{self.file}: {self.what}; {self.cure}"
 
 
-class UnreadableImageError(ValueError):
-    """An image file that nnU-Net could not read, or would read wrongly."""
+class Faults(list[Fault]):
+    """Findings in the order in which they were made."""
 
-    def __init__(self, file: str, what: str, cure: str) -> None:
-        super().__init__(f"{file}: {what}; {cure}")
-        self.fault = Fault(file, what, cure)
+    def add(self, file: Path | str, what: str, cure: str) -> None:
+        """Append a Fault."""
+        self.append(Fault(str(file), what, cure))
+
+
+class UnreadableImageError(ValueError):
+    """An image file that nnU-Net could not read, or would read wrongly; `fault` says why."""
+
+    def __init__(self, file: Path, what: str, cure: str = REPLACE) -> None:
+        self.fault = Fault(str(file), what, cure)
+        super().__init__(str(self.fault))
 
 
 def raise_if_faults(faults: Sequence[Fault], name: str) -> None:

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from umamba.data.content import NATURAL_ENDINGS, split_ending
-from umamba.data.convert import (
-    can_convert,
-    convert_format,
-    map_labels,
-    match_color,
+import numpy as np
+
+from umamba.data import convert
+from umamba.data.images import (
+    NATURAL_ENDINGS,
+    PIXELS,
+    READ_ERRORS,
+    TIFF,
+    ending_of,
+    label_counts,
+    read_image,
     read_pixels,
-    split_channel,
+    split_ending,
 )
-from umamba.data.decathlon import count_volumes
-from umamba.data.faults import Fault
-from umamba.data.layout import CHANNEL, list_files
-from umamba.data.links import LinkedFolder
-from umamba.data.masks import LabelTable, read_labels, read_names
+from umamba.data.layout import CHANNEL, add_lone_labels, add_missing_channel, list_files
+from umamba.data.links import LinkedFolder, stamp_of
 
 IMAGE_FOLDERS, LABEL_FOLDERS = ("images", "imagesTr"), ("labels", "labelsTr", "masks")
+MOST_LABELS = 128  # more values than this are instances or gray levels, not classes
 
 
 @dataclass
-class _Plan:
-    """What was found: images by case and channel, labels by case, and what to say about it."""
+class _Pairs:
+    """What was found: images by case and channel, and the labels of these cases."""
 
     images: dict[str, dict[int, Path]]
     labels: dict[str, Path]
+    has_suffixes: bool  # the image names end in a channel number that the labels' names lack
     ending: str
     n_colors: int = 1
     n_volumes: int = 1
-    notes: list[str] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for files in self.images.values() for path in files.values()]
+
+
+@dataclass
+class _Labels:
+    """names: name -> value for nnU-Net; mapping: value in the masks -> that value;
+    values: what each mask holds, empty where the audit must name the file."""
+
+    names: dict[str, int]
+    mapping: dict[int, int]
+    values: dict[str, list[int]]
 
 
 def find_bare_folders(folder: Path) -> tuple[Path, Path] | None:
@@ -46,94 +64,75 @@ def find_bare_folders(folder: Path) -> tuple[Path, Path] | None:
     return (images[0], labels[0]) if images and labels else None
 
 
-def link_bare_folders(
-    linked: LinkedFolder, images: Path, labels: Path
-) -> tuple[dict[str, Any], list[str], list[Fault]]:
-    """Plan the links and copies and return dataset.json, notes and faults.
+def link_bare_folders(linked: LinkedFolder, images: Path, labels: Path) -> dict[str, Any]:
+    """Plan the links and copies and return dataset.json.
 
     Raises ValueError when there is nothing to pair, or labels.json or channels.json is broken.
     """
-    plan = _pair(images, labels)
-    if plan.ending in NATURAL_ENDINGS:
-        _count_colors(plan)
-    else:
-        _count_volumes(plan)
-    channels = sorted({i for files in plan.images.values() for i in files})
-    for case, files in plan.images.items():
+    pairs = _pair(linked, images, labels)
+    if pairs.ending in NATURAL_ENDINGS:
+        _choose_colors(linked, pairs)
+    elif len(pairs.files) == len(pairs.images):
+        n_volumes = set(map(convert.count_volumes, pairs.files))
+        pairs.n_volumes = n_volumes.pop() if len(n_volumes) == 1 else 1
+    if pairs.n_volumes > 1:
+        linked.notes.append(
+            f"The 4D images are split into {pairs.n_volumes} channels in the workspace."
+        )
+    channels = sorted({i for files in pairs.images.values() for i in files})
+    for case, files in pairs.images.items():
         for i, path in files.items():
-            _link_image(linked, plan, f"imagesTr/{case}", channels.index(i), path)
-    test_folder = linked.source / "imagesTs"
-    for path in list_files(test_folder).values():
-        parts = split_ending(path.name)
-        if parts is not None:
-            match = CHANNEL.fullmatch(parts[0])
-            suffixed = match is not None and (len(channels) > 1 or channels != [0])
-            case, i = (match[1], int(match[2])) if match and suffixed else (parts[0], channels[0])
+            _link_image(linked, pairs, f"imagesTr/{case}", channels.index(i), path)
+    for name, path in list_files(linked.source / "imagesTs").items():
+        if parts := split_ending(name):
+            case, i = _case_and_channel(parts[0], pairs.has_suffixes)
             if i in channels:
-                _link_image(linked, plan, f"imagesTs/{case}", channels.index(i), path)
-    table = read_labels(linked, [plan.labels[c] for c in plan.images if c in plan.labels])
-    plan.notes += table.notes
-    plan.faults += table.faults
-    _link_labels(linked, plan, table)
-    n_channels = max(len(channels), plan.n_colors, plan.n_volumes)
+                _link_image(linked, pairs, f"imagesTs/{case}", channels.index(i), path)
+    table = _read_labels(linked, list(pairs.labels.values()))
+    _link_labels(linked, pairs, table)
+    n_channels = max(len(channels), pairs.n_colors, pairs.n_volumes)
     dataset_json = {
-        "channel_names": _channel_names(linked.source, n_channels, plan),
+        "channel_names": _channel_names(linked, n_channels),
         "labels": table.names,
-        "numTraining": len(plan.images),
-        "file_ending": plan.ending,
+        "numTraining": len(pairs.images),
+        "file_ending": pairs.ending,
     }
     if any(old != new for old, new in table.mapping.items()):
         dataset_json["label_values_in_source"] = {str(v): n for v, n in table.mapping.items()}
-    return dataset_json, plan.notes, plan.faults
+    return dataset_json
 
 
-def _pair(images: Path, labels: Path) -> _Plan:
-    found = {folder: _by_stem(folder) for folder in (images, labels)}
-    for folder in (images, labels):
-        if not found[folder]:
-            raise ValueError(
-                f"{folder} holds no image that nnU-Net can read; "
-                "convert the files to .nii.gz, .nrrd, .mha, .png, .bmp or .tif"
-            )
-    stems, label_stems = found[images], found[labels]
-    matches = {stem: CHANNEL.fullmatch(stem) for stem in stems}
+def _pair(linked: LinkedFolder, images: Path, labels: Path) -> _Pairs:
+    stems, label_stems = _by_stem(images), _by_stem(labels)
     n_whole = len(stems.keys() & label_stems.keys())
-    n_stripped = sum(m is not None and m[1] in label_stems for m in matches.values())
+    matches = [match for stem in stems if (match := CHANNEL.fullmatch(stem))]
+    has_suffixes = sum(match[1] in label_stems for match in matches) > n_whole
     by_case: dict[str, dict[int, Path]] = {}
     for stem, path in stems.items():
-        match = matches[stem]
-        if match is not None and n_stripped > n_whole:
-            by_case.setdefault(match[1], {})[int(match[2])] = path
-        else:
-            by_case.setdefault(stem, {})[0] = path
-    endings = Counter(_ending(path) for path in stems.values())
-    ending = endings.most_common(1)[0][0]
+        case, i = _case_and_channel(stem, has_suffixes)
+        by_case.setdefault(case, {})[i] = path
+    ending = Counter(map(ending_of, stems.values())).most_common(1)[0][0]
     if ending == ".tiff" and read_pixels(next(iter(stems.values()))).ndim == 2:
         ending = ".tif"  # nnU-Net reads .tiff as volumes only
-    plan = _Plan(by_case, label_stems, ending)
     usual = {i for files in by_case.values() for i in files}
     for case, files in by_case.items():
         some = next(iter(files.values()))
-        plan.faults += [
-            Fault(
-                str(some.with_name(f"{case}_{i:04d}{ending}")),
-                "is missing: the case lacks this channel",
-                "add the file or remove the case",
-            )
-            for i in sorted(usual - files.keys())
-        ]
+        for i in sorted(usual - files.keys()):
+            add_missing_channel(some.with_name(f"{case}_{i:04d}{ending}"), linked.faults)
         if case not in label_stems:
             what = f"has no label: no file named {case} in {labels}"
-            plan.faults.append(Fault(str(some), what, "add the label or remove the image"))
-    plan.faults += [
-        Fault(str(path), "is a label without an image", "add the image or remove the label")
-        for stem, path in label_stems.items()
-        if stem not in by_case
-    ]
-    plan.notes.append(
+            linked.faults.add(some, what, "add the label or remove the image")
+    add_lone_labels(label_stems, by_case, linked.faults)
+    linked.notes.append(
         f"{len(by_case)} images in {images} are paired with {labels} by the stems of their names."
     )
-    return plan
+    in_use = {case: label_stems[case] for case in by_case if case in label_stems}
+    return _Pairs(by_case, in_use, has_suffixes, ending)
+
+
+def _case_and_channel(stem: str, has_suffixes: bool) -> tuple[str, int]:
+    match = CHANNEL.fullmatch(stem) if has_suffixes else None
+    return (match[1], int(match[2])) if match else (stem, 0)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -147,118 +146,176 @@ def _by_stem(folder: Path) -> dict[str, Path]:
                 f"{stems[parts[0]]} and {path} have the same stem; remove or rename one of them"
             )
         stems[parts[0]] = path
+    if not stems:
+        raise ValueError(
+            f"{folder} holds no image that nnU-Net can read; "
+            "convert the files to .nii.gz, .nrrd, .mha, .png, .bmp or .tif"
+        )
     return stems
 
 
-def _count_colors(plan: _Plan) -> None:
+def _choose_colors(linked: LinkedFolder, pairs: _Pairs) -> None:
     """Set the number of colors that all 2D images share; differing ones are matched in copies."""
-    counts = {}
-    for files in plan.images.values():
-        for path in files.values():
-            counts[path] = _colors(path)
-    found = {n for n in counts.values() if n}
-    if found <= {1, 3, 4} and len(found) == 1:
-        plan.n_colors = found.pop()
+    counts = Counter(map(convert.count_colors, pairs.files))
+    found = counts.keys() - {0}
+    if len(found) < 2 and found <= {1, 3, 4}:
+        pairs.n_colors = max(found, default=1)
         return
-    plan.n_colors = 3 if found & {3, 4} else 1
-    n = sum(count not in (0, plan.n_colors) for count in counts.values())
-    kind = "RGB" if plan.n_colors == 3 else "gray"
-    plan.notes.append(f"{n} images are saved as {kind} in the workspace, as the others are.")
-    plan.faults += [
-        Fault(str(path), "has both colors and a channel number", "use one file per case")
-        for files in plan.images.values()
-        for path in files.values()
-        if len(files) > 1 and plan.n_colors > 1
-    ]
+    pairs.n_colors = 3 if found & {3, 4} else 1
+    n = sum(counts[n_colors] for n_colors in found - {pairs.n_colors})
+    kind = "RGB" if pairs.n_colors == 3 else "gray"
+    linked.notes.append(f"{n} images are saved as {kind} in the workspace, as the others are.")
+    for files in pairs.images.values():
+        for path in files.values():
+            if len(files) > 1 and pairs.n_colors > 1:
+                what = "has both colors and a channel number"
+                linked.faults.add(path, what, "use one file per case")
 
 
-def _colors(path: Path) -> int:
-    """Return the color channels as nnU-Net would read them, from the header; 0 when unreadable."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if image.mode == "P":
-                return 4 if "transparency" in image.info else 3
-            return len(image.getbands())
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return 0
-
-
-def _count_volumes(plan: _Plan) -> None:
-    counts = {count_volumes(path) for files in plan.images.values() for path in files.values()}
-    if len(counts) == 1 and all(len(files) == 1 for files in plan.images.values()):
-        plan.n_volumes = counts.pop()
-    if plan.n_volumes > 1:
-        plan.notes.append(
-            f"The 4D images are split into {plan.n_volumes} channels in the workspace."
-        )
-
-
-def _link_image(linked: LinkedFolder, plan: _Plan, stem: str, channel: int, path: Path) -> None:
-    name = f"{stem}_{channel:04d}{plan.ending}"
-    ending = _ending(path)
-    if plan.n_volumes > 1 and count_volumes(path) == plan.n_volumes:
-        for i in range(plan.n_volumes):
-            make = partial(split_channel, path, channel=i)
-            linked.convert(f"{stem}_{i:04d}{plan.ending}", path, f"channel {i}", make)
-    elif plan.ending in NATURAL_ENDINGS and _colors(path) not in (0, plan.n_colors):
-        make = partial(match_color, path, n_colors=plan.n_colors)
-        linked.convert(name, path, f"{plan.n_colors} colors", make)
-    elif ending == plan.ending or {ending, plan.ending} == {".tif", ".tiff"}:
+def _link_image(linked: LinkedFolder, pairs: _Pairs, stem: str, channel: int, path: Path) -> None:
+    name, ending = f"{stem}_{channel:04d}{pairs.ending}", ending_of(path)
+    if pairs.n_volumes > 1 and convert.count_volumes(path) == pairs.n_volumes:
+        convert.split_volumes(linked, stem, pairs.ending, path, pairs.n_volumes)
+    elif pairs.ending in NATURAL_ENDINGS and convert.count_colors(path) not in (0, pairs.n_colors):
+        make = partial(convert.match_color, path, n_colors=pairs.n_colors)
+        linked.convert(name, path, f"{pairs.n_colors} colors", make)
+    elif convert.is_same_format(ending, pairs.ending):
         linked.link(name, path)
-        aside = path.with_name(f"{path.name[: -len(ending)]}.json")
-        if ending in (".tif", ".tiff") and aside.is_file():
-            linked.link(f"{stem}.json", aside)
-    elif can_convert(ending, plan.ending):
-        linked.convert(name, path, "format", partial(convert_format, path))
+        _link_spacing(linked, stem, path)
+    elif convert.can_convert(ending, pairs.ending):
+        linked.convert(name, path, "format", partial(convert.convert_format, path))
     else:
-        what = f"is a {ending} file among {plan.ending} files"
-        plan.faults.append(Fault(str(path), what, "use one format for all images"))
+        what = f"is a {ending} file among {pairs.ending} files"
+        linked.faults.add(path, what, "use one format for all images")
 
 
-def _link_labels(linked: LinkedFolder, plan: _Plan, table: LabelTable) -> None:
-    for case in plan.images:
-        path = plan.labels.get(case)
-        if path is None:
-            continue
-        name, ending = f"labelsTr/{case}{plan.ending}", _ending(path)
+def _link_labels(linked: LinkedFolder, pairs: _Pairs, table: _Labels) -> None:
+    for case, path in pairs.labels.items():
+        name, ending = f"labelsTr/{case}{pairs.ending}", ending_of(path)
         values = table.values[str(path)]
-        needs_gray = ending in NATURAL_ENDINGS and values and _colors(path) != 1
         mapping = {value: table.mapping.get(value, value) for value in values}
         needs_map = any(old != new for old, new in mapping.items())
-        same = ending == plan.ending or {ending, plan.ending} == {".tif", ".tiff"}
-        if not same and not can_convert(ending, plan.ending):
-            what = f"is a {ending} label for {plan.ending} images"
-            plan.faults.append(Fault(str(path), what, "use one kind of format for both"))
-        elif values and (needs_gray or needs_map or not same):
-            make = partial(map_labels, path, mapping=mapping)
+        needs_gray = ending in NATURAL_ENDINGS and convert.count_colors(path) != 1
+        is_same = convert.is_same_format(ending, pairs.ending)
+        if not convert.can_convert(ending, pairs.ending):
+            what = f"is a {ending} label for {pairs.ending} images"
+            linked.faults.add(path, what, "use one kind of format for both")
+        elif values and (needs_gray or needs_map or not is_same):
+            make = partial(convert.map_labels, path, mapping=mapping)
             linked.convert(name, path, f"labels {mapping}", make)
-        elif same:
+        elif is_same:
             linked.link(name, path)
         else:
-            linked.convert(name, path, "format", partial(convert_format, path))
-        aside = path.with_name(f"{path.name[: -len(ending)]}.json")
-        if ending in (".tif", ".tiff") and aside.is_file():
-            linked.link(f"labelsTr/{case}.json", aside)
+            linked.convert(name, path, "format", partial(convert.convert_format, path))
+        _link_spacing(linked, f"labelsTr/{case}", path)
 
 
-def _channel_names(source: Path, n: int, plan: _Plan) -> dict[str, str]:
-    path = source / "channels.json"
-    given = read_names(path)
+def _link_spacing(linked: LinkedFolder, stem: str, path: Path) -> None:
+    """Link the .json in which a TIFF's spacing stands."""
+    ending = ending_of(path)
+    aside = path.with_name(f"{path.name[: -len(ending)]}.json")
+    if ending in TIFF and aside.is_file():
+        linked.link(f"{stem}.json", aside)
+
+
+def _read_labels(linked: LinkedFolder, paths: list[Path]) -> _Labels:
+    """Read the masks (those that are new or changed) and number their values 0, 1, 2, ...
+
+    Names come from labels.json beside the folders. Raises ValueError when it is broken, or when
+    the masks hold instances.
+    """
+    values = _values_per_file(linked, paths)
+    seen = {value for found in values.values() for value in found}
+    file = linked.source / "labels.json"
+    given = _read_names(file)
+    if any((value == 0) != (name == "background") for value, name in given.items()):
+        raise ValueError(f"{file} must call the value 0, and only it, background")
+    if given:
+        for path, found in values.items():
+            if unknown := sorted(set(found) - given.keys() - {0}):
+                listed = ", ".join(map(str, unknown))
+                what = f"holds the value(s) {listed} that labels.json does not name"
+                linked.faults.add(path, what, "name them there or correct the mask")
+    elif len(seen) > MOST_LABELS:
+        raise ValueError(
+            f"The masks in {paths[0].parent} hold {len(seen)} different values; they look like "
+            "instances or gray levels: save one value per class, or name the values in labels.json"
+        )
+    else:
+        foreground = sorted(seen - {0})
+        is_only = len(foreground) == 1
+        given = {value: "foreground" if is_only else f"label_{value}" for value in foreground}
+        linked.notes.append(
+            f"Labels read from the masks: {_few(list(given.values()))}; "
+            f'name them in {file} as {{"1": "name"}}.'
+        )
+    # nnU-Net wants the ignore label last
+    ordered = sorted((name == "ignore", value, name) for value, name in given.items() if value)
+    mapping = {0: 0, **{value: i + 1 for i, (_, value, _) in enumerate(ordered)}}
+    changed = [f"{old} -> {new}" for old, new in mapping.items() if old != new]
+    if changed:
+        linked.notes.append(f"Label values are renumbered in copies: {_few(changed)}.")
+    names = {"background": 0, **{name: mapping[value] for _, value, name in ordered}}
+    return _Labels(names, mapping, values)
+
+
+def _values_per_file(linked: LinkedFolder, paths: list[Path]) -> dict[str, list[int]]:
+    known = linked.memory.get("label_values", {})
+    stamps = {str(path): list(stamp_of(path)) for path in paths}
+    todo = [path for path in paths if known.get(str(path), [None])[0] != stamps[str(path)]]
+    with ThreadPoolExecutor(2) as pool:
+        fresh = dict(zip(map(str, todo), pool.map(_values, todo), strict=True))
+    values = {name: fresh[name] if name in fresh else known[name][1] for name in stamps}
+    linked.memory["label_values"] = {name: [stamps[name], values[name]] for name in stamps}
+    return values
+
+
+def _values(path: Path) -> list[int]:
+    """Return the whole, non-negative values of a mask; none when the audit must name it."""
+    try:
+        if ending_of(path) in PIXELS:
+            found = np.unique(convert.label_pixels(read_pixels(path)))
+        else:
+            found = np.array(list(label_counts(read_image(path, True, is_label=True))))
+    except READ_ERRORS:
+        return []
+    if found.dtype.kind == "f" and not (np.isfinite(found) & (found == np.rint(found))).all():
+        return []
+    return [int(v) for v in found] if found.size and found.min() >= 0 else []
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    """Return number -> name from {"1": "liver"} or {"liver": 1}; empty when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        pairs = [
+            (int(key), str(value)) if key.strip().isdigit() else (int(value), key)
+            for key, value in content.items()
+        ]
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f'{path} is not a table {{"1": "name"}} of numbers and names') from None
+    if len({number for number, _ in pairs}) < len(pairs) or len({n for _, n in pairs}) < len(pairs):
+        raise ValueError(f"{path} gives a number or a name twice; name each once")
+    return dict(pairs)
+
+
+def _channel_names(linked: LinkedFolder, n: int) -> dict[str, str]:
+    path = linked.source / "channels.json"
+    given = _read_names(path)
     if given and sorted(given) != list(range(n)):
         raise ValueError(f"{path} must name the channels 0 to {n - 1}; the images have {n}")
     if not given:
-        plan.notes.append(
-            f"Channels are named channel_0 to channel_{n - 1}, normalized by their own mean and "
-            f'spread; for CT write {{"0": "CT"}} to {path}.'
-            if n > 1
-            else "The channel is named channel_0, normalized by its own mean and spread; "
+        named, whose = "The channel is named channel_0", "its"
+        if n > 1:
+            named, whose = f"Channels are named channel_0 to channel_{n - 1}", "their"
+        linked.notes.append(
+            f"{named}, normalized by {whose} own mean and spread; "
             f'for CT write {{"0": "CT"}} to {path}.'
         )
     return {str(i): given.get(i, f"channel_{i}") for i in range(n)}
 
 
-def _ending(path: Path) -> str:
-    parts = split_ending(path.name)
-    return parts[1].lower() if parts else ""
+def _few(words: list[str]) -> str:
+    return ", ".join([*words[:8], "...", words[-1]] if len(words) > 10 else words) or "none"

@@ -1,14 +1,80 @@
-"""Reads one image file of any of nnU-Net's formats, with the checks its readers leave out."""
+"""Reads one image file of any of nnU-Net's formats, with the checks its readers leave out.
+
+SimpleITK reads a .nii, .nii.gz or .gipl file that is cut short without an error and turns NaN and
+Inf of a float NIfTI into 0, so NIfTI is read here from its bytes, and SimpleITK is asked only for
+the geometry (it refuses some headers, and nnU-Net would then fail).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
+import struct
 import zlib
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from umamba.data.content import FILE_ENDINGS, REPLACE, ImageContent, last_line, split_ending
+import nibabel
+import numpy as np
+import SimpleITK
+
 from umamba.data.faults import UnreadableImageError
-from umamba.data.pictures import read_natural, read_tiff
-from umamba.data.volumes import read_itk, read_nifti
+
+FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tiff", ".tif")
+NATURAL_ENDINGS = (".png", ".bmp", ".tif")
+NIFTI = (".nii", ".nii.gz")
+TIFF = (".tif", ".tiff")
+PIXELS = (".png", ".bmp", *TIFF)
+# the decoders' own exceptions all derive from these
+READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, SyntaxError, OverflowError, zlib.error)
+CHUNK, MOST_BINS = 1 << 22, 1 << 20  # voxels counted at once; values counted by bins
+APART = "save each component as an image of its own"
+
+
+@dataclass(frozen=True)
+class ImageContent:
+    """An image in nnU-Net's axis order, before the NIfTI scaling (slope, intercept) is applied.
+
+    array: (channels, z, y, x), 2D images with z = 1; spacing (z, y, x) in mm, has_spacing: False
+    where 1 mm is assumed; affine: (4, 4) from (x, y, z) index to mm, None for formats that carry
+    none; digest: of the decompressed file.
+    """
+
+    array: np.ndarray
+    spacing: tuple[float, ...]
+    affine: np.ndarray | None
+    digest: bytes
+    slope: float = 1.0
+    intercept: float = 0.0
+    has_spacing: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape[1:])
+
+    def values(self) -> np.ndarray:
+        """Return the array with the scaling applied."""
+        if self.slope == 1.0 and self.intercept == 0.0:
+            return self.array
+        return self.array * self.slope + self.intercept
+
+
+def split_ending(name: str) -> tuple[str, str] | None:
+    """Return (stem, ending as written) of a file nnU-Net has a reader for, None for any other."""
+    for ending in FILE_ENDINGS:
+        if name.lower().endswith(ending) and len(name) > len(ending):
+            return name[: -len(ending)], name[-len(ending) :]
+    return None
+
+
+def ending_of(path: Path) -> str:
+    """Return the ending in lower case; empty where nnU-Net has no reader."""
+    parts = split_ending(path.name)
+    return parts[1].lower() if parts else ""
 
 
 def read_image(path: Path, nibabel_geometry: bool = False, is_label: bool = False) -> ImageContent:
@@ -18,34 +84,260 @@ def read_image(path: Path, nibabel_geometry: bool = False, is_label: bool = Fals
     is_label: the file's name carries no channel suffix (matters for the spacing of 3D TIFF).
     Raises UnreadableImageError, which names the file, the fault and the cure.
     """
-    parts = split_ending(path.name)
-    if parts is None:
-        allowed = ", ".join(FILE_ENDINGS)
-        raise UnreadableImageError(
-            str(path), "has a file ending that nnU-Net cannot read", f"convert it to {allowed}"
-        )
-    ending = parts[1].lower()
+    ending = ending_of(path)
+    if not ending:
+        cure = f"convert it to {', '.join(FILE_ENDINGS)}"
+        raise UnreadableImageError(path, "has a file ending that nnU-Net cannot read", cure)
     try:
         if path.stat().st_size == 0:
-            raise UnreadableImageError(str(path), "is empty (0 bytes)", REPLACE)
-        if ending in (".nii.gz", ".nii"):
-            return read_nifti(path, nibabel_geometry or ending == ".nii")
-        if ending in (".png", ".bmp"):
-            return read_natural(path)
-        if ending in (".tif", ".tiff"):
-            return read_tiff(path, ending, is_label)
-        return read_itk(path, ending)
+            raise UnreadableImageError(path, "is empty (0 bytes)")
+        if ending in NIFTI:
+            return _read_nifti(path, nibabel_geometry or ending == ".nii")
+        if ending in PIXELS:
+            return _read_picture(path, ending, is_label)
+        return _read_itk(path, ending)
     except UnreadableImageError:
         raise
     except FileNotFoundError:
-        raise UnreadableImageError(
-            str(path), "does not exist or is a broken link", "restore the file"
-        ) from None
+        what, cure = "does not exist or is a broken link", "restore the file"
+        raise UnreadableImageError(path, what, cure) from None
     except PermissionError:
-        raise UnreadableImageError(
-            str(path), "may not be read by this user", "change its permissions"
-        ) from None
-    except (OSError, EOFError, ValueError, RuntimeError, SyntaxError, zlib.error) as error:
-        # the decoders' own exceptions all derive from these
-        what = f"cannot be read ({last_line(error)})"
-        raise UnreadableImageError(str(path), what, REPLACE) from error
+        what, cure = "may not be read by this user", "change its permissions"
+        raise UnreadableImageError(path, what, cure) from None
+    except READ_ERRORS as error:
+        raise UnreadableImageError(path, f"cannot be read ({_last_line(error)})") from error
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """Return the pixels of a PNG, BMP or TIFF as the decoder gives them, colors last."""
+    if ending_of(path) in TIFF:
+        import tifffile
+
+        return np.asarray(tifffile.imread(path))
+    from skimage import io  # 0.2 s, and only 2D datasets need it
+
+    return np.asarray(io.imread(path))
+
+
+def label_counts(content: ImageContent) -> dict[float, int]:
+    """Return voxels per value of a label map, values ascending; NaN counts as one, the last."""
+    values = content.values().reshape(-1)
+    total: Counter[float] = Counter()
+    for start in range(0, values.size, CHUNK):
+        total.update(_count(values[start : start + CHUNK]))
+    return dict(sorted(total.items(), key=lambda item: (math.isnan(item[0]), item[0])))
+
+
+def _count(values: np.ndarray) -> dict[float, int]:
+    if (
+        values.dtype.kind == "f"
+        and np.isfinite(values).all()
+        and (values == np.rint(values)).all()
+        and np.abs(values).max() <= MOST_BINS
+    ):
+        values = values.astype(np.int32)
+    if values.dtype.kind != "f":
+        low = int(values.min())
+        if int(values.max()) - low <= MOST_BINS:
+            counts = np.bincount(values.astype(np.int64) - low)
+            return {float(i + low): int(counts[i]) for i in np.flatnonzero(counts)}
+    found, times = np.unique(values, return_counts=True)
+    # one NaN object, so that those of several chunks are one key
+    keys = [math.nan if math.isnan(v) else float(v) for v in found]
+    return {key: int(n) for key, n in zip(keys, times, strict=True)}
+
+
+def _read_nifti(path: Path, nibabel_geometry: bool) -> ImageContent:
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = _gunzip(path, data)
+    is_v2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
+    header_class: Any = nibabel.Nifti2Header if is_v2 else nibabel.Nifti1Header
+    n_header = 540 if is_v2 else 348
+    if len(data) < n_header + 4:
+        raise UnreadableImageError(path, "is cut short within its header")
+    try:
+        header = header_class(data[:n_header])
+        dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
+        slope, intercept = header.get_slope_inter()
+    except Exception as error:  # nibabel's own types share no base class but Exception
+        what = f"has a broken NIfTI header ({_last_line(error)})"
+        raise UnreadableImageError(path, what) from error
+    shape = tuple(int(n) for n in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    _check_shape(path, shape)
+    count = math.prod(shape)
+    missing = offset + count * dtype.itemsize - len(data)
+    if missing > 0:
+        what = f"is cut short: {missing} bytes of its voxels are missing"
+        raise UnreadableImageError(path, what)
+    if dtype.names is not None or dtype.kind not in "iufb":
+        kind = dtype.name if dtype.names is None else "RGB"
+        raise UnreadableImageError(path, f"holds voxels of type {kind}", APART)
+    array = np.frombuffer(data, dtype, count, offset).reshape(shape[::-1])
+    if nibabel_geometry:
+        affine = np.asarray(header.get_best_affine(), float)
+        spacing = tuple(float(zoom) for zoom in header.get_zooms()[: len(shape)])[::-1]
+    else:
+        spacing, affine = _itk_geometry(path)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    slope = 1.0 if slope is None else float(slope)
+    intercept = 0.0 if intercept is None else float(intercept)
+    return ImageContent(*_as_3d(array, spacing), affine, digest, slope, intercept)
+
+
+def _gunzip(path: Path, data: bytes) -> bytes:
+    """Decompress every member and insist on the end mark and checksum that SimpleITK ignores."""
+    pieces = []
+    while data[:2] == b"\x1f\x8b":
+        member = zlib.decompressobj(wbits=31)
+        try:
+            pieces.append(member.decompress(data))
+        except zlib.error as error:
+            what = f"is damaged: its gzip stream does not decompress ({error})"
+            raise UnreadableImageError(path, what) from error
+        if not member.eof:
+            raise UnreadableImageError(path, "is cut short: its gzip stream has no end")
+        data = member.unused_data
+    return b"".join(pieces)
+
+
+def _itk_geometry(path: Path) -> tuple[tuple[float, ...], np.ndarray]:
+    """Return spacing and affine as SimpleITK, nnU-Net's reader, understands the header."""
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        what, cure = _last_line(error), "save it again with a valid header"
+        if "orthonormal" in str(error):
+            what = "its direction vectors are not orthonormal"
+            cure = (
+                "resample it to a grid without shear, or set overwrite_image_reader_writer to "
+                "NibabelIO in dataset.json"
+            )
+        raise UnreadableImageError(path, f"is refused by SimpleITK ({what})", cure) from error
+    return _geometry(reader)
+
+
+def _geometry(image: Any) -> tuple[tuple[float, ...], np.ndarray]:
+    n = image.GetDimension()
+    spacing = np.asarray(image.GetSpacing(), float)
+    affine = np.eye(4)
+    k = min(n, 3)
+    affine[:k, :k] = (np.asarray(image.GetDirection(), float).reshape(n, n) * spacing)[:k, :k]
+    affine[:k, 3] = image.GetOrigin()[:k]
+    return tuple(float(s) for s in spacing[:3])[::-1], affine
+
+
+def _read_itk(path: Path, ending: str) -> ImageContent:
+    image = SimpleITK.ReadImage(str(path))
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise UnreadableImageError(path, "holds vectors, not numbers", APART)
+    _check_shape(path, image.GetSize())
+    array = SimpleITK.GetArrayFromImage(image)
+    if ending == ".gipl" and path.stat().st_size < 256 + array.nbytes:
+        with path.open("rb") as file:
+            is_compressed = file.read(2) == b"\x1f\x8b"
+        if not is_compressed:
+            raise UnreadableImageError(path, "is cut short: bytes of its voxels are missing")
+    spacing, affine = _geometry(image)
+    return ImageContent(*_as_3d(array, spacing), affine, _digest_of(array))
+
+
+def _as_3d(array: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Return (channels, z, y, x) and its spacing; a 2D image gets nnU-Net's z axis."""
+    if array.ndim == 2:
+        array = array[None]
+        spacing = (999 * max(spacing), *spacing) if len(spacing) == 2 else spacing
+    return array[None], spacing
+
+
+def _read_picture(path: Path, ending: str, is_label: bool) -> ImageContent:
+    """Read a 2D picture (gray is one channel, RGB(A) three or four) or a 3D TIFF.
+
+    nnU-Net reads .tiff as volumes only, whose spacing stands in a .json beside the file.
+    """
+    if ending in TIFF:
+        _check_tiff_pages(path)
+    array = read_pixels(path)
+    is_color = array.ndim == 3 and array.shape[-1] in (3, 4)
+    if ending in NATURAL_ENDINGS and (array.ndim == 2 or is_color):
+        array = array.transpose(2, 0, 1) if is_color else array[None]
+        _check_shape(path, array.shape[1:])
+        return ImageContent(array[:, None], (999.0, 1.0, 1.0), None, _digest_of(array))
+    if ending not in TIFF:
+        what = f"has the shape {array.shape}, which is neither gray nor RGB(A)"
+        raise UnreadableImageError(path, what, "save it as a gray or RGB image")
+    if array.ndim != 3:
+        what = f"has {array.ndim} axes where nnU-Net reads 3D volumes from {ending}"
+        cure = "rename it to .tif" if array.ndim == 2 else "save one 3D volume per file"
+        raise UnreadableImageError(path, what, cure)
+    _check_shape(path, array.shape)
+    stem = path.name[: -len(ending)]
+    aside = path.with_name((stem if is_label else stem[:-5]) + ".json")
+    has_spacing = aside.is_file()
+    spacing = _spacing_beside(aside) if has_spacing else (1.0, 1.0, 1.0)
+    digest = _digest_of(array)
+    return ImageContent(array[None], spacing, None, digest, has_spacing=has_spacing)
+
+
+def _spacing_beside(path: Path) -> tuple[float, float, float]:
+    cure = 'write {"spacing": [z, y, x]} in mm'
+    try:
+        z, y, x = (float(s) for s in json.loads(path.read_text())["spacing"])
+    except (ValueError, KeyError, TypeError):
+        raise UnreadableImageError(path, "has no spacing of three numbers", cure) from None
+    if not all(math.isfinite(s) and s > 0 for s in (z, y, x)):
+        raise UnreadableImageError(path, "has a spacing that is not positive", cure)
+    return z, y, x
+
+
+def _check_tiff_pages(path: Path) -> None:
+    """Walk the chain of pages: tifffile silently drops those behind the end of a cut file."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
+        if not order or len(head) < 4:
+            return
+
+        def number(kind: str) -> int:
+            data = file.read(struct.calcsize(order + kind))
+            if len(data) < struct.calcsize(order + kind):
+                raise UnreadableImageError(path, "is cut short: pages are missing")
+            return int(struct.unpack(order + kind, data)[0])
+
+        is_big = struct.unpack(order + "H", head[2:])[0] == 43
+        offset_kind, count_kind, entry_size = ("Q", "Q", 20) if is_big else ("I", "H", 12)
+        file.seek(8 if is_big else 4)
+        position = number(offset_kind)
+        seen: set[int] = set()
+        while position and position not in seen:
+            seen.add(position)
+            file.seek(position)
+            file.seek(number(count_kind) * entry_size, os.SEEK_CUR)
+            position = number(offset_kind)
+
+
+def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    """Refuse empty and 4D images; `shape` in the file's order, (x, y, z, channels)."""
+    if not shape or min(shape) == 0:
+        raise UnreadableImageError(path, f"is empty: its shape is {shape}")
+    if len(shape) > 3:
+        what = f"is {len(shape)}D with shape {tuple(shape)[::-1]} (channels, z, y, x)"
+        cure = "save one 3D file per channel, named <case>_0000, <case>_0001, ..."
+        raise UnreadableImageError(path, what, cure)
+
+
+def _digest_of(array: np.ndarray) -> bytes:
+    """Return a digest of shape and values."""
+    content = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
+    content.update(str(array.shape).encode())
+    return content.digest()
+
+
+def _last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, which names the cause."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:160] if lines else type(error).__name__

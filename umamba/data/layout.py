@@ -7,11 +7,12 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from umamba.data.content import FILE_ENDINGS, NATURAL_ENDINGS, split_ending
-from umamba.data.faults import Fault
+from umamba.data.faults import Faults
+from umamba.data.images import FILE_ENDINGS, NATURAL_ENDINGS, split_ending
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
@@ -40,134 +41,39 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_dataset_json(content: dict[str, Any], path: Path) -> list[Fault]:
+def check_dataset_json(content: dict[str, Any], path: Path) -> Faults:
     """Return everything nnU-Net would refuse or take wrongly; a wrong numTraining is harmless."""
-    faults = []
-
-    def fault(what: str, cure: str) -> None:
-        faults.append(Fault(str(path), what, cure))
-
+    faults = Faults()
+    fault = partial(faults.add, path)
     channels = content.get("channel_names", content.get("modality"))
     if not isinstance(channels, dict) or not channels:
         fault("has no channel_names", 'add for instance "channel_names": {"0": "CT"}')
     elif sorted(channels) != sorted(str(i) for i in range(len(channels))):
-        fault(
-            f"numbers its channel_names {', '.join(map(str, channels))}",
-            "number them 0, 1, 2, ... without gaps",
-        )
+        what = f"numbers its channel_names {', '.join(channels)}"
+        fault(what, "number them 0, 1, 2, ... without gaps")
     ending = content.get("file_ending")
     reader = content.get("overwrite_image_reader_writer") or "None"
     if not isinstance(ending, str) or not ending:
         fault("has no file_ending", 'add for instance "file_ending": ".nii.gz"')
     elif reader == "None" and ending.lower() not in FILE_ENDINGS:
-        fault(
-            f"has the file_ending {ending!r}, for which nnU-Net has no reader",
-            f"convert the files to one of {', '.join(FILE_ENDINGS)}",
-        )
+        what = f"has the file_ending {ending!r}, for which nnU-Net has no reader"
+        fault(what, f"convert the files to one of {', '.join(FILE_ENDINGS)}")
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
         fault("has no labels", 'add for instance "labels": {"background": 0, "tumor": 1}')
         return faults
-    wrong = [name for name, value in labels.items() if not _is_label(value)]
-    if wrong:
+    if wrong := [repr(name) for name, value in labels.items() if not is_label(value)]:
         fault(
-            f"gives {', '.join(map(repr, wrong))} no whole number in labels",
+            f"gives {', '.join(wrong)} no whole number in labels",
             'write each label as name: number, for instance {"background": 0, "tumor": 1}',
         )
         return faults
-    _check_labels(content, labels, fault)
-    return faults
-
-
-def label_values(content: dict[str, Any]) -> tuple[list[int], int | None]:
-    """Return the label values a label map may hold and the ignore label, which is not among them.
-
-    Regions count with each label they are made of.
-    """
-    values: set[int] = set()
-    for name, value in content["labels"].items():
-        if name != "ignore":
-            values.update(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
-    ignore = content["labels"].get("ignore")
-    return sorted(values), None if ignore is None else int(ignore)
-
-
-def n_channels(content: dict[str, Any]) -> int:
-    """Return the number of channels that dataset.json declares."""
-    return len(content.get("channel_names", content.get("modality", {})))
-
-
-def list_cases(folder: Path, content: dict[str, Any]) -> tuple[dict[str, CaseFiles], list[Fault]]:
-    """Return the training cases by identifier, and the faults that the names alone show.
-
-    Honours the "dataset" dictionary of explicit paths. Missing files stay out of the cases.
-    """
-    if "dataset" in content:
-        return _explicit_cases(folder, content["dataset"])
-    ending = content["file_ending"]
-    faults: list[Fault] = []
-    images = list_files(folder / "imagesTr", ending)
-    labels = {
-        name[: -len(ending)]: path for name, path in list_files(folder / "labelsTr", ending).items()
-    }
-    if not images:
-        return {}, [_no_images(folder / "imagesTr", ending)]
-    channels: dict[str, dict[int, Path]] = {}
-    for name, path in images.items():
-        match = CHANNEL.fullmatch(name[: -len(ending)])
-        if match is None:
-            faults.append(
-                Fault(
-                    str(path),
-                    "has no channel number at the end of its name",
-                    f"rename it to {name[: -len(ending)]}_0000{ending}",
-                )
-            )
-        else:
-            channels.setdefault(match[1], {})[int(match[2])] = path
-    faults += _check_channels(folder, content, channels)
-    cases = {}
-    for identifier, files in channels.items():
-        if identifier not in labels:
-            faults.append(
-                Fault(
-                    str(folder / "labelsTr" / f"{identifier}{ending}"),
-                    "is missing: the case has an image but no label",
-                    "add the label or remove the image",
-                )
-            )
-        cases[identifier] = CaseFiles(
-            tuple(files[i] for i in sorted(files)), labels.get(identifier)
-        )
-    faults += [
-        Fault(str(path), "is a label without an image", "add the image or remove the label")
-        for identifier, path in labels.items()
-        if identifier not in channels
-    ]
-    return cases, faults
-
-
-def list_files(folder: Path, ending: str = "") -> dict[str, Path]:
-    """Return the files of a folder by name, sorted; hidden ones (and macOS's ._ twins) left out."""
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as entries:
-        names = sorted(
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".") and entry.name.endswith(ending) and not entry.is_dir()
-        )
-    return {name: folder / name for name in names}
-
-
-def _check_labels(content: dict[str, Any], labels: dict[str, Any], fault: Any) -> None:
     if "background" not in labels:
         fault("declares no background", 'add "background": 0 to labels')
     elif labels["background"] != 0:
         fault(f"gives background the value {labels['background']}", "background must be 0")
     values, ignore = label_values(content)
-    if values and values != list(range(values[0], values[0] + len(values))):
-        gaps = sorted(set(range(values[0], values[-1])) - set(values))
+    if gaps := sorted(set(range(values[0], values[-1])) - set(values)) if values else []:
         fault(
             f"skips the label value(s) {', '.join(map(str, gaps))}",
             "number the labels 0, 1, 2, ... in dataset.json and in the label files",
@@ -176,87 +82,144 @@ def _check_labels(content: dict[str, Any], labels: dict[str, Any], fault: Any) -
         fault("declares no label but background", "add the structures to labels")
     if ignore is not None and values and ignore != values[-1] + 1:
         fault(f"has the ignore label {ignore}", f"it must follow the last label: {values[-1] + 1}")
+    # what writes a label: all but ignore and background, which may be written as 0 or [0]
     regions = [
         value
         for name, value in labels.items()
-        if name != "ignore" and value != 0 and not (isinstance(value, list) and set(value) == {0})
+        if name != "ignore" and (set(value) if isinstance(value, list) else {value}) != {0}
     ]
-    if any(isinstance(value, list | tuple) and len(value) > 1 for value in regions):
-        order = content.get("regions_class_order")
-        if not isinstance(order, list) or len(order) != len(regions):
-            fault(
-                f"has {len(regions)} regions but no regions_class_order of that length",
-                "add the label that each region writes, in the order of the regions",
-            )
+    order = content.get("regions_class_order")
+    has_order = isinstance(order, list) and len(order) == len(regions)
+    if not has_order and any(isinstance(value, list) and len(value) > 1 for value in regions):
+        fault(
+            f"has {len(regions)} regions but no regions_class_order of that length",
+            "add the label that each region writes, in the order of the regions",
+        )
+    return faults
 
 
-def _is_label(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return len(value) > 0 and all(_is_label(v) and not isinstance(v, list) for v in value)
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def label_values(content: dict[str, Any]) -> tuple[list[int], int | None]:
+    """Return the label values a label map may hold and the ignore label, which is not among them.
+
+    Regions count with each label they are made of.
+    """
+    labels = dict(content["labels"])
+    ignore = labels.pop("ignore", None)
+    values = {
+        int(v) for value in labels.values() for v in (value if isinstance(value, list) else [value])
+    }
+    return sorted(values), None if ignore is None else int(ignore)
+
+
+def n_channels(content: dict[str, Any]) -> int:
+    """Return the number of channels that dataset.json declares."""
+    return len(content.get("channel_names", content.get("modality")) or ())
+
+
+def list_cases(folder: Path, content: dict[str, Any]) -> tuple[dict[str, CaseFiles], Faults]:
+    """Return the training cases by identifier, and the faults that the names alone show.
+
+    Honours the "dataset" dictionary of explicit paths. Missing files stay out of the cases.
+    """
+    if "dataset" in content:
+        return _explicit_cases(folder, content["dataset"])
+    ending = content["file_ending"]
+    images = list_files(folder / "imagesTr", ending)
+    labels = {
+        name[: -len(ending)]: path for name, path in list_files(folder / "labelsTr", ending).items()
+    }
+    faults = Faults()
+    if not images:
+        _add_no_images(folder / "imagesTr", ending, faults)
+        return {}, faults
+    channels: dict[str, dict[int, Path]] = {}
+    for name, path in images.items():
+        stem = name[: -len(ending)]
+        if match := CHANNEL.fullmatch(stem):
+            channels.setdefault(match[1], {})[int(match[2])] = path
+        else:
+            what = "has no channel number at the end of its name"
+            faults.add(path, what, f"rename it to {stem}_0000{ending}")
+    _check_channels(folder / "imagesTr", content, channels, faults)
+    cases = {}
+    for identifier, files in channels.items():
+        if identifier not in labels:
+            what = "is missing: the case has an image but no label"
+            path = folder / "labelsTr" / f"{identifier}{ending}"
+            faults.add(path, what, "add the label or remove the image")
+        images_of_case = tuple(files[i] for i in sorted(files))
+        cases[identifier] = CaseFiles(images_of_case, labels.get(identifier))
+    add_lone_labels(labels, channels, faults)
+    return cases, faults
+
+
+def list_files(folder: Path, ending: str = "") -> dict[str, Path]:
+    """Return the files of a folder by name, sorted; hidden ones (and macOS's ._ twins) left out."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.name.endswith(ending) and not e.is_dir())
+    return {name: folder / name for name in names if not name.startswith(".")}
+
+
+def add_lone_labels(labels: dict[str, Path], cases: dict[str, Any], faults: Faults) -> None:
+    """Add a fault per label whose identifier is not among the cases."""
+    for identifier, path in labels.items():
+        if identifier not in cases:
+            cure = "add the image or remove the label"
+            faults.add(path, "is a label without an image", cure)
+
+
+def add_missing_channel(path: Path, faults: Faults) -> None:
+    """Add the fault of a channel that other cases have."""
+    faults.add(path, "is missing: the case lacks this channel", "add the file or remove the case")
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value of "labels" is a whole number from 0 up, or a list of such numbers."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(type(v) is int and v >= 0 for v in values)
 
 
 def _check_channels(
-    folder: Path, content: dict[str, Any], channels: dict[str, dict[int, Path]]
-) -> list[Fault]:
-    """Return a fault per missing or surplus channel file."""
+    folder: Path, content: dict[str, Any], channels: dict[str, dict[int, Path]], faults: Faults
+) -> None:
+    """Add a fault per missing or surplus channel file."""
     ending = content["file_ending"]
     expected = set(range(n_channels(content)))
     if not expected or (ending.lower() in NATURAL_ENDINGS and len(expected) in (3, 4)):
         # one RGB(A) file may hold all channels, so the most frequent set of files counts
         usual = Counter(frozenset(files) for files in channels.values()).most_common(1)
         expected = set(usual[0][0]) if usual else expected
-    faults = []
+    surplus = f"is a channel that dataset.json does not name ({len(expected)} channel(s))"
     for identifier, files in channels.items():
-        faults += [
-            Fault(
-                str(folder / "imagesTr" / f"{identifier}_{i:04d}{ending}"),
-                "is missing: the case lacks this channel",
-                "add the file or remove the case",
-            )
-            for i in sorted(expected - files.keys())
-        ]
-        faults += [
-            Fault(
-                str(files[i]),
-                f"is a channel that dataset.json does not name ({len(expected)} channel(s))",
-                "name it in channel_names or remove it",
-            )
-            for i in sorted(files.keys() - expected)
-        ]
-    return faults
+        for i in sorted(expected - files.keys()):
+            add_missing_channel(folder / f"{identifier}_{i:04d}{ending}", faults)
+        for i in sorted(files.keys() - expected):
+            faults.add(files[i], surplus, "name it in channel_names or remove it")
 
 
-def _no_images(folder: Path, ending: str) -> Fault:
+def _add_no_images(folder: Path, ending: str, faults: Faults) -> None:
+    what, cure = f"has no {ending} file", "put the training images there"
+    endings = Counter(parts[1] for name in list_files(folder) if (parts := split_ending(name)))
     if not folder.is_dir():
-        return Fault(str(folder), "does not exist", "put the training images there")
-    others = Counter(
-        parts[1] for name in list_files(folder) if (parts := split_ending(name)) is not None
-    ).most_common(1)
-    if others:
-        found, n = others[0]
-        return Fault(
-            str(folder),
-            f"has no {ending} file but {n} {found} file(s)",
-            f'set "file_ending": "{found}" in dataset.json or convert the files',
-        )
-    return Fault(str(folder), f"has no {ending} file", "put the training images there")
+        what = "does not exist"
+    elif endings:
+        found, n = endings.most_common(1)[0]
+        what = f"has no {ending} file but {n} {found} file(s)"
+        cure = f'set "file_ending": "{found}" in dataset.json or convert the files'
+    faults.add(folder, what, cure)
 
 
-def _explicit_cases(
-    folder: Path, entries: dict[str, Any]
-) -> tuple[dict[str, CaseFiles], list[Fault]]:
-    cases, faults = {}, []
+def _explicit_cases(folder: Path, entries: dict[str, Any]) -> tuple[dict[str, CaseFiles], Faults]:
+    cases, faults = {}, Faults()
     for identifier, entry in entries.items():
         images = [_expand(folder, name) for name in entry["images"]]
         label = _expand(folder, entry["label"])
         for path in (*images, label):
             if not path.is_file():
-                faults.append(
-                    Fault(str(path), "is missing", f"correct case {identifier} in dataset.json")
-                )
-        there = tuple(path for path in images if path.is_file())
-        if there:
+                faults.add(path, "is missing", f"correct case {identifier} in dataset.json")
+        if there := tuple(path for path in images if path.is_file()):
             cases[identifier] = CaseFiles(there, label if label.is_file() else None)
     return cases, faults
 

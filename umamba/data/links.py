@@ -12,10 +12,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from umamba.data.content import split_ending
+from umamba.data.faults import Faults
+from umamba.data.images import ending_of
 
 STATE = "umamba_source.json"
 
@@ -23,58 +25,48 @@ STATE = "umamba_source.json"
 class LinkedFolder:
     """A raw dataset folder whose files come from `source`.
 
-    Call `link` and `convert` for every file it shall hold, then `finish`.
+    Call `link` and `convert` for every file it shall hold, then `finish`. notes: what was assumed
+    on the way; faults: what was found wrong; memory: what the caller wants to find again next time.
     """
 
     def __init__(self, folder: Path, source: Path) -> None:
-        self.folder = folder
-        self.source = source
-        self.memory: dict[str, Any] = {}  # what the caller wants to find again next time
+        self.folder, self.source = folder, source
+        self.notes: list[str] = []
+        self.faults = Faults()
         state = read_state(folder)
-        self._known: dict[str, list[Any]] = state.get("entries", {})
-        if state.get("source") == str(source):
-            self.memory = state.get("memory", {})
-        else:
-            self._known = {name: [] for name in self._known}
+        is_same = state.get("source") == str(source)
+        self.memory: dict[str, Any] = state.get("memory", {}) if is_same else {}
+        known: dict[str, list[Any]] = state.get("entries", {})
+        self._known = known if is_same else {name: [] for name in known}
         self._entries: dict[str, list[Any]] = {}
         self._jobs: dict[str, Callable[[Path], None]] = {}
 
     def link(self, name: str, source: Path) -> None:
         """Make `name` (relative to the folder) a link to the file `source`."""
-        stamp = [str(source), *stamp_of(source), ""]
+        self.convert(name, source, "", partial(link_file, source))
         target = self.folder / name
         if target.is_symlink() and os.readlink(target) == str(source):
-            self._entries[name] = stamp
-        elif not self._is_current(name, stamp):
-            self._jobs[name] = lambda path: link_file(source, path)
+            self._jobs.pop(name, None)
 
     def convert(self, name: str, source: Path, how: str, make: Callable[[Path], None]) -> None:
         """Make `name` by `make(path)` from `source`; done again when `source` or `how` changes."""
-        stamp = [str(source), *stamp_of(source), how]
-        if not self._is_current(name, stamp):
+        stamp = self._entries[name] = [str(source), *stamp_of(source), how]
+        if self._known.get(name) != stamp or not (self.folder / name).exists():
             self._jobs[name] = make
 
-    def finish(self, dataset_json: dict[str, Any], n_workers: int | None = None) -> None:
+    def finish(self, dataset_json: dict[str, Any]) -> None:
         """Carry out what is due, remove what no longer belongs here, write dataset.json."""
-        folders = {(self.folder / name).parent for name in self._entries} | {self.folder}
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
         for name in self._known.keys() - self._entries.keys():
             (self.folder / name).unlink(missing_ok=True)
-        with ThreadPoolExecutor(n_workers or min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(self._run, self._jobs.items()))
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(self._make, self._jobs))
         write_json(self.folder / "dataset.json", dataset_json)
         state = {"source": str(self.source), "memory": self.memory, "entries": self._entries}
         write_json(self.folder / STATE, state)
 
-    def _is_current(self, name: str, stamp: list[Any]) -> bool:
-        self._entries[name] = stamp
-        return self._known.get(name) == stamp and (self.folder / name).exists()
-
-    def _run(self, job: tuple[str, Callable[[Path], None]]) -> None:
-        name, make = job
+    def _make(self, name: str) -> None:
         with replacing(self.folder / name) as temporary:
-            make(temporary)
+            self._jobs[name](temporary)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -97,10 +89,12 @@ def link_file(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, of the same ending; at the end it becomes `path`."""
-    parts = split_ending(path.name)
-    ending = parts[1] if parts else path.suffix
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{ending}")
+    """Yield a temporary name beside `path`, of the same ending; at the end it becomes `path`.
+
+    The folder is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{ending_of(path) or path.suffix}")
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
@@ -109,7 +103,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary name and rename it; leaves an equal file alone."""
     text = json.dumps(content, indent=2) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:

@@ -33,17 +33,15 @@ def make_demo_dataset(folder: Path, n_train: int = 16, n_test: int = 3, seed: in
         part = "Tr" if i < n_train else "Ts"
         _write(image, folder / f"images{part}" / f"demo_{i:03d}_0000.nii.gz")
         _write(label, folder / f"labels{part}" / f"demo_{i:03d}.nii.gz")
-    write_json(
-        folder / "dataset.json",
-        {
-            "channel_names": {"0": "synthetic"},
-            "labels": LABELS,
-            "numTraining": n_train,
-            "file_ending": ".nii.gz",
-            "name": "Demo",
-            "description": f"Synthetic organs of umamba, seed {seed}",
-        },
-    )
+    content = {
+        "channel_names": {"0": "synthetic"},
+        "labels": LABELS,
+        "numTraining": n_train,
+        "file_ending": ".nii.gz",
+        "name": "Demo",
+        "description": f"Synthetic organs of umamba, seed {seed}",
+    }
+    write_json(folder / "dataset.json", content)
     return folder
 
 
@@ -54,30 +52,27 @@ def make_case(
     shape = tuple(int(n + rng.integers(-3, 4)) for n in (40, 56, 56))
     in_plane = rng.uniform(0.9, 1.2)
     spacing = np.array([rng.uniform(1.6, 2.4), in_plane, in_plane])
-    mm = np.stack(
-        np.meshgrid(
-            *((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)),
-            indexing="ij",
-        )
-    )
+    middle = (np.array(shape) - 1) / 2
+    mm = (np.indices(shape) - _as_column(middle)) * _as_column(spacing)  # (3, z, y, x)
     mm -= rng.uniform(-2, 2, (3, 1, 1, 1))
     size = rng.uniform(0.9, 1.1)
     soft = float(spacing.mean()) / 2
     image = np.zeros(shape)
     label = np.zeros(shape, np.uint8)
 
-    def paint(distance: np.ndarray, brightness: float, value: int | None) -> None:
+    def paint(distance: np.ndarray, brightness: float, value: int) -> None:
         """Blend a structure in over about one voxel; `distance` in mm, negative inside."""
         share = 1 / (1 + np.exp(np.clip(distance / (soft / 2), -30, 30)))
         image[:] = image * (1 - share) + brightness * share
-        if value is not None:
-            label[distance < 0] = value
+        label[distance < 0] = value
 
     def place(*center: float) -> np.ndarray:
         return size * (np.array(center) + rng.uniform(-1.5, 1.5, 3))
 
-    paint(_ellipsoid(mm, place(0, 0, 0), size * np.array([60, 26, 27])), BODY, None)
-    paint(_tube(mm, _bone(rng, size), 4.5 * size), BONE, None)
+    paint(_ellipsoid(mm, place(0, 0, 0), size * np.array([60, 26, 27])), BODY, 0)
+    t = np.linspace(-1, 1, 48)
+    bone = np.stack([58 * t, 17 + 2 * t**2, rng.uniform(-3, 3) * t], axis=1)
+    paint(_tube(mm, size * bone, 4.5 * size), BONE, 0)
     organ = place(8, -6, -8)
     radii = size * np.array([17, 12, 13]) * rng.uniform(0.88, 1.12, 3)
     organ_distance = _ellipsoid(mm, organ, radii, rng.uniform(-0.4, 0.4))
@@ -86,7 +81,10 @@ def make_case(
         kidney = place(-16, 8, 14 * side)
         radii = size * np.array([9, 5, 4.5]) * rng.uniform(0.9, 1.15, 3)
         paint(_ellipsoid(mm, kidney, radii, 0.3 * side), KIDNEY, LABELS["kidney"])
-    paint(_tube(mm, _vessel(rng, size), rng.uniform(2.4, 3.0) * size), VESSEL, LABELS["vessel"])
+    bend, phase = rng.uniform(3, 6), rng.uniform(0, 2 * np.pi)
+    y, x = 6 + bend * np.sin(2.5 * t + phase) / 2, 3 + bend * np.cos(2.0 * t + phase)
+    vessel = size * np.stack([55 * t, y, x], axis=1)
+    paint(_tube(mm, vessel, rng.uniform(2.4, 3.0) * size), VESSEL, LABELS["vessel"])
     if has_lesion:
         center = organ + size * rng.uniform(-4.5, 4.5, 3)
         lesion = _ellipsoid(mm, center, size * rng.uniform(3.2, 4.8, 3))
@@ -94,14 +92,20 @@ def make_case(
         paint(lesion, LESION, LABELS["lesion"])
     image *= _bias(rng, mm)
     image += rng.normal(0, 38, shape)
-    return _with_geometry(rng, spacing, image.astype(np.float32), label)
+    first, second = _with_geometry(rng, spacing, image.astype(np.float32), label)
+    return first, second
+
+
+def _as_column(values: np.ndarray) -> np.ndarray:
+    """Return (z, y, x) values in the shape (3, 1, 1, 1)."""
+    return values.reshape(3, 1, 1, 1)
 
 
 def _ellipsoid(
     mm: np.ndarray, center: np.ndarray, radii: np.ndarray, turn: float = 0.0
 ) -> np.ndarray:
     """Return the signed distance (mm, first order) to an ellipsoid turned in the axial plane."""
-    z, y, x = mm - center[:, None, None, None]
+    z, y, x = mm - _as_column(center)
     y, x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
     r = np.sqrt((z / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2)
     return (r - 1) * float(np.min(radii))
@@ -111,23 +115,8 @@ def _tube(mm: np.ndarray, line: np.ndarray, radius: float) -> np.ndarray:
     """Return the signed distance (mm) to a tube around the points of `line` (n, 3)."""
     nearest = np.full(mm.shape[1:], np.inf)
     for point in line:
-        squared = ((mm - point[:, None, None, None]) ** 2).sum(0)
-        np.minimum(nearest, squared, out=nearest)
+        np.minimum(nearest, ((mm - _as_column(point)) ** 2).sum(0), out=nearest)
     return np.sqrt(nearest) - radius
-
-
-def _bone(rng: np.random.Generator, size: float) -> np.ndarray:
-    t = np.linspace(-1, 1, 48)
-    sway = rng.uniform(-3, 3)
-    return size * np.stack([58 * t, 17 + 2 * t**2, sway * t], axis=1)
-
-
-def _vessel(rng: np.random.Generator, size: float) -> np.ndarray:
-    t = np.linspace(-1, 1, 48)
-    bend, phase = rng.uniform(3, 6), rng.uniform(0, 2 * np.pi)
-    y = 6 + bend * np.sin(2.5 * t + phase) / 2
-    x = 3 + bend * np.cos(2.0 * t + phase)
-    return size * np.stack([55 * t, y, x], axis=1)
 
 
 def _bias(rng: np.random.Generator, mm: np.ndarray) -> np.ndarray:
@@ -138,22 +127,20 @@ def _bias(rng: np.random.Generator, mm: np.ndarray) -> np.ndarray:
 
 
 def _with_geometry(
-    rng: np.random.Generator, spacing: np.ndarray, image: np.ndarray, label: np.ndarray
-) -> tuple[SimpleITK.Image, SimpleITK.Image]:
+    rng: np.random.Generator, spacing: np.ndarray, *arrays: np.ndarray
+) -> list[SimpleITK.Image]:
+    """Return the arrays as images that lie alike, a little turned about the body's axis."""
     turn = rng.uniform(-0.1, 0.1)
     c, s = float(np.cos(turn)), float(np.sin(turn))
-    origin = [float(v) for v in rng.uniform(-150, 150, 3)]
-    result = []
-    for array in (image, label):
-        picture = SimpleITK.GetImageFromArray(array)
-        picture.SetSpacing([float(v) for v in spacing[::-1]])
-        picture.SetOrigin(origin)
-        picture.SetDirection((c, -s, 0.0, s, c, 0.0, 0.0, 0.0, 1.0))
-        result.append(picture)
-    return result[0], result[1]
+    origin = rng.uniform(-150, 150, 3).tolist()
+    images = [SimpleITK.GetImageFromArray(array) for array in arrays]
+    for image in images:
+        image.SetSpacing(spacing[::-1].tolist())
+        image.SetOrigin(origin)
+        image.SetDirection((c, -s, 0.0, s, c, 0.0, 0.0, 0.0, 1.0))
+    return images
 
 
 def _write(image: SimpleITK.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         SimpleITK.WriteImage(image, str(temporary), True)

@@ -45,7 +45,7 @@ class Workspace:
 
     def describe(self) -> str:
         """Return one line that says where everything goes and why there."""
-        if (self.raw, self.preprocessed, self.results) == _below(self.root):
+        if self == _below(self.root, self.chosen_by):
             return f"Workspace {self.root} ({self.chosen_by})"
         return (
             f"Workspace raw {self.raw}, preprocessed {self.preprocessed}, "
@@ -69,10 +69,8 @@ def resolve_workspace(
         return _workspace(Path(workspace).expanduser().absolute(), "--workspace")
     from_variables = _from_variables()
     # a second dataset in one process shall not land in the first one's workspace by accident
-    of_another = dataset_folder is not None and _set_here == {
-        v: os.environ.get(v) for v in VARIABLES
-    }
-    if from_variables is not None and not of_another:
+    are_ours = _set_here == {v: os.environ.get(v) for v in VARIABLES}
+    if from_variables is not None and (dataset_folder is None or not are_ours):
         return from_variables
     start = (dataset_folder or Path.cwd()).absolute()
     from_file = _from_file(start)
@@ -84,19 +82,18 @@ def resolve_workspace(
         return _workspace(start.parent.parent, "the dataset lies in it")
     if os.access(start, os.W_OK):
         return _workspace(start / FOLDER_NAME, "in the dataset's folder")
-    return _workspace(
-        Path.cwd() / FOLDER_NAME / start.name, "the dataset's folder cannot be written to"
-    )
+    root = Path.cwd() / FOLDER_NAME / start.name
+    return _workspace(root, "the dataset's folder cannot be written to")
 
 
-def _below(root: Path) -> tuple[Path, Path, Path]:
-    return root / "raw", root / "preprocessed", root / "results"
+def _below(root: Path, chosen_by: str) -> Workspace:
+    return Workspace(root, root / "raw", root / "preprocessed", root / "results", chosen_by)
 
 
 def _workspace(root: Path, chosen_by: str) -> Workspace:
     if root.exists() and not root.is_dir():
         raise ValueError(f"The workspace {root} is a file; name a folder with --workspace DIR")
-    return Workspace(root, *_below(root), chosen_by)
+    return _below(root, chosen_by)
 
 
 def _from_variables() -> Workspace | None:
@@ -110,9 +107,8 @@ def _from_variables() -> Workspace | None:
             f"{present} is set but {' and '.join(missing)} is not; "
             "set all three, unset them, or name a folder with --workspace DIR"
         )
-    raw, preprocessed, results = (Path(values[name]).expanduser().absolute() for name in VARIABLES)
-    root = raw.parent
-    return Workspace(root, raw, preprocessed, results, "the nnUNet_* variables")
+    raw, preprocessed, results = (Path(v).expanduser().absolute() for v in values.values())
+    return Workspace(raw.parent, raw, preprocessed, results, "the nnUNet_* variables")
 
 
 def _from_file(start: Path) -> Workspace | None:

@@ -11,52 +11,50 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 
-NATURAL_ENDINGS = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
+_NATURAL_ENDINGS = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of a file lie; shape and spacing as (z, y, x), origin as in the file."""
+    """Where the voxels of a file lie; shape and spacing as (z, y, x), the others as in the file.
+
+    origin and direction are empty for a file that knows pixels but no patient (PNG, TIFF, ...).
+    """
 
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
     direction: tuple[float, ...]
-    n_components: int = 1
+    n_components: int
 
     def difference(self, other: "Geometry") -> str | None:
         """Returns in words how the other geometry differs beyond round-off, None if it does not."""
-        if self.shape != other.shape:
-            return f"shape {_words(self.shape)} against {_words(other.shape)}"
-        if not np.allclose(self.spacing, other.spacing, rtol=1e-3, atol=1e-5):
-            return f"spacing {_words(self.spacing)} against {_words(other.spacing)}"
-        # a hundredth of a voxel: writers of NIfTI round through float32 quaternions
-        if not np.allclose(self.origin, other.origin, rtol=1e-4, atol=0.01 * max(self.spacing)):
-            return f"origin {_words(self.origin)} against {_words(other.origin)}"
-        if not np.allclose(self.direction, other.direction, atol=1e-2):
-            return f"direction {_words(self.direction)} against {_words(other.direction)}"
+        # relative, absolute; a hundredth of a voxel: NIfTI is rounded through float32 quaternions
+        tolerances = {
+            "shape": (0.0, 0.0),
+            "spacing": (1e-3, 1e-5),
+            "origin": (1e-4, 0.01 * max(self.spacing)),
+            "direction": (1e-5, 1e-2),
+        }
+        for name, (relative, absolute) in tolerances.items():
+            a, b = getattr(self, name), getattr(other, name)
+            if len(a) != len(b) or not np.allclose(a, b, relative, absolute):
+                words = [", ".join(f"{value:g}" for value in values) for values in (a, b)]
+                return f"{name} ({words[0]}) against ({words[1]})"
         return None
 
 
 def read_geometry(file: Path) -> Geometry:
     """Reads the header alone. Raises FileNotFoundError or ValueError naming the file."""
-    _check_presence(file)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(file))
     with _errors_of(file):
         reader.ReadImageInformation()
-    shape = tuple(reader.GetSize()[::-1])
-    n_components = reader.GetNumberOfComponents()
-    if is_natural(file):
-        # what such files say of spacing is the printer's, nnU-Net counts in pixels as well
+    shape, n_components = tuple(reader.GetSize()[::-1]), reader.GetNumberOfComponents()
+    if file.suffix.lower() in _NATURAL_ENDINGS:
         return Geometry(shape, _pixel_spacing(file, len(shape)), (), (), n_components)
-    return Geometry(
-        shape,
-        tuple(reader.GetSpacing()[::-1]),
-        tuple(reader.GetOrigin()),
-        tuple(reader.GetDirection()),
-        n_components,
-    )
+    spacing, origin = tuple(reader.GetSpacing()[::-1]), tuple(reader.GetOrigin())
+    return Geometry(shape, spacing, origin, tuple(reader.GetDirection()), n_components)
 
 
 def read_label_map(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -99,70 +97,54 @@ def read_view(file: Path) -> View:
     Raises FileNotFoundError or ValueError naming the file.
     """
     geometry = read_geometry(file)
-    image = _read(file)
-    anatomical = image.GetDimension() == 3 and not is_natural(file) and min(image.GetSize()) > 1
+    image, spacing = _read(file), geometry.spacing
+    anatomical = len(spacing) == 3 and bool(geometry.origin) and min(geometry.shape) > 1
     if anatomical:
         image = SimpleITK.DICOMOrient(image, "LPS")
+        spacing = tuple(image.GetSpacing()[::-1])
     array = SimpleITK.GetArrayFromImage(image)
-    spacing = tuple(image.GetSpacing()[::-1]) if not is_natural(file) else geometry.spacing
     if geometry.n_components > 1:
         array = array[..., :3] if geometry.n_components > 2 else array[..., 0]
     return View(array, spacing, anatomical)
 
 
-def is_natural(file: Path) -> bool:
-    """Returns whether the file is of a kind that knows pixels but no patient (PNG, TIFF, ...)."""
-    return file.name.lower().endswith(NATURAL_ENDINGS)
-
-
 def _read(file: Path) -> SimpleITK.Image:
-    if file.name.endswith(".gz"):
-        _check_gzip(file)
     with _errors_of(file):
+        if file.name.endswith(".gz"):
+            # to its end, because SimpleITK fills what a cut file lacks without a word
+            with gzip.open(file) as stream:
+                while stream.read(1 << 22):
+                    pass
         return SimpleITK.ReadImage(str(file))
-
-
-def _check_presence(file: Path) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; check the name and the folder")
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file}: is empty (0 bytes); write or copy it again")
-
-
-def _check_gzip(file: Path) -> None:
-    """Reads the stream to its end, because SimpleITK fills what a cut file lacks without a word."""
-    try:
-        with gzip.open(file) as stream:
-            while stream.read(1 << 22):
-                pass
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{file}: is cut off or damaged ({error}); write or copy it again"
-        ) from error
 
 
 @contextmanager
 def _errors_of(file: Path) -> Iterator[None]:
+    """Puts the file's name and the cure into what goes wrong with it."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; check the name and the folder")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file}: is empty (0 bytes); write or copy it again")
     try:
         yield
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{file}: cannot be read as an image ({last})") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        message = f"{file}: is cut off or damaged ({error}); write or copy it again"
+        raise ValueError(message) from error
 
 
 def _pixel_spacing(file: Path, ndim: int) -> tuple[float, ...]:
-    """Returns the spacing of nnU-Net's file beside a TIFF (NAME.json, "spacing"), else ones."""
+    """Returns the spacing of nnU-Net's file beside a TIFF (NAME.json, "spacing"), else ones.
+
+    What such files themselves say is the printer's; nnU-Net counts in pixels as well.
+    """
     beside = file.with_suffix(".json")
-    if file.suffix.lower() in (".tif", ".tiff") and beside.is_file():
-        try:
-            spacing = json.loads(beside.read_text(encoding="utf-8"))["spacing"]
-            return tuple(float(value) for value in spacing)[-ndim:]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{beside}: must read {{"spacing": [z, y, x]}}; correct or remove it'
-            ) from error
-    return (1.0,) * ndim
-
-
-def _words(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+    if file.suffix.lower() not in (".tif", ".tiff") or not beside.is_file():
+        return (1.0,) * ndim
+    try:
+        return tuple(map(float, json.loads(beside.read_text(encoding="utf-8"))["spacing"]))[-ndim:]
+    except (ValueError, KeyError, TypeError) as error:
+        message = f'{beside}: must read {{"spacing": [z, y, x]}}; correct or remove it'
+        raise ValueError(message) from error

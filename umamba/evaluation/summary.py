@@ -1,26 +1,31 @@
 """Evaluates a folder of predicted label maps against references: summary.json and summary.csv."""
 
 import logging
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
-from umamba.evaluation.images import Geometry, read_geometry, read_label_map
-from umamba.evaluation.overlap import Label, label_mask, label_values, overlap_metrics
-from umamba.evaluation.surface import nsd_voxel_count, surface_distances
-from umamba.evaluation.tables import case_values, label_key, summarize, write_summary
+from umamba.evaluation.images import read_geometry, read_label_map
+from umamba.evaluation.overlap import Label, compare_labels, label_values
+from umamba.evaluation.surface import surface_metrics
+from umamba.evaluation.tables import label_key, summarize, write_summary
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOLERANCE_MM = 2.0
 _SMALL = 40_000_000  # voxels x labels below which starting workers costs more than it saves
+_ONE_EMPTY = {
+    "exclude": "undefined, left out of their means and counted",
+    "diagonal": "the image's diagonal",
+}
+_Case = tuple[str, Path, Path]  # identifier, reference, prediction
 
 
 def evaluate_folder(
@@ -44,53 +49,38 @@ def evaluate_folder(
 
     labels: values or regions (tuples of values); a mapping gives them names. tolerance_mm: of NSD,
     one number or one per label (keys are names or the label as text, "default" for the others).
-    cases: identifiers to evaluate, default every reference; `chill` leaves out what was not
-    predicted, as in nnU-Net. one_empty_hd95: "exclude" leaves HD95 and ASSD undefined where one of
-    the masks is empty (and counts these cases), "diagonal" puts the image's diagonal there.
-    output: folder or .json file, default the folder of the predictions. progress(done, total).
+    cases: identifiers, default every reference; `chill` leaves out what was not predicted, as in
+    nnU-Net. one_empty_hd95: HD95 and ASSD where one mask is empty, "exclude" (undefined) or
+    "diagonal" (that of the image). output: folder or .json file, default `predictions`.
 
-    The returned summary holds nnU-Net's keys (foreground_mean, mean, metric_per_case) and also
-    spread, empty, rules, failed; undefined values are None. A case whose files cannot be read is
-    listed under "failed" while the others go on. Raises ValueError, listing every file, for missing
-    predictions or references and for differing geometry; and when no case at all could be read.
+    The summary holds nnU-Net's keys and spread, empty, rules, label_names, failed; undefined values
+    are None. A case whose files cannot be read is listed under "failed". Raises ValueError, listing
+    every file, for missing files and differing geometry, and when no case could be read.
     """
     named = _named_labels(labels)
     tolerances = _tolerances(named, tolerance_mm)
-    if one_empty_hd95 not in ("exclude", "diagonal"):
+    if one_empty_hd95 not in _ONE_EMPTY:
         raise ValueError(f"one_empty_hd95 is {one_empty_hd95!r}; use 'exclude' or 'diagonal'")
-    identifiers = _identifiers(predictions, references, file_ending, cases, chill)
-    jobs = [
-        _Job(
-            case,
-            references / f"{case}{file_ending}",
-            predictions / f"{case}{file_ending}",
-            tuple(named.values()),
-            tuple(tolerances),
-            ignore_label,
-            one_empty_hd95 == "diagonal",
-            voxel_count_nsd,
-        )
-        for case in identifiers
-    ]
-    jobs, failed, n_voxels = _check_headers(jobs, check_geometry)
-    results: list[dict[str, Any]] = []
-    work = n_voxels * len(named)
-    for done, outcome in enumerate(_evaluate_all(jobs, n_workers, work), start=1):
-        (failed if "error" in outcome else results).append(outcome)
+    listed = _list_cases(predictions, references, file_ending, cases, chill)
+    n_voxels = _check_grids(listed, check_geometry)
+    diagonal = one_empty_hd95 == "diagonal"
+    evaluate = partial(_evaluate_case, tolerances, ignore_label, diagonal, voxel_count_nsd)
+    if n_voxels * len(tolerances) < _SMALL:
+        n_workers = 1
+    outcomes = []
+    for outcome in _run_all(evaluate, listed, n_workers):
+        outcomes.append(outcome)
         if progress is not None:
-            progress(done, len(jobs))
+            progress(len(outcomes), len(listed))
+    results = [outcome for outcome in outcomes if "error" not in outcome]
+    failed = [outcome for outcome in outcomes if "error" in outcome]
     if not results:
         raise ValueError("no case could be evaluated:\n" + "\n".join(f["error"] for f in failed))
     rules = {
-        "tolerance_mm": dict(zip(map(label_key, named.values()), tolerances, strict=True)),
+        "tolerance_mm": {label_key(label): mm for label, mm in tolerances.items()},
         "ignore_label": ignore_label,
         "both_empty": "undefined, left out of every mean",
-        "one_empty": "Dice 0, IoU 0, NSD 0; HD95 and ASSD "
-        + (
-            "undefined, left out of their means and counted"
-            if one_empty_hd95 == "exclude"
-            else "the image's diagonal"
-        ),
+        "one_empty": f"Dice 0, IoU 0, NSD 0; HD95 and ASSD {_ONE_EMPTY[one_empty_hd95]}",
         "NSD": "share of both surfaces within the tolerance, weighted by area (length in 2D)",
         "HD95": "larger of the two directed 95th percentiles in mm, weighted by area",
         "ASSD": "mean distance over both surfaces in mm, weighted by area",
@@ -98,7 +88,11 @@ def evaluate_folder(
     }
     if ignore_label is not None:
         rules["ignored_voxels"] = "belong to no mask, neither in overlap nor in surfaces"
-    summary = summarize(results, failed, named, rules)
+    summary = summarize(results, list(map(label_key, tolerances))) | {
+        "rules": rules,
+        "label_names": {label_key(label): name for name, label in named.items()},
+        "failed": failed,
+    }
     write_summary(summary, output if output is not None else predictions)
     return summary
 
@@ -115,144 +109,90 @@ def labels_of_dataset(dataset_json: Mapping[str, Any]) -> tuple[dict[str, Label]
     regions = any(isinstance(value, list) and len(value) > 1 for value in entries.values())
     named: dict[str, Label] = {}
     for name, value in entries.items():
-        values = tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
-        if name == "ignore" or set(values) == {0}:
-            continue
-        named[name] = values if regions and isinstance(value, list) else values[0]
+        values = tuple(map(int, value)) if isinstance(value, list) else (int(value),)
+        if name != "ignore" and set(values) != {0}:
+            named[name] = values if regions and isinstance(value, list) else values[0]
     if not named:
         raise ValueError("dataset.json names no label but the background; add those to evaluate")
     return named, None if ignore is None else int(ignore)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One case to compare; everything a worker needs."""
-
-    case: str
-    reference: Path
-    prediction: Path
-    labels: tuple[Label, ...]
-    tolerances: tuple[float, ...]
-    ignore_label: int | None
-    diagonal: bool
-    voxel_count: bool
-
-
-def _evaluate_all(jobs: list[_Job], n_workers: int | None, work: int) -> Iterator[dict[str, Any]]:
+def _run_all(
+    evaluate: Callable[[_Case], dict[str, Any]], listed: list[_Case], n_workers: int | None
+) -> Iterator[dict[str, Any]]:
     if n_workers is None:
         n_workers = min(len(os.sched_getaffinity(0)), 8) if hasattr(os, "sched_getaffinity") else 2
-    n_workers = min(n_workers, len(jobs))
-    if n_workers <= 1 or work < _SMALL:
-        yield from map(_evaluate_case, jobs)
+    n_workers = min(n_workers, len(listed))
+    if n_workers <= 1:
+        yield from map(evaluate, listed)
         return
     # spawn: a fork of a process that has run torch or a GPU may hang
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, mp_context=context) as pool:
-        yield from pool.map(_evaluate_case, jobs)
+    with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(evaluate, listed)
 
 
-def _evaluate_case(job: _Job) -> dict[str, Any]:
+def _evaluate_case(
+    tolerances: Mapping[Label, float],
+    ignore_label: int | None,
+    diagonal: bool,
+    voxel_count: bool,
+    files: _Case,
+) -> dict[str, Any]:
     """Returns the entry of metric_per_case, or the case and its error where a file is bad."""
+    case, reference_file, prediction_file = files
     try:
-        reference, spacing = read_label_map(job.reference)
-        prediction, _ = read_label_map(job.prediction)
+        reference, spacing = read_label_map(reference_file)
+        prediction, _ = read_label_map(prediction_file)
     except (ValueError, FileNotFoundError) as error:
         logger.warning("%s", error)
-        return {"case": job.case, "error": str(error)}
+        return {"case": case, "error": str(error)}
+    extent = float(np.linalg.norm(np.multiply(reference.shape, spacing)))
     metrics: dict[str, dict[str, float | None]] = {}
-    overlaps = overlap_metrics(reference, prediction, job.labels, job.ignore_label)
-    boxes = _boxes(job.labels, reference, prediction)
-    diagonal = float(np.linalg.norm([n * s for n, s in zip(reference.shape, spacing, strict=True)]))
-    for label, tolerance in zip(job.labels, job.tolerances, strict=True):
-        window = boxes(label)
-        masks = [label_mask(part[window], label) for part in (reference, prediction)]
-        if job.ignore_label is not None:
-            counted = reference[window] != job.ignore_label
-            masks = [mask & counted for mask in masks]
-        distances = surface_distances(masks[0], masks[1], spacing)
-        values = dict(overlaps[label])
-        values["NSD"] = distances.nsd(tolerance)
-        if job.voxel_count:
-            values["NSD_voxel_count"] = nsd_voxel_count(masks[0], masks[1], spacing, tolerance)
-        values["HD95"], values["ASSD"] = distances.hausdorff(95.0), distances.average()
-        if job.diagonal:
-            for name in ("HD95", "ASSD"):
-                values[name] = diagonal if np.isinf(values[name]) else values[name]
-        metrics[label_key(label)] = case_values(values)
+    compared = compare_labels(reference, prediction, tolerances, ignore_label)
+    for label, values, ref, pred in compared:
+        values |= surface_metrics(ref, pred, spacing, tolerances[label], voxel_count)
+        if diagonal and math.isinf(values["HD95"]):
+            values["HD95"] = values["ASSD"] = extent
+        metrics[label_key(label)] = {n: v if math.isfinite(v) else None for n, v in values.items()}
     return {
-        "case": job.case,
-        "reference_file": str(job.reference),
-        "prediction_file": str(job.prediction),
+        "case": case,
+        "reference_file": str(reference_file),
+        "prediction_file": str(prediction_file),
         "metrics": metrics,
     }
 
 
-def _boxes(
-    labels: Sequence[Label], reference: np.ndarray, prediction: np.ndarray
-) -> Callable[[Label], tuple[slice, ...]]:
-    """Returns a function from a label to the box that holds it in both maps, found in one pass."""
-    largest = max(value for label in labels for value in label_values(label))
-    found = [ndimage.find_objects(part, max(largest, 1)) for part in (reference, prediction)]
-
-    def box(label: Label) -> tuple[slice, ...]:
-        if 0 in label_values(label):
-            return (slice(None),) * reference.ndim
-        parts = [objects[value - 1] for objects in found for value in label_values(label)]
-        present = [part for part in parts if part is not None]
-        if not present:
-            return (slice(0, 2),) * reference.ndim
-        # one voxel of margin, so that a structure of one slice stays a body of that thickness
-        return tuple(
-            slice(max(min(s.start for s in axis) - 1, 0), max(s.stop for s in axis) + 1)
-            for axis in zip(*present, strict=True)
-        )
-
-    return box
-
-
-def _check_headers(
-    jobs: list[_Job], check_geometry: bool
-) -> tuple[list[_Job], list[dict[str, Any]], int]:
-    """Returns the readable jobs, the failed ones and the voxels to compare."""
-    readable, failed, mismatches, n_voxels = [], [], [], 0
-    for job in jobs:
+def _check_grids(listed: list[_Case], check_geometry: bool) -> int:
+    """Returns the number of voxels to compare; raises ValueError listing every mismatch."""
+    mismatches, n_voxels = [], 0
+    for _, reference_file, prediction_file in listed:
         try:
-            reference, prediction = read_geometry(job.reference), read_geometry(job.prediction)
-        except (ValueError, FileNotFoundError) as error:
-            logger.warning("%s", error)
-            failed.append({"case": job.case, "error": str(error)})
-            continue
-        difference = _difference(reference, prediction, check_geometry)
-        if difference is not None:
-            mismatches.append(f"{job.prediction}: {difference} of {job.reference}")
-        readable.append(job)
-        n_voxels += int(np.prod(reference.shape))
+            reference, prediction = read_geometry(reference_file), read_geometry(prediction_file)
+        except (ValueError, FileNotFoundError):
+            continue  # the evaluation of the case names the file
+        difference = prediction.difference(reference)
+        if difference and (check_geometry or reference.shape != prediction.shape):
+            mismatches.append(f"{prediction_file}: {difference} of {reference_file}")
+        n_voxels += math.prod(reference.shape)
     if mismatches:
         raise ValueError(
             f"{len(mismatches)} predictions do not lie on the grid of their reference "
             "(predict again from the images of these references):\n" + "\n".join(mismatches)
         )
-    return readable, failed, n_voxels
+    return n_voxels
 
 
-def _difference(reference: Geometry, prediction: Geometry, check_geometry: bool) -> str | None:
-    if reference.shape == prediction.shape and not check_geometry:
-        return None
-    return prediction.difference(reference)
-
-
-def _identifiers(
+def _list_cases(
     predictions: Path, references: Path, ending: str, cases: Sequence[str] | None, chill: bool
-) -> list[str]:
+) -> list[_Case]:
     """Returns the cases to evaluate; raises ValueError listing every file that is missing."""
     predicted, referenced = _cases_in(predictions, ending), _cases_in(references, ending)
     wanted = set(cases) if cases is not None else referenced
     if chill:
         wanted = wanted & predicted
-    missing = [references / f"{case}{ending}" for case in sorted(wanted - referenced)]
-    missing += [predictions / f"{case}{ending}" for case in sorted(wanted - predicted)]
-    if cases is None:
-        missing += [references / f"{case}{ending}" for case in sorted(predicted - referenced)]
+    without_reference = (predicted if cases is None else wanted) - referenced
+    missing = [predictions / f"{case}{ending}" for case in sorted(wanted - predicted)]
+    missing += [references / f"{case}{ending}" for case in sorted(without_reference)]
     if missing:
         raise ValueError(
             f"{len(missing)} files are missing for the comparison (evaluate only what is predicted "
@@ -263,17 +203,13 @@ def _identifiers(
             f"{references}: no reference *{ending} with a prediction in {predictions}; "
             "check the folders and the file ending"
         )
-    return sorted(wanted)
+    names = {case: f"{case}{ending}" for case in sorted(wanted)}
+    return [(case, references / name, predictions / name) for case, name in names.items()]
 
 
 def _cases_in(folder: Path, ending: str) -> set[str]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    return {
-        file.name[: -len(ending)]
-        for file in folder.iterdir()
-        if file.name.endswith(ending) and not file.name.startswith(".")
-    }
+    names = (file.name for file in folder.iterdir() if not file.name.startswith("."))
+    return {name.removesuffix(ending) for name in names if name.endswith(ending)}
 
 
 def _named_labels(labels: Sequence[Label] | Mapping[str, Label]) -> dict[str, Label]:
@@ -287,7 +223,10 @@ def _named_labels(labels: Sequence[Label] | Mapping[str, Label]) -> dict[str, La
     return named
 
 
-def _tolerances(named: Mapping[str, Label], given: float | Mapping[str, float]) -> list[float]:
+def _tolerances(
+    named: Mapping[str, Label], given: float | Mapping[str, float]
+) -> dict[Label, float]:
+    """Returns the tolerance of NSD by label, mm."""
     if not isinstance(given, Mapping):
         given = {"default": given}
     known = ["default", *named, *map(label_key, named.values())]
@@ -297,7 +236,7 @@ def _tolerances(named: Mapping[str, Label], given: float | Mapping[str, float]) 
             f"tolerance for {', '.join(unknown)}: no such label; known: {sorted(known)}"
         )
     default = given.get("default", DEFAULT_TOLERANCE_MM)
-    chosen = [given.get(n, given.get(label_key(v), default)) for n, v in named.items()]
-    if any(not np.isfinite(tolerance) or tolerance < 0 for tolerance in chosen):
+    chosen = {v: float(given.get(n, given.get(label_key(v), default))) for n, v in named.items()}
+    if any(not math.isfinite(tolerance) or tolerance < 0 for tolerance in chosen.values()):
         raise ValueError(f"tolerance {given}: must be a length of 0 mm or more")
-    return [float(tolerance) for tolerance in chosen]
+    return chosen

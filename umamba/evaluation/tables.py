@@ -3,9 +3,8 @@
 import csv
 import io
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +12,55 @@ import numpy as np
 
 from umamba.evaluation.overlap import Label
 
-SCORES = ("Dice", "IoU", "NSD", "NSD_voxel_count", "HD95", "ASSD")
+_SCORES = ("Dice", "IoU", "NSD", "NSD_voxel_count", "HD95", "ASSD")
 
 
-def summarize(
-    results: Sequence[dict[str, Any]],
-    failed: Sequence[dict[str, Any]],
-    named: Mapping[str, Label],
-    rules: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns the summary: nnU-Net's keys, and spread, empty, rules, label_names, failed."""
-    mean: dict[str, dict[str, float | None]] = {}
-    spread: dict[str, dict[str, Any]] = {}
-    empty: dict[str, dict[str, int]] = {}
-    for label in map(label_key, named.values()):
-        rows = [result["metrics"][label] for result in results]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        mean[label] = {name: _mean(values) for name, values in columns.items()}
-        spread[label] = {name: spread_of(columns[name]) for name in columns if name in SCORES}
-        empty[label] = {
-            "cases": len(rows),
-            "both_empty": sum(not r["n_ref"] and not r["n_pred"] for r in rows),
-            "only_prediction_empty": sum(bool(r["n_ref"]) and not r["n_pred"] for r in rows),
-            "only_reference_empty": sum(not r["n_ref"] and bool(r["n_pred"]) for r in rows),
-        }
-    foreground = [values for label, values in mean.items() if label != "0"]
+def summarize(results: Sequence[dict[str, Any]], labels: Iterable[str]) -> dict[str, Any]:
+    """Returns nnU-Net's foreground_mean, mean and metric_per_case, and spread and empty.
+
+    results: entries of metric_per_case, at least one. labels: their keys as `label_key` spells.
+    """
+    names = list(next(iter(results[0]["metrics"].values())))
+    columns = {
+        label: {name: [entry["metrics"][label][name] for entry in results] for name in names}
+        for label in labels
+    }
+    mean = {label: {n: _mean(v) for n, v in values.items()} for label, values in columns.items()}
+    foreground = [means for label, means in mean.items() if label != "0"]
+    scores = [name for name in names if name in _SCORES]
     return {
-        "foreground_mean": {
-            name: _mean([values[name] for values in foreground])
-            for name in next(iter(mean.values()))
-        },
+        "foreground_mean": {name: _mean([means[name] for means in foreground]) for name in names},
         "mean": mean,
-        "metric_per_case": list(results),
-        "spread": spread,
-        "empty": empty,
-        "rules": dict(rules),
-        "label_names": {label_key(label): name for name, label in named.items()},
-        "failed": list(failed),
+        "metric_per_case": results,
+        "spread": {key: {n: spread_of(v[n]) for n in scores} for key, v in columns.items()},
+        "empty": {key: _count_empty(v["n_ref"], v["n_pred"]) for key, v in columns.items()},
     }
 
 
 def spread_of(values: Sequence[float | None]) -> dict[str, float | int | None]:
     """Returns n, mean, std (n - 1), median, quartiles and range of the defined values."""
     defined = np.array([value for value in values if value is not None], dtype=float)
+    names = ("min", "q25", "median", "q75", "max")
     if defined.size == 0:
-        return {"n": 0, **dict.fromkeys(("mean", "std", "min", "q25", "median", "q75", "max"))}
-    low, q25, median, q75, high = np.percentile(defined, [0, 25, 50, 75, 100]).tolist()
+        return {"n": 0, **dict.fromkeys(("mean", "std", *names))}
+    quartiles = np.percentile(defined, [0, 25, 50, 75, 100]).tolist()
     return {
         "n": int(defined.size),
         "mean": float(defined.mean()),
         "std": float(defined.std(ddof=1)) if defined.size > 1 else None,
-        "min": low,
-        "q25": q25,
-        "median": median,
-        "q75": q75,
-        "max": high,
+        **dict(zip(names, quartiles, strict=True)),
     }
 
 
-def write_summary(summary: Mapping[str, Any], output: Path) -> tuple[Path, Path]:
-    """Writes NAME.json and NAME.csv, each whole or not at all; returns both paths.
+def write_summary(summary: Mapping[str, Any], output: Path) -> None:
+    """Writes NAME.json and NAME.csv, each whole or not at all.
 
     output: the .json file, or a folder for summary.json.
     """
     file = output if output.suffix == ".json" else output / "summary.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(file, json.dumps(summary, indent=4, allow_nan=False) + "\n")
-    table = file.with_suffix(".csv")
-    _write_whole(table, _csv(summary))
-    return file, table
+    _write_whole(file.with_suffix(".csv"), _csv(summary))
 
 
 def read_summary(file: Path) -> dict[str, Any]:
@@ -141,9 +120,14 @@ def label_of_key(key: str) -> Label:
     return int(key)
 
 
-def case_values(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Returns the values with None for what is undefined (nan, inf)."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def _count_empty(n_ref: Sequence[int], n_pred: Sequence[int]) -> dict[str, int]:
+    held = [(ref > 0, pred > 0) for ref, pred in zip(n_ref, n_pred, strict=True)]
+    return {
+        "cases": len(held),
+        "both_empty": held.count((False, False)),
+        "only_prediction_empty": held.count((True, False)),
+        "only_reference_empty": held.count((False, True)),
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -153,12 +137,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _csv(summary: Mapping[str, Any]) -> str:
     text = io.StringIO()
-    names = list(next(iter(summary["mean"].values())))
+    names = list(summary["foreground_mean"])
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["case", "label", "name", *names])
     for entry in summary["metric_per_case"]:
         for label, values in entry["metrics"].items():
-            cells = ["" if values[name] is None else values[name] for name in names]
+            cells = [values[name] for name in names]  # None becomes an empty cell
             writer.writerow([entry["case"], label, summary["label_names"][label], *cells])
     return text.getvalue()
 

@@ -35,38 +35,44 @@ def find_images(
 
     Raises FileNotFoundError for what is not there, ValueError where nothing can be used.
     """
-    paths = _split_commas(inputs)
+    paths: list[Path] = []
+    for item in inputs:
+        if "," in str(item) and not Path(item).exists():
+            paths += [Path(part.strip()) for part in str(item).split(",") if part.strip()]
+        else:
+            paths.append(Path(item))
     missing = [str(p) for p in paths if not p.exists()]
     if missing:
         raise FileNotFoundError(f"input {', '.join(missing)} does not exist; check -i")
+    folder = paths[0]
     if not any(p.is_dir() for p in paths):
-        return {_identifier(paths[0]): paths}
+        return {re.sub(r"_\d{4}$", "", folder.name.removesuffix(_ending(folder, ""))): paths}
     if len(paths) > 1:
         raise ValueError("-i takes one folder, or the files of one case, not several folders")
-    folder = paths[0]
+
     files = sorted(p for p in folder.iterdir()
                    if p.name.endswith(file_ending) and not p.name.startswith("."))  # fmt: skip
-    with_channel = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
     cases: dict[str, list[Path]] = {}
     bare: dict[str, list[Path]] = {}
     for file in files:
-        match = with_channel.fullmatch(file.name)
-        if match:
-            cases.setdefault(match[1], []).append(file)
+        stem = file.name.removesuffix(file_ending)
+        if channel := re.fullmatch(r"(.+)_(\d{4})", stem):
+            cases.setdefault(channel[1], []).append(file)
         else:
-            bare[file.name.removesuffix(file_ending)] = [file]
+            bare[stem] = [file]
     if bare_names:
-        cases = {**bare, **cases}
+        cases = bare | cases
     if not cases and files:
+        name = files[0].name.removesuffix(file_ending)
         raise ValueError(
-            f"the files in {folder} have no channel number; name them "
-            f"{files[0].name.removesuffix(file_ending)}_0000{file_ending}, the next channel _0001"
+            f"the files in {folder} have no channel number; name them {name}_0000{file_ending}, "
+            "the next channel _0001"
         )
     if not cases:
         others = sorted({"".join(p.suffixes[-2:]) for p in folder.iterdir() if p.is_file()})
-        there = f" (there are {', '.join(others[:5])})" if others else " (it is empty)"
+        there = f"there are {', '.join(others[:5])}" if others else "it is empty"
         raise ValueError(
-            f"{folder} has no files ending in {file_ending}, as the training images{there}"
+            f"{folder} has no files ending in {file_ending}, as the training images ({there})"
         )
     return dict(sorted(cases.items()))
 
@@ -85,23 +91,22 @@ def plan_cases(
         raise ValueError(
             f"part_id {part_id} is not one of 0..{num_parts - 1}; parts are counted from 0"
         )
-    to_file = _is_file_name(output, file_ending)
+    to_file = output_folder(output, file_ending) != output
     if to_file and len(images) > 1:
         raise ValueError(f"{output} is a file, but there are {len(images)} cases; give a folder")
+    ending = _ending(output, file_ending) if to_file else file_ending
     cases = []
-    for identifier in sorted(images)[part_id::num_parts]:
-        before = None
-        if previous_stage_folder is not None:
-            before = previous_stage_folder / f"{identifier}{file_ending}"
-        ending = _ending(output, file_ending) if to_file else file_ending
-        target = output if to_file else output / f"{identifier}{ending}"
-        cases.append(PredictionCase(identifier, tuple(images[identifier]), target, ending, before))
+    for name in sorted(images)[part_id::num_parts]:
+        target = output if to_file else output / f"{name}{file_ending}"
+        before = previous_stage_folder and previous_stage_folder / f"{name}{file_ending}"
+        cases.append(PredictionCase(name, tuple(images[name]), target, ending, before))
     return cases
 
 
 def output_folder(output: Path, file_ending: str) -> Path:
-    """The folder that `output` is, or lies in."""
-    return output.parent if _is_file_name(output, file_ending) else output
+    """The folder that `output` is, or, where it names an image file, lies in."""
+    known = (file_ending, ".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".bmp", ".tif", ".tiff")
+    return output.parent if output.name.endswith(known) and not output.is_dir() else output
 
 
 def is_whole(case: PredictionCase, reader: Any, with_probabilities: bool) -> bool:
@@ -129,28 +134,7 @@ def is_whole(case: PredictionCase, reader: Any, with_probabilities: bool) -> boo
     return True
 
 
-def _split_commas(inputs: Sequence[str | Path]) -> list[Path]:
-    paths: list[Path] = []
-    for item in inputs:
-        whole = Path(item)
-        if whole.exists() or "," not in str(item):
-            paths.append(whole)
-        else:
-            paths += [Path(part.strip()) for part in str(item).split(",") if part.strip()]
-    return paths
-
-
-def _identifier(file: Path) -> str:
-    stem = file.name.removesuffix(_ending(file, ""))
-    return re.sub(r"_\d{4}$", "", stem)
-
-
 def _ending(file: Path, file_ending: str) -> str:
     if file_ending and file.name.endswith(file_ending):
         return file_ending
     return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
-
-
-def _is_file_name(output: Path, file_ending: str) -> bool:
-    known = {file_ending, ".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".bmp", ".tif", ".tiff"}
-    return not output.is_dir() and any(output.name.endswith(e) for e in known)

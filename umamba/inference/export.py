@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import (
-    convert_predicted_logits_to_segmentation_with_correct_shape,
-)
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from umamba.inference.resampling import (
+    MEMORY_LIMIT,
     SeparableResampling,
     output_blocks,
     separable_resampling,
 )
 
 # Legend: K classes or regions; z, y, x extents of the logits, Z, Y, X extents of the cropped image.
-
-# Working set of one block: small enough for a cache, large enough to amortise the calls.
-MEMORY_LIMIT = 2**26
 
 
 def logits_to_labels(
@@ -50,56 +43,33 @@ def logits_to_labels(
         logits: (K, z, y, x) float32 on the CPU, as predicted at the configuration's spacing.
         properties: what nnU-Net's preprocessor recorded about the case.
     """
-    cropped_shape = tuple(properties["shape_after_cropping_and_before_resampling"])
+    operator, logits = _resampling(logits, properties, plans_manager, configuration_manager)
     full_shape = tuple(properties["shape_before_cropping"])
     crop = tuple(slice(int(a), int(b)) for a, b in properties["bbox_used_for_cropping"])
-    operator, logits = _resampling(
-        logits, cropped_shape, properties, plans_manager, configuration_manager
-    )
-    n_outputs = logits.shape[0]
     labels = np.zeros(full_shape, dtype=label_dtype(label_manager))
     cropped_labels = labels[crop]
     probabilities = None
     if return_probabilities:
-        probabilities = np.zeros((n_outputs, *full_shape), dtype=np.float32)
+        probabilities = np.zeros((len(logits), *full_shape), dtype=np.float32)
         if not label_manager.has_regions:
             probabilities[0] = 1
         cropped_probabilities = probabilities[(slice(None), *crop)]
 
     bounds = operator.clip_bounds(logits)
-    for rows, columns in output_blocks(cropped_shape, n_outputs, memory_limit):
+    for rows, columns in output_blocks(operator.new_shape, len(logits), memory_limit):
         block = operator.block(logits, rows, columns, bounds)
-        cropped_labels[rows, columns] = _decide(block, label_manager)
+        if label_manager.has_regions or type(label_manager) is not LabelManager:
+            decided = np.asarray(label_manager.convert_logits_to_segmentation(block))
+        else:
+            decided = argmax_first(block.numpy(), label_dtype(label_manager))
+        cropped_labels[rows, columns] = decided
         if return_probabilities:
             cropped_probabilities[:, rows, columns] = label_manager.apply_inference_nonlin(block)
 
     backward = plans_manager.transpose_backward
-    labels = labels.transpose(backward)
     if probabilities is not None:
         probabilities = probabilities.transpose([0, *[i + 1 for i in backward]])
-    return labels, probabilities
-
-
-def stock_logits_to_labels(
-    logits: torch.Tensor,
-    properties: dict[str, Any],
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    label_manager: LabelManager,
-    *,
-    return_probabilities: bool = False,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """As `logits_to_labels`, by nnU-Net's own function and in its arithmetic."""
-    result = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits.numpy(),
-        plans_manager,
-        configuration_manager,
-        label_manager,
-        properties,
-        return_probabilities=return_probabilities,
-        num_threads_torch=torch.get_num_threads(),
-    )
-    return result if return_probabilities else (result, None)
+    return labels.transpose(backward), probabilities
 
 
 def write_prediction(
@@ -117,19 +87,17 @@ def write_prediction(
     stem = output.name.removesuffix(file_ending)
     output.parent.mkdir(parents=True, exist_ok=True)
     # A folder, not a file: some of nnU-Net's writers put a second file beside the first.
-    folder = Path(tempfile.mkdtemp(prefix=f".{stem}.", dir=output.parent))
-    try:
-        plans_manager.image_reader_writer_class().write_seg(
-            labels, str(folder / output.name), properties
-        )
+    with tempfile.TemporaryDirectory(
+        prefix=f".{stem}.", dir=output.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        folder = Path(temporary)
+        writer = plans_manager.image_reader_writer_class()
+        writer.write_seg(labels, str(folder / output.name), properties)
         if probabilities is not None:
             np.savez_compressed(folder / f"{stem}.npz", probabilities=probabilities)
-            with (folder / f"{stem}.pkl").open("wb") as file:
-                pickle.dump(properties, file)
+            (folder / f"{stem}.pkl").write_bytes(pickle.dumps(properties))
         for written in sorted(folder.iterdir(), key=lambda p: p.name == output.name):
             os.replace(written, output.parent / written.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def label_dtype(label_manager: LabelManager) -> type[np.unsignedinteger]:
@@ -137,54 +105,6 @@ def label_dtype(label_manager: LabelManager) -> type[np.unsignedinteger]:
     values = [*label_manager.all_labels, *(label_manager.regions_class_order or [])]
     few = len(label_manager.foreground_labels) < 255 and max(map(int, values)) < 256
     return np.uint8 if few else np.uint16
-
-
-def source_spacing(
-    properties: dict[str, Any],
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Spacing of the logits and of the image, in mm and in the transposed order of the network."""
-    image_spacing = [properties["spacing"][i] for i in plans_manager.transpose_forward]
-    spacing = configuration_manager.spacing
-    if len(spacing) < len(image_spacing):
-        # a 2d configuration leaves the distance of the slices as it is
-        spacing = [image_spacing[0], *spacing]
-    return spacing, image_spacing
-
-
-def _resampling(
-    logits: torch.Tensor,
-    new_shape: tuple[int, ...],
-    properties: dict[str, Any],
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-) -> tuple[SeparableResampling, torch.Tensor]:
-    """The operator to `new_shape`; what is not separable is applied here."""
-    spacing, image_spacing = source_spacing(properties, plans_manager, configuration_manager)
-    operator = separable_resampling(
-        configuration_manager.configuration["resampling_fn_probabilities"],
-        configuration_manager.configuration["resampling_fn_probabilities_kwargs"],
-        logits.shape[1:],
-        new_shape,
-        spacing,
-        image_spacing,
-    )
-    if operator is not None:
-        return operator, logits
-    resampled = configuration_manager.resampling_fn_probabilities(
-        logits, new_shape, spacing, image_spacing
-    )
-    done = torch.as_tensor(resampled)
-    identity = SeparableResampling(new_shape, new_shape, (None, None, None), None, clip=False)
-    return identity, done
-
-
-def _decide(block: torch.Tensor, label_manager: LabelManager) -> np.ndarray:
-    """Labels (Z', Y', X) of logits (K, Z', Y', X)."""
-    if label_manager.has_regions or type(label_manager) is not LabelManager:
-        return np.asarray(label_manager.convert_logits_to_segmentation(block))
-    return argmax_first(block.numpy(), label_dtype(label_manager))
 
 
 def argmax_first(values: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
@@ -197,3 +117,31 @@ def argmax_first(values: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndar
         np.maximum(values[k], best, out=best)
         np.maximum(labels, larger * dtype(k), out=labels)
     return labels
+
+
+def _resampling(
+    logits: torch.Tensor,
+    properties: dict[str, Any],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+) -> tuple[SeparableResampling, torch.Tensor]:
+    """The operator to the cropped image; what is not separable is applied to the logits here."""
+    new_shape = tuple(map(int, properties["shape_after_cropping_and_before_resampling"]))
+    image_spacing = [properties["spacing"][i] for i in plans_manager.transpose_forward]
+    spacing = configuration_manager.spacing
+    if len(spacing) < len(image_spacing):
+        # a 2d configuration leaves the distance of the slices as it is
+        spacing = [image_spacing[0], *spacing]
+    operator = separable_resampling(
+        configuration_manager.configuration["resampling_fn_probabilities"],
+        configuration_manager.configuration["resampling_fn_probabilities_kwargs"],
+        logits.shape[1:],
+        new_shape,
+        spacing,
+        image_spacing,
+    )
+    if operator is not None:
+        return operator, logits
+    resample = configuration_manager.resampling_fn_probabilities
+    done = torch.as_tensor(resample(logits, new_shape, spacing, image_spacing))
+    return SeparableResampling(new_shape), done

@@ -5,23 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor
 
-from umamba.inference.model_folder import read_json
-from umamba.networks import NetworkEntry, create_network, get_entry, recognize_network
+from umamba.inference.model_folder import build_network, read_json
+from umamba.networks import NetworkEntry, get_entry, recognize_network
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.networks.state_dict import LoadReport, unwrap
-
-CHECKPOINT_NAME = "checkpoint_final.pth"
 
 # Fields of plans written before nnU-Net 2.5, and what they are called in arch_kwargs today.
 OLD_FIELDS = {
@@ -30,13 +25,9 @@ OLD_FIELDS = {
     "n_conv_per_stage_encoder": "n_conv_per_stage",
     "n_conv_per_stage_decoder": "n_conv_per_stage_decoder",
 }
-OLD_ONLY = (
-    "UNet_class_name",
-    "UNet_base_num_features",
-    "unet_max_num_features",
-    "num_pool_per_axis",
-    *OLD_FIELDS,
-)
+WIDTHS = ("UNet_base_num_features", "unet_max_num_features")
+OLD_ONLY = {"UNet_class_name", "num_pool_per_axis", *WIDTHS, *OLD_FIELDS}
+NEEDED = ("strides", "features_per_stage", "kernel_sizes", "n_conv_per_stage")
 
 
 def import_checkpoint(
@@ -59,46 +50,50 @@ def import_checkpoint(
     entry = get_entry(network)
     content = read_checkpoint(checkpoint)
     weights = unwrap(content)
-    check_kind(entry, weights, checkpoint)
+    if not entry.cls.official_key_map().covers(weights):
+        similar = " or ".join(recognize_network(weights.keys()))
+        look = f"it looks like {similar}" if similar else "nor of any registered network"
+        raise ValueError(f"{checkpoint} is not a checkpoint of {entry.name}; {look}")
     new_plans = modern_plans(read_json(plans), entry, plans)
     dataset = read_json(dataset_json)
-    training = content.get("init_args") if isinstance(content.get("init_args"), Mapping) else {}
-    chosen = str(configuration or (training or {}).get("configuration", ""))
+
+    training = content.get("init_args")
+    trained = training.get("configuration") if isinstance(training, Mapping) else None
+    chosen = str(configuration or trained or "")
     names = list(new_plans["configurations"])
     if chosen not in names:
         told = f"has no configuration {chosen!r}" if chosen else "holds several configurations"
         raise ValueError(f"{plans} {told}; choose with -c one of {', '.join(names)}")
-    own, report = convert(entry, weights, new_plans, dataset, chosen, checkpoint)
-    dims = len(PlansManager(new_plans).get_configuration(chosen).patch_size)
-    axes = content.get("inference_allowed_mirroring_axes", tuple(range(dims)))
+
+    manager = PlansManager(new_plans)
+    settings = manager.get_configuration(chosen)
+    dims = len(settings.patch_size)
+    if settings.network_arch_class_name != entry.class_path:
+        raise ValueError(f"{entry.name} has no {dims}D form, which {chosen} needs")
+    with torch.device("meta"):
+        built = build_network(manager, settings, dataset)
+    shapes = {key: tuple(value.shape) for key, value in built.state_dict().items()}
+    try:
+        own, report = entry.cls.official_key_map().to_own(weights, shapes)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} with configuration {chosen}: {error}") from error
+
+    axes = content.get("inference_allowed_mirroring_axes", range(dims))
+    init_args = {"plans": new_plans, "configuration": chosen, "fold": fold, "dataset_json": dataset}
     result = {
-        "network_weights": own,
+        "network_weights": {key: value.detach().clone() for key, value in own.items()},
         "optimizer_state": None,
         "grad_scaler_state": None,
         "logging": {},
         "_best_ema": None,
         "current_epoch": content.get("current_epoch", 0),
-        "init_args": {
-            "plans": new_plans,
-            "configuration": chosen,
-            "fold": fold,
-            "dataset_json": dataset,
-        },
+        "init_args": init_args,
         # Stock prediction looks the class up by name and needs nothing but its network builder.
         "trainer_name": "nnUNetTrainer",
         "inference_allowed_mirroring_axes": axes if axes is None else tuple(axes),
     }
-    write_model_folder(output_folder, new_plans, dataset, result, fold)
+    _write_model_folder(output_folder, result)
     return report
-
-
-def check_kind(entry: NetworkEntry, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Raises ValueError, saying what it looks like, for a checkpoint of another network."""
-    if entry.cls.official_key_map().covers(weights):
-        return
-    similar = recognize_network(weights.keys())
-    look = f"it looks like {' or '.join(similar)}" if similar else "nor of any registered network"
-    raise ValueError(f"{file} is not a checkpoint of {entry.name}; {look}")
 
 
 def modern_plans(plans: Mapping[str, Any], entry: NetworkEntry, file: Path) -> dict[str, Any]:
@@ -111,9 +106,8 @@ def modern_plans(plans: Mapping[str, Any], entry: NetworkEntry, file: Path) -> d
     if not isinstance(result.get("configurations"), dict):
         raise ValueError(f"{file} has no configurations; give the plans.json of the training")
     for name, own in result["configurations"].items():
-        resolved = resolve(plans["configurations"], name, file)
-        text = json.dumps(resolved)
-        if "fast_resample_data_or_seg_to_shape" in text:
+        resolved = _resolve(plans["configurations"], name, file)
+        if "fast_resample_data_or_seg_to_shape" in json.dumps(resolved):
             raise ValueError(
                 f"{file}: {name} resamples with fast_resample_data_or_seg_to_shape, which only "
                 "U-Mamba's copy of nnU-Net has; write resample_data_or_seg_to_shape instead"
@@ -122,28 +116,24 @@ def modern_plans(plans: Mapping[str, Any], entry: NetworkEntry, file: Path) -> d
             continue
         if "inherits_from" in own and not {"architecture", "patch_size", *OLD_ONLY} & own.keys():
             continue
-        own["architecture"] = architecture(resolved, entry, name, file)
+        own["architecture"] = _architecture(resolved, entry, name, file)
         for field in OLD_ONLY:
             own.pop(field, None)
     return result
 
 
-def resolve(configurations: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
-    """A configuration with what it inherits."""
-    chain: list[str] = []
-    current: str | None = name
-    while current is not None:
-        if current not in configurations or current in chain:
-            raise ValueError(f"{file}: {chain[-1]} inherits from {current}, which is not there")
-        chain.append(current)
-        current = configurations[current].get("inherits_from")
-    resolved: dict[str, Any] = {}
-    for ancestor in reversed(chain):
-        resolved.update(configurations[ancestor])
-    return resolved
+def _resolve(
+    configurations: Mapping[str, Any], name: str, file: Path, heirs: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A configuration with what it inherits; `heirs` are those that inherit from it."""
+    if name not in configurations or name in heirs:
+        raise ValueError(f"{file}: {heirs[-1]} inherits from {name}, which is not there")
+    own = configurations[name]
+    parent = own.get("inherits_from")
+    return own if parent is None else _resolve(configurations, parent, file, (*heirs, name)) | own
 
 
-def architecture(
+def _architecture(
     configuration: Mapping[str, Any], entry: NetworkEntry, name: str, file: Path
 ) -> dict[str, Any]:
     """The `architecture` block of a configuration with this network."""
@@ -151,14 +141,12 @@ def architecture(
         known = dict(configuration["architecture"].get("arch_kwargs", {}))
     else:
         known = {new: configuration[old] for old, new in OLD_FIELDS.items() if old in configuration}
-        base = configuration.get("UNet_base_num_features")
-        largest = configuration.get("unet_max_num_features")
+        base, largest = (configuration.get(key) for key in WIDTHS)
         if base and largest and "strides" in known:
             stages = range(len(known["strides"]))
             known["features_per_stage"] = [min(base * 2**s, largest) for s in stages]
     known["patch_size"] = configuration["patch_size"]
-    needed = ("strides", "features_per_stage", "kernel_sizes", "n_conv_per_stage")
-    missing = [key for key in needed if key in entry.keywords and key not in known]
+    missing = [key for key in NEEDED if key in entry.keywords and key not in known]
     if missing:
         raise ValueError(
             f"{file}: {name} does not tell {', '.join(missing)} of the network; "
@@ -173,57 +161,21 @@ def architecture(
     }
 
 
-def convert(
-    entry: NetworkEntry,
-    weights: Mapping[str, Tensor],
-    plans: dict[str, Any],
-    dataset: dict[str, Any],
-    configuration: str,
-    file: Path,
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The weights under our names, checked against the network that the plans describe."""
-    manager = PlansManager(copy.deepcopy(plans))
-    chosen = manager.get_configuration(configuration)
-    if chosen.network_arch_class_name != entry.class_path:
-        dims = len(chosen.patch_size)
-        raise ValueError(f"{entry.name} has no {dims}D form, which {configuration} needs")
-    with torch.device("meta"):
-        built = create_network(
-            entry.name,
-            determine_num_input_channels(manager, chosen, dataset),
-            manager.get_label_manager(dataset).num_segmentation_heads,
-            **chosen.network_arch_init_kwargs,
-        )
-    shapes = {key: tuple(value.shape) for key, value in built.state_dict().items()}
-    try:
-        own, report = entry.cls.official_key_map().to_own(weights, shapes)
-    except ValueError as error:
-        raise ValueError(f"{file} with configuration {configuration}: {error}") from error
-    return {key: value.detach().clone() for key, value in own.items()}, report
-
-
-def write_model_folder(
-    folder: Path,
-    plans: dict[str, Any],
-    dataset: dict[str, Any],
-    checkpoint: dict[str, Any],
-    fold: int | str,
-) -> None:
+def _write_model_folder(folder: Path, checkpoint: dict[str, Any]) -> None:
     """Writes plans.json, dataset.json and, last, the fold with its checkpoint."""
-    target = folder / f"fold_{fold}"
+    training = checkpoint["init_args"]
+    plans, target = training["plans"], folder / f"fold_{training['fold']}"
     if target.exists():
         raise ValueError(f"{target} exists already; choose another folder or fold")
     if (folder / "plans.json").exists() and read_json(folder / "plans.json") != plans:
         raise ValueError(f"{folder} is the model folder of other plans; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        temporary = Path(name)
         (temporary / target.name).mkdir()
-        torch.save(checkpoint, temporary / target.name / CHECKPOINT_NAME)
-        for name, content in (("plans.json", plans), ("dataset.json", dataset)):
-            (temporary / name).write_text(json.dumps(content, indent=4))
+        torch.save(checkpoint, temporary / target.name / "checkpoint_final.pth")
+        (temporary / "plans.json").write_text(json.dumps(plans, indent=4))
+        (temporary / "dataset.json").write_text(json.dumps(training["dataset_json"], indent=4))
         folder.mkdir(exist_ok=True)
         for part in ("plans.json", "dataset.json", target.name):
             os.replace(temporary / part, folder / part)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

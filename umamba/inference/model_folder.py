@@ -46,7 +46,7 @@ def find_model_folder(path: str | Path) -> Path:
             f"{path} holds no model folder: one has plans.json, dataset.json and fold_0, fold_1 ..."
         )
     if len(found) > 1:
-        listing = ", ".join(str(d) for d in found)
+        listing = ", ".join(map(str, found))
         raise ValueError(f"{path} holds several model folders, choose one of them: {listing}")
     return found[0]
 
@@ -73,13 +73,12 @@ def select_folds(
                 else "its training has not reached a checkpoint yet")  # fmt: skip
         raise UnknownFoldError(f"no fold of {folder} has {checkpoint_name}; {hint}")
     if folds is None:
-        numbered = tuple(f for f in there if f != "all")
-        return numbered or tuple(there)
+        return tuple(f for f in there if f != "all") or tuple(there)
     wanted = tuple(f if f == "all" else int(f) for f in folds)
-    missing = [f for f in wanted if f not in there]
+    missing = [str(f) for f in wanted if f not in there]
     if missing:
         raise UnknownFoldError(
-            f"fold {', '.join(map(str, missing))} of {folder} has no {checkpoint_name}; "
+            f"fold {', '.join(missing)} of {folder} has no {checkpoint_name}; "
             f"folds that have it: {', '.join(map(str, there))}"
         )
     return wanted
@@ -101,10 +100,9 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """A training checkpoint, read as tensors, numbers and names only: no code in it can run."""
     checkpoint = read_tensors(file)
-    needed = ("network_weights", "init_args")
-    if any(key not in checkpoint for key in needed):
+    if not {"network_weights", "init_args"} <= checkpoint.keys():
         raise ValueError(
-            f"{file} is not a checkpoint of nnU-Net's trainers (no {' and '.join(needed)}); "
+            f"{file} is not a checkpoint of nnU-Net's trainers (no network_weights and init_args); "
             "import official weights with `umamba models import`"
         )
     return checkpoint
@@ -118,9 +116,8 @@ def build_network(
     try:
         found = pydoc.locate(class_path)
     except pydoc.ErrorDuringImport as error:
-        raise ValueError(
-            f"the network {class_path} of plans.json fails to import: {error}"
-        ) from error
+        message = f"the network {class_path} of plans.json fails to import: {error}"
+        raise ValueError(message) from error
     if found is None:
         raise ValueError(
             f"plans.json names the network {class_path}, which is not installed; install the "

@@ -35,22 +35,26 @@ def run_pipeline(
     prepare: Callable[[Case], Prepared],
     predict: Callable[[Case, Prepared], Predicted],
     export: Callable[[Case, Prepared, Predicted], None],
-    on_done: Callable[[Case], None] | None = None,
+    on_done: Callable[[Case], object] | None = None,
 ) -> list[CaseFailure]:
     """Prepares, predicts and exports every case; a case that fails is returned, the others go on.
 
     `predict` runs in the calling thread, `prepare` and `export` each in one thread of their own;
     `on_done` is called in the calling thread, once per case that succeeded, in order.
     """
-    failures: list[CaseFailure] = []
+    failures: dict[Case, CaseFailure] = {}
 
     def attempt(case: Case, step: Callable[[], Result]) -> list[Result]:
+        """The result in a list, which is empty where the step failed."""
         try:
             return [step()]
         # One bad case, whatever it does to a reader or to the network, must not end the others.
         except Exception as error:
             logger.debug("case %s failed", identifier(case), exc_info=True)
-            failures.append(CaseFailure(identifier(case), _sentence(error)))
+            message = " ".join(str(error).split()) or "no message"
+            if not isinstance(error, ValueError | FileNotFoundError):
+                message = f"{type(error).__name__}: {message}"
+            failures[case] = CaseFailure(identifier(case), message)
             return []
 
     reader, writer = ThreadPoolExecutor(1, "prepare"), ThreadPoolExecutor(1, "export")
@@ -76,12 +80,4 @@ def run_pipeline(
     finally:
         reader.shutdown(cancel_futures=True)
         writer.shutdown()
-    order = {identifier(case): i for i, case in enumerate(cases)}
-    return sorted(failures, key=lambda f: order[f.identifier])
-
-
-def _sentence(error: Exception) -> str:
-    message = " ".join(str(error).split()) or "no message"
-    if isinstance(error, ValueError | FileNotFoundError):
-        return message
-    return f"{type(error).__name__}: {message}"
+    return [failures[case] for case in cases if case in failures]

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+)
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from umamba.inference.cases import PredictionCase
-from umamba.inference.export import logits_to_labels, stock_logits_to_labels, write_prediction
+from umamba.inference.export import logits_to_labels, write_prediction
 from umamba.inference.model_folder import (
     Fold,
     build_network,
@@ -51,23 +54,16 @@ class UMambaPredictor(nnUNetPredictor):
         *,
         nnunet_exact: bool = False,
     ) -> None:
-        device = default_device() if device is None else device
         # nnU-Net prints a line for every device but CUDA
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                tile_step_size=tile_step_size,
-                use_gaussian=use_gaussian,
-                use_mirroring=use_mirroring,
-                perform_everything_on_device=perform_everything_on_device,
-                device=device,
-                verbose=verbose,
-                verbose_preprocessing=verbose_preprocessing,
-                allow_tqdm=allow_tqdm,
-            )
+                tile_step_size, use_gaussian, use_mirroring, perform_everything_on_device,
+                device or default_device(), verbose, verbose_preprocessing, allow_tqdm,
+            )  # fmt: skip
         self.nnunet_exact = nnunet_exact
         self.folds: tuple[Fold, ...] = ()
-        self.on_windows_done: Callable[[float], object] | None = None
-        self._loaded: int | None = None
+        self.on_windows_done: Callable[[float], object] = lambda share: None
+        self._loaded: dict[str, torch.Tensor] | None = None
 
     def initialize_from_trained_model_folder(
         self,
@@ -86,27 +82,23 @@ class UMambaPredictor(nnUNetPredictor):
         self.folds = select_folds(folder, use_folds, checkpoint_name)
         plans_manager = PlansManager(read_json(folder / "plans.json"))
         dataset_json = read_json(folder / "dataset.json")
-        network: nn.Module | None = None
-        parameters = []
-        for fold in self.folds:
-            file = folder / f"fold_{fold}" / checkpoint_name
-            checkpoint = read_checkpoint(file)
-            if network is None:
-                name = checkpoint["init_args"]["configuration"]
-                if name not in plans_manager.available_configurations:
-                    raise ValueError(
-                        f"{file} was trained with the configuration {name}, which its plans.json "
-                        "does not have (it has "
-                        f"{', '.join(plans_manager.available_configurations)})"
-                    )
-                configuration_manager = plans_manager.get_configuration(name)
-                network = build_network(plans_manager, configuration_manager, dataset_json)
-                trainer_name = checkpoint.get("trainer_name", "")
-                mirror_axes = checkpoint.get("inference_allowed_mirroring_axes")
-            check_weights(network, checkpoint["network_weights"], file)
-            parameters.append(checkpoint["network_weights"])
-        assert network is not None
+        files = [folder / f"fold_{fold}" / checkpoint_name for fold in self.folds]
+        checkpoint = read_checkpoint(files[0])
+        name = checkpoint["init_args"]["configuration"]
+        known = plans_manager.available_configurations
+        if name not in known:
+            raise ValueError(
+                f"{files[0]} was trained with the configuration {name}, which its plans.json "
+                f"does not have (it has {', '.join(known)})"
+            )
+        configuration_manager = plans_manager.get_configuration(name)
+        network = build_network(plans_manager, configuration_manager, dataset_json)
+        parameters = [checkpoint["network_weights"]]
+        parameters += [read_checkpoint(file)["network_weights"] for file in files[1:]]
+        for file, weights in zip(files, parameters, strict=True):
+            check_weights(network, weights, file)
         network.load_state_dict(parameters[0])
+        self._loaded = parameters[0]
         if self.device.type == "cpu" and not self.nnunet_exact:
             # spares oneDNN reordering between convolutions: 13 % of the time of a plain U-Net
             _to_channels_last(network, len(configuration_manager.patch_size))
@@ -116,10 +108,9 @@ class UMambaPredictor(nnUNetPredictor):
             configuration_manager,
             parameters,
             dataset_json,
-            trainer_name,
-            mirror_axes,
+            checkpoint.get("trainer_name", ""),
+            checkpoint.get("inference_allowed_mirroring_axes"),
         )
-        self._loaded = 0 if len(parameters) == 1 else None
 
     @torch.inference_mode()
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
@@ -128,15 +119,14 @@ class UMambaPredictor(nnUNetPredictor):
             return super().predict_logits_from_preprocessed_data(data)
         if self.list_of_parameters is None:
             return self.predict_sliding_window_return_logits(data).cpu()
-        total: torch.Tensor | None = None
-        for i, parameters in enumerate(self.list_of_parameters):
-            if self._loaded != i:
+        total: Any = None
+        for parameters in self.list_of_parameters:
+            if self._loaded is not parameters:
                 network: Any = self.network
                 getattr(network, "_orig_mod", network).load_state_dict(parameters)
-                self._loaded = i
+                self._loaded = parameters
             logits = self.predict_sliding_window_return_logits(data).cpu()
             total = logits if total is None else total.add_(logits)
-        assert total is not None
         n_folds = len(self.list_of_parameters)
         return total if n_folds == 1 else total.div_(n_folds)
 
@@ -159,58 +149,54 @@ class UMambaPredictor(nnUNetPredictor):
             use_gaussian=self.use_gaussian,
             mirror_axes=self.allowed_mirroring_axes if self.use_mirroring else None,
             max_batch=tiles_per_batch(patch_size, configuration.batch_size, self.device),
-            progress=None if self.on_windows_done is None else self._report_progress,
+            progress=lambda share: self.on_windows_done(share / max(1, len(self.folds))),
         )
 
     @property
     def n_channels(self) -> int:
         """Channels of an image, the previous stage of a cascade not counted."""
-        names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality", {})
-        return len(names)
+        return len(self.dataset_json.get("channel_names") or self.dataset_json.get("modality", {}))
 
     def preprocessor(self) -> CasePreprocessor:
+        configuration = self.configuration_manager.configuration
         return CasePreprocessor(
-            self.plans_manager,
-            self.configuration_manager.configuration,
-            self.dataset_json,
-            self.nnunet_exact,
+            self.plans_manager, configuration, self.dataset_json, self.nnunet_exact
         )
 
-    def predict_prepared(
-        self, prepared: PreparedCase, return_probabilities: bool = False
+    def to_labels(
+        self, logits: torch.Tensor, properties: dict[str, Any], return_probabilities: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Label map, and probabilities if asked for, in the geometry of the image."""
-        logits = self.predict_logits_from_preprocessed_data(prepared.data)
-        return self._to_labels(logits, prepared.properties, return_probabilities)
+        managers = self.plans_manager, self.configuration_manager, self.label_manager
+        if not self.nnunet_exact:
+            return logits_to_labels(
+                logits, properties, *managers, return_probabilities=return_probabilities
+            )
+        result = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits.numpy(), *managers, properties, return_probabilities, torch.get_num_threads()
+        )
+        return result if return_probabilities else (result, None)
 
     def predict_cases(
         self,
         cases: Sequence[PredictionCase],
         *,
         save_probabilities: bool = False,
-        on_done: Callable[[PredictionCase], None] | None = None,
+        on_done: Callable[[PredictionCase], object] | None = None,
     ) -> list[CaseFailure]:
         """Predicts the cases and writes their outputs; returns those that failed."""
-        if self.configuration_manager.previous_stage_name is not None:
-            lacking = [c.identifier for c in cases if c.previous_stage is None]
-            if lacking:
-                raise ValueError(
-                    "this network is the second stage of a cascade; give the folder of the label "
-                    f"maps of {self.configuration_manager.previous_stage_name} "
-                    "(-prev_stage_predictions)"
-                )
+        first_stage = self.configuration_manager.previous_stage_name
+        if first_stage is not None and any(case.previous_stage is None for case in cases):
+            raise ValueError(
+                "this network is the second stage of a cascade; give the folder of the label "
+                f"maps of {first_stage} (-prev_stage_predictions)"
+            )
         preprocessor = self.preprocessor()
 
         def export(case: PredictionCase, prepared: PreparedCase, logits: torch.Tensor) -> None:
-            labels, probabilities = self._to_labels(logits, prepared.properties, save_probabilities)
-            write_prediction(
-                case.output,
-                labels,
-                probabilities,
-                prepared.properties,
-                self.plans_manager,
-                case.file_ending,
-            )
+            properties, manager = prepared.properties, self.plans_manager
+            result = self.to_labels(logits, properties, save_probabilities)
+            write_prediction(case.output, *result, properties, manager, case.file_ending)
 
         return run_pipeline(
             cases,
@@ -219,23 +205,6 @@ class UMambaPredictor(nnUNetPredictor):
             lambda _, prepared: self.predict_logits_from_preprocessed_data(prepared.data),
             export,
             on_done,
-        )
-
-    def _report_progress(self, share: float) -> None:
-        if self.on_windows_done is not None:
-            self.on_windows_done(share / max(1, len(self.folds)))
-
-    def _to_labels(
-        self, logits: torch.Tensor, properties: dict[str, Any], return_probabilities: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        convert = stock_logits_to_labels if self.nnunet_exact else logits_to_labels
-        return convert(
-            logits,
-            properties,
-            self.plans_manager,
-            self.configuration_manager,
-            self.label_manager,
-            return_probabilities=return_probabilities,
         )
 
 
@@ -267,19 +236,16 @@ def predict_volume(
     if isinstance(model_folder, UMambaPredictor):
         predictor = model_folder
     else:
-        predictor = UMambaPredictor(
-            tile_step_size=tile_step_size, use_mirroring=use_mirroring, device=device
-        )
+        predictor = UMambaPredictor(tile_step_size, use_mirroring=use_mirroring, device=device)
         predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint_name)
-    n_channels = predictor.n_channels
-    if image.shape[0] != n_channels:
-        raise ValueError(f"image has {image.shape[0]} channels; the network takes {n_channels}")
-    prepared = predictor.preprocessor().from_array(
-        image,
-        {"spacing": list(spacing)},
-        None if previous_stage is None else previous_stage[None],
-    )
-    return predictor.predict_prepared(prepared)[0]
+    if image.shape[0] != predictor.n_channels:
+        raise ValueError(
+            f"image has {image.shape[0]} channels; the network takes {predictor.n_channels}"
+        )
+    previous = None if previous_stage is None else previous_stage[None]
+    case = predictor.preprocessor().from_array(image, {"spacing": list(spacing)}, previous)
+    logits = predictor.predict_logits_from_preprocessed_data(case.data)
+    return predictor.to_labels(logits, case.properties)[0]
 
 
 def default_device() -> torch.device:
@@ -290,7 +256,7 @@ def default_device() -> torch.device:
 
 
 def _to_channels_last(network: nn.Module, n_spatial: int) -> None:
+    layout = torch.channels_last if n_spatial == 2 else torch.channels_last_3d
     for parameter in network.parameters():
         if parameter.ndim == n_spatial + 2:
-            layout = torch.channels_last if n_spatial == 2 else torch.channels_last_3d
             parameter.data = parameter.data.contiguous(memory_format=layout)

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.label_handling.label_handling import (
+    LabelManager,
+    convert_labelmap_to_one_hot,
+)
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from umamba.inference.resampling import separable_resampling
@@ -29,52 +32,45 @@ class CasePreprocessor:
     def __init__(
         self, plans_manager: PlansManager, configuration: dict, dataset_json: dict, exact: bool
     ) -> None:
-        self.plans_manager = plans_manager
-        self.dataset_json = dataset_json
-        self.configuration_manager = _PredictionConfiguration(configuration, exact)
-        preprocessor_class = self.configuration_manager.preprocessor_class
-        if preprocessor_class is None:
+        manager = _PredictionConfiguration(configuration, exact)
+        if manager.preprocessor_class is None:
             raise ValueError(
-                "plans.json names the preprocessor "
-                f"{self.configuration_manager.preprocessor_name}, which nnunetv2 "
+                f"plans.json names the preprocessor {manager.preprocessor_name}, which nnunetv2 "
                 "does not have; install the nnunetv2 that made these plans"
             )
-        self.preprocessor = preprocessor_class(verbose=False)
+        self.preprocessor = manager.preprocessor_class(verbose=False)
         self.label_manager = plans_manager.get_label_manager(dataset_json)
+        self._plans = (plans_manager, manager, dataset_json)
 
     def from_files(self, images: Sequence[Path], previous_stage: Path | None) -> PreparedCase:
         """Reads and prepares; in a cascade, `previous_stage` is the label map before."""
-        data, seg, properties = self.preprocessor.run_case(
-            [str(i) for i in images],
-            str(previous_stage) if previous_stage is not None else None,
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-        )
-        return self._prepared(data, seg, properties, previous_stage is not None)
+        previous = None if previous_stage is None else str(previous_stage)
+        files = [str(image) for image in images]
+        data, seg, found = self.preprocessor.run_case(files, previous, *self._plans)
+        return self._prepared(data, seg, found, previous_stage is not None)
 
     def from_array(
         self, image: np.ndarray, properties: dict[str, Any], previous_stage: np.ndarray | None
     ) -> PreparedCase:
         """Prepares (C, z, y, x); needs "spacing" in properties; previous_stage (1, z, y, x)."""
-        data, seg, properties = self.preprocessor.run_case_npy(
-            image,
-            previous_stage,
-            dict(properties),
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-        )
-        return self._prepared(data, seg, properties, previous_stage is not None)
+        arguments = (image, previous_stage, dict(properties))
+        data, seg, found = self.preprocessor.run_case_npy(*arguments, *self._plans)
+        return self._prepared(data, seg, found, previous_stage is not None)
 
     def _prepared(
         self, data: np.ndarray, seg: np.ndarray, properties: dict[str, Any], cascaded: bool
     ) -> PreparedCase:
         if cascaded:
-            labels = self.label_manager.foreground_labels
-            data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
-        tensor = torch.from_numpy(data)
-        return PreparedCase(tensor.to(torch.float32).contiguous(), properties)
+            data = with_previous_stage(data, seg[0], self.label_manager)
+        return PreparedCase(torch.from_numpy(data).float().contiguous(), properties)
+
+
+def with_previous_stage(
+    data: np.ndarray, labels: np.ndarray, label_manager: LabelManager
+) -> np.ndarray:
+    """The data (C, z, y, x) with one channel more for each foreground label of the stage before."""
+    one_hot = convert_labelmap_to_one_hot(labels, label_manager.foreground_labels, data.dtype)
+    return np.vstack((data, one_hot))
 
 
 class _PredictionConfiguration(ConfigurationManager):
@@ -87,23 +83,16 @@ class _PredictionConfiguration(ConfigurationManager):
     @property
     def resampling_fn_data(self) -> Callable[..., Any]:
         stock = super().resampling_fn_data
-        if self._exact:
-            return stock
+        name = self.configuration["resampling_fn_data"]
+        kwargs = self.configuration["resampling_fn_data_kwargs"]
 
-        def resample(data: np.ndarray, new_shape: Any, spacing: Any, new_spacing: Any) -> Any:
-            operator = separable_resampling(
-                self.configuration["resampling_fn_data"],
-                self.configuration["resampling_fn_data_kwargs"],
-                data.shape[1:],
-                new_shape,
-                spacing,
-                new_spacing,
-            )
-            if operator is None or data.dtype != np.float32:
-                return stock(data, new_shape, spacing, new_spacing)
+        def resample(data: np.ndarray, *shape_and_spacings: Any) -> Any:
+            operator = separable_resampling(name, kwargs, data.shape[1:], *shape_and_spacings)
+            if operator is None:
+                return stock(data, *shape_and_spacings)
             return operator.whole(torch.from_numpy(np.ascontiguousarray(data))).numpy()
 
-        return resample
+        return stock if self._exact else resample
 
     @property
     def resampling_fn_seg(self) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,17 @@ from skimage.transform import resize
 
 # Legend: C channels; z, y, x extents before, Z, Y, X extents after resampling.
 
-SEPARABLE_FUNCTION = "resample_data_or_seg_to_shape"
+# The function that is separable, and its defaults.
+FUNCTION = "resample_data_or_seg_to_shape"
+DEFAULTS: dict[str, Any] = {
+    "is_seg": False,
+    "order": 3,
+    "order_z": 0,
+    "force_separate_z": False,
+    "separate_z_anisotropy_threshold": 3,
+}
+# Working set of one block: small enough for a cache, large enough to amortise the calls.
+MEMORY_LIMIT = 2**26
 # Weights of a cubic spline fall by 0.27 per voxel without end; below this they are dropped.
 NEGLIGIBLE_WEIGHT = 1e-9
 ROWS_PER_BAND = 64
@@ -34,97 +45,39 @@ def separable_resampling(
     `function_name` and `kwargs` are those of the plans, for probabilities or for the data;
     shapes (z, y, x) and spacings in mm, as nnU-Net hands them over.
     """
-    options = {
-        "is_seg": False,
-        "order": 3,
-        "order_z": 0,
-        "force_separate_z": False,
-        "separate_z_anisotropy_threshold": 3,
-    }
-    if function_name != SEPARABLE_FUNCTION or not set(kwargs) <= set(options):
+    options = DEFAULTS | kwargs
+    if function_name != FUNCTION or options["is_seg"] or len(options) > len(DEFAULTS):
         return None
-    options.update(kwargs)
-    if options["is_seg"]:
-        return None
-    separate, axis = determine_do_sep_z_and_axis(
-        options["force_separate_z"],
-        current_spacing,
-        new_spacing,
-        options["separate_z_anisotropy_threshold"],
-    )
-    shape, new_shape = tuple(map(int, shape)), tuple(map(int, new_shape))
-    if shape == new_shape:
-        return SeparableResampling(shape, new_shape, (None, None, None), None, clip=False)
-    through_plane = int(axis) if separate and axis is not None else None
-    matrices = []
-    for i, (n_in, n_out) in enumerate(zip(shape, new_shape, strict=True)):
-        order = options["order_z"] if i == through_plane else options["order"]
-        same = n_in == n_out
-        matrices.append(None if same else axis_matrix(n_in, n_out, order, i == through_plane))
-    return SeparableResampling(
-        shape,
-        new_shape,
-        (matrices[0], matrices[1], matrices[2]),
-        through_plane,
-        # skimage clips to the range of its input; order 0 and 1 cannot leave it
-        clip=options["order"] > 1,
-    )
-
-
-@dataclass(frozen=True)
-class AxisMatrix:
-    """An (n_out, n_in) operator in bands of rows, each with the input columns that it needs."""
-
-    shape: tuple[int, int]
-    bands: tuple[tuple[int, int, int, int, torch.Tensor], ...]
-
-    def source_rows(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of input positions that the outputs start..stop depend on."""
-        touched = [(a, b) for first, last, a, b, _ in self.bands if first < stop and last > start]
-        return min(a for a, _ in touched), max(b for _, b in touched)
-
-    def apply(
-        self, data: torch.Tensor, axis: int, start: int, stop: int, offset: int
-    ) -> torch.Tensor:
-        """Outputs start..stop along `axis` of data (C, z, y, x), whose first input is `offset`."""
-        extent = list(data.shape)
-        extent[axis] = stop - start
-        out = data.new_empty(extent)
-        last_axis = axis == data.ndim - 1
-        n_before = int(np.prod(extent[:axis]))
-        source = data.reshape(n_before, data.shape[axis], -1)
-        target = out.view(n_before, stop - start, -1)
-        for first, last, a, b, weights in self.bands:
-            low, high = max(first, start), min(last, stop)
-            if low >= high:
-                continue
-            part = weights[low - first : high - first]
-            columns = slice(a - offset, b - offset)
-            rows = slice(low - start, high - start)
-            if last_axis:
-                torch.mm(source[:, columns, 0], part.T, out=target[:, rows, 0])
-            else:
-                target[:, rows] = torch.matmul(part, source[:, columns])
-        return out
+    _, order, order_z, force, threshold = options.values()
+    separate, axis = determine_do_sep_z_and_axis(force, current_spacing, new_spacing, threshold)
+    through_plane = int(axis) if separate else None
+    matrices: list[torch.Tensor | None] = []
+    for i, (n_in, n_out) in enumerate(zip(map(int, shape), map(int, new_shape), strict=True)):
+        through = i == through_plane
+        axis_order = order_z if through else order
+        matrices.append(None if n_in == n_out else axis_matrix(n_in, n_out, axis_order, through))
+    # skimage clips to the range of its input; order 0 and 1 cannot leave it
+    clip = order > 1
+    return SeparableResampling(tuple(map(int, new_shape)), tuple(matrices), through_plane, clip)
 
 
 @dataclass(frozen=True)
 class SeparableResampling:
     """Resampling of (C, z, y, x) to (C, Z, Y, X), computed block by block of the output."""
 
-    shape: tuple[int, ...]
     new_shape: tuple[int, ...]
-    matrices: tuple[AxisMatrix | None, AxisMatrix | None, AxisMatrix | None]
-    separate_axis: int | None
-    clip: bool
+    # one (n_out, n_in) operator per axis, None for an axis that keeps its extent
+    matrices: tuple[torch.Tensor | None, ...] = (None, None, None)
+    separate_axis: int | None = None
+    clip: bool = False
 
     @property
     def is_identity(self) -> bool:
-        return self.shape == self.new_shape
+        return all(matrix is None for matrix in self.matrices)
 
     def clip_bounds(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Smallest and largest input per channel (per slice where slices are resampled alone)."""
-        if not self.clip:
+        if not self.clip or self.is_identity:
             return None
         axes = [a + 1 for a in range(3) if a != self.separate_axis]
         return torch.amin(data, axes, keepdim=True), torch.amax(data, axes, keepdim=True)
@@ -137,41 +90,33 @@ class SeparableResampling:
         bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The resampled data (C, Z', Y', X) at `rows` of axis z and `columns` of axis y."""
-        wanted = (
-            (rows.start, rows.stop),
-            (columns.start, columns.stop),
-            (0, self.new_shape[2]),
-        )
-        needed: list[tuple[int, int]] = []
-        for matrix, (start, stop) in zip(self.matrices, wanted, strict=True):
-            needed.append((start, stop) if matrix is None else matrix.source_rows(start, stop))
-        region = tuple(slice(start, stop) for start, stop in needed)
-        result = data[(slice(None), *region)]
+        wanted = [(rows.start, rows.stop), (columns.start, columns.stop), (0, self.new_shape[2])]
+        needed = [
+            (start, stop) if matrix is None else used_columns(matrix[start:stop])
+            for matrix, (start, stop) in zip(self.matrices, wanted, strict=True)
+        ]
+
+        def resample(part: torch.Tensor, axis: int) -> torch.Tensor:
+            matrix = self.matrices[axis]
+            if matrix is None:
+                return part
+            return apply_matrix(matrix, part, axis + 1, *wanted[axis], needed[axis][0])
+
         # In plane first, then clip, then along the separate axis: nnU-Net's order of the steps.
-        in_plane = [a for a in range(3) if a != self.separate_axis]
-        for axis in in_plane:
-            result = self._apply(result, axis, wanted[axis], needed[axis][0])
+        result = data[(slice(None), *(slice(*n) for n in needed))]
+        separate = self.separate_axis
+        for axis in range(3):
+            if axis != separate:
+                result = resample(result, axis)
         if bounds is not None:
             low, high = bounds
-            if self.separate_axis is not None:
-                index = [slice(None)] * 4
-                index[self.separate_axis + 1] = region[self.separate_axis]
-                low, high = low[tuple(index)], high[tuple(index)]
+            if separate is not None:
+                start, stop = needed[separate]
+                low, high = (b.narrow(separate + 1, start, stop - start) for b in bounds)
             result = torch.clamp(result, low, high)
-        if self.separate_axis is not None:
-            axis = self.separate_axis
-            result = self._apply(result, axis, wanted[axis], needed[axis][0])
-        return result
+        return result if separate is None else resample(result, separate)
 
-    def _apply(
-        self, data: torch.Tensor, axis: int, wanted: tuple[int, int], offset: int
-    ) -> torch.Tensor:
-        matrix = self.matrices[axis]
-        if matrix is None:
-            return data
-        return matrix.apply(data, axis + 1, *wanted, offset)
-
-    def whole(self, data: torch.Tensor, memory_limit: int = 2**26) -> torch.Tensor:
+    def whole(self, data: torch.Tensor, memory_limit: int = MEMORY_LIMIT) -> torch.Tensor:
         """All of the resampled data (C, Z, Y, X), with little more memory than the result."""
         if self.is_identity:
             return data
@@ -199,9 +144,9 @@ def output_blocks(
     ]
 
 
-@lru_cache(maxsize=64)
-def axis_matrix(n_in: int, n_out: int, order: int, through_plane: bool = False) -> AxisMatrix:
-    """The operator of one axis, found by resampling unit vectors with the calls of nnU-Net."""
+@lru_cache(maxsize=32)
+def axis_matrix(n_in: int, n_out: int, order: int, through_plane: bool) -> torch.Tensor:
+    """The (n_out, n_in) operator of one axis: unit vectors, resampled with nnU-Net's own calls."""
     unit = np.eye(n_in)
     if through_plane:
         positions = float(n_in) / n_out * (np.arange(n_out) + 0.5) - 0.5
@@ -210,12 +155,35 @@ def axis_matrix(n_in: int, n_out: int, order: int, through_plane: bool = False) 
         columns = [
             resize(u, (n_out,), order, mode="edge", anti_aliasing=False, clip=False) for u in unit
         ]
-    dense = np.stack(columns, axis=1)
-    bands = []
-    for first in range(0, n_out, ROWS_PER_BAND):
-        last = min(first + ROWS_PER_BAND, n_out)
-        used = np.flatnonzero(np.abs(dense[first:last]).max(0) > NEGLIGIBLE_WEIGHT)
-        a, b = int(used[0]), int(used[-1]) + 1
-        weights = torch.from_numpy(dense[first:last, a:b].astype(np.float32))
-        bands.append((first, last, a, b, weights))
-    return AxisMatrix((n_out, n_in), tuple(bands))
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
+
+
+def used_columns(rows: torch.Tensor) -> tuple[int, int]:
+    """The range of input positions that these rows of a matrix depend on."""
+    used = (rows.abs() > NEGLIGIBLE_WEIGHT).any(0).nonzero()
+    return int(used[0]), int(used[-1]) + 1
+
+
+def apply_matrix(
+    matrix: torch.Tensor, data: torch.Tensor, axis: int, start: int, stop: int, offset: int
+) -> torch.Tensor:
+    """Outputs start..stop along `axis` of data (C, z, y, x), whose first input is `offset`.
+
+    The rows are taken in bands, each with the columns that it uses: the rest of it is zeros.
+    """
+    extent = list(data.shape)
+    extent[axis] = stop - start
+    out = data.new_empty(extent)
+    n_before = math.prod(extent[:axis])
+    source = data.reshape(n_before, data.shape[axis], -1)
+    target = out.view(n_before, stop - start, -1)
+    for first in range(start, stop, ROWS_PER_BAND):
+        last = min(first + ROWS_PER_BAND, stop)
+        a, b = used_columns(matrix[first:last])
+        weights = matrix[first:last, a:b].contiguous()
+        rows, columns = slice(first - start, last - start), slice(a - offset, b - offset)
+        if axis == data.ndim - 1:
+            torch.mm(source[:, columns, 0], weights.T, out=target[:, rows, 0])
+        else:
+            target[:, rows] = torch.matmul(weights, source[:, columns])
+    return out

@@ -13,11 +13,12 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 # Legend: B tiles, C input channels, K classes or regions; a tile is (C, *patch_size).
 
 GAUSSIAN_FLOOR = 1e-3
+Network = Callable[[torch.Tensor], torch.Tensor]
 Window = tuple[slice | int, ...]
 
 
 def accumulate_windows(
-    network: Callable[[torch.Tensor], torch.Tensor],
+    network: Network,
     data: torch.Tensor,
     windows: Sequence[Window],
     *,
@@ -27,7 +28,7 @@ def accumulate_windows(
     use_gaussian: bool = True,
     mirror_axes: Sequence[int] | None = None,
     max_batch: int = 1,
-    progress: Callable[[float], object] | None = None,
+    progress: Callable[[float], object] = lambda share: None,
 ) -> torch.Tensor:
     """Logits (K, z, y, x) in float32 on the device of `data`, the weighted mean over the windows.
 
@@ -56,8 +57,7 @@ def accumulate_windows(
             for window, tile in zip(chunk, predicted, strict=True):
                 logits[window].addcmul_(tile, weight)
                 weight_sum[window[1:]].add_(weight)
-        if progress is not None:
-            progress(len(chunk) / len(windows))
+        progress(len(chunk) / len(windows))
     if len(windows) > 1:
         logits /= weight_sum
     if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):
@@ -78,20 +78,8 @@ def tiles_per_batch(patch_size: Sequence[int], training_batch: int, device: torc
     return min(8, max(pair, 2**15 // math.prod(patch_size)))
 
 
-def _slow_alone(patch_size: Sequence[int], device: torch.device) -> bool:
-    """Whether two tiles go through the network in less time than one.
-
-    torch leaves 3-D convolutions of one sample to its own slow code instead of oneDNN's where
-    channels x depth x height are at most 20480: two 32x40x40 tiles take a third of the time of one.
-    """
-    return device.type == "cpu" and len(patch_size) == 3 and math.prod(patch_size) <= 2**18
-
-
 def predict_mirrored(
-    network: Callable[[torch.Tensor], torch.Tensor],
-    tiles: torch.Tensor,
-    mirror_axes: Sequence[int] | None,
-    max_batch: int = 1,
+    network: Network, tiles: torch.Tensor, mirror_axes: Sequence[int] | None, max_batch: int = 1
 ) -> torch.Tensor:
     """Mean logits (B, K, *patch) in float32 over all combinations of mirrored axes."""
     axes = sorted(a + 2 for a in mirror_axes or ())
@@ -122,3 +110,12 @@ def importance_map(patch_size: tuple[int, ...]) -> torch.Tensor:
         patch_size, sigma_scale=1.0 / 8, dtype=torch.float64, device=torch.device("cpu")
     )
     return weight.clamp(min=GAUSSIAN_FLOOR * float(weight.max())).float()
+
+
+def _slow_alone(patch_size: Sequence[int], device: torch.device) -> bool:
+    """Whether two tiles go through the network in less time than one.
+
+    torch leaves 3-D convolutions of one sample to its own slow code instead of oneDNN's where
+    channels x depth x height are at most 20480: two 32x40x40 tiles take a third of the time of one.
+    """
+    return device.type == "cpu" and len(patch_size) == 3 and math.prod(patch_size) <= 2**18

@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from tqdm import tqdm
 
-from umamba.inference.export import logits_to_labels, write_prediction
+from umamba.inference.export import write_prediction
 from umamba.inference.pipeline import run_pipeline
 from umamba.inference.predictor import UMambaPredictor
-from umamba.inference.preprocessing import PreparedCase
+from umamba.inference.preprocessing import PreparedCase, with_previous_stage
 
 logger = logging.getLogger(__name__)
 
@@ -57,52 +56,36 @@ def predict_preprocessed_cases(
     Raises RuntimeError naming the cases that failed, after all others are written.
     """
     predictor = UMambaPredictor(use_mirroring=use_mirroring, device=device)
-    axes = tuple(mirror_axes) if mirror_axes is not None else None
+    axes = None if mirror_axes is None else tuple(mirror_axes)
     predictor.manual_initialization(
         network, plans_manager, configuration_manager, None, dataset_json, "", axes
     )
-    label_manager = plans_manager.get_label_manager(dataset_json)
     folder = str(preprocessed_folder)
-    dataset = infer_dataset_class(folder)(
-        folder,
-        list(cases),
-        None if previous_stage_folder is None else str(previous_stage_folder),
-    )
+    previous_stage = None if previous_stage_folder is None else str(previous_stage_folder)
+    dataset = infer_dataset_class(folder)(folder, list(cases), previous_stage)
     ending = dataset_json["file_ending"]
     outputs = {case: output_folder / f"{case}{ending}" for case in cases}
 
     def prepare(case: str) -> PreparedCase:
         data, _, previous, properties = dataset.load_case(case)
         array = np.array(data[:], dtype=np.float32)
-        if previous_stage_folder is not None:
-            labels = label_manager.foreground_labels
-            one_hot = convert_labelmap_to_one_hot(np.asarray(previous[:]), labels, array.dtype)
-            array = np.vstack((array, one_hot))
+        if previous_stage is not None:
+            array = with_previous_stage(array, np.asarray(previous[:]), predictor.label_manager)
         return PreparedCase(torch.from_numpy(array), properties)
 
     def export(case: str, prepared: PreparedCase, logits: torch.Tensor) -> None:
         properties = prepared.properties
-        labels, probabilities = logits_to_labels(
-            logits,
-            properties,
-            plans_manager,
-            configuration_manager,
-            label_manager,
-            return_probabilities=save_probabilities,
-        )
-        write_prediction(outputs[case], labels, probabilities, properties, plans_manager, ending)
+        result = predictor.to_labels(logits, properties, save_probabilities)
+        write_prediction(outputs[case], *result, properties, plans_manager, ending)
         for name, (stage_folder, target) in (next_stages or {}).items():
-            _write_for_next_stage(
-                case, name, stage_folder, target, logits, properties,
-                plans_manager, configuration_manager, dataset_json,
-            )  # fmt: skip
+            _write_for_next_stage(predictor, case, name, stage_folder, target, logits, properties)
 
     with (
         _prepared_for_inference(network),
         tqdm(total=len(cases), desc="validation", unit="case", disable=not progress) as bar,
     ):
         failures = run_pipeline(
-            list(cases),
+            cases,
             lambda case: case,
             prepare,
             lambda _, prepared: predictor.predict_logits_from_preprocessed_data(prepared.data),
@@ -120,35 +103,34 @@ def _prepared_for_inference(network: nn.Module) -> Iterator[None]:
     """Evaluation mode without deep supervision, both as they were afterwards."""
     plain = getattr(network, "module", network)
     plain = getattr(plain, "_orig_mod", plain)
-    decoder = getattr(plain, "decoder", None)
+    decoder: Any = getattr(plain, "decoder", None)
     deep_supervision = getattr(decoder, "deep_supervision", None)
     training = network.training
     network.eval()
-    if decoder is not None and deep_supervision is not None:
+    if deep_supervision is not None:
         decoder.deep_supervision = False
     try:
         yield
     finally:
         network.train(training)
-        if decoder is not None and deep_supervision is not None:
+        if deep_supervision is not None:
             decoder.deep_supervision = deep_supervision
 
 
 def _write_for_next_stage(
+    predictor: UMambaPredictor,
     case: str,
     name: str,
     preprocessed_folder: Path,
     target: Path,
     logits: torch.Tensor,
     properties: dict[str, Any],
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    dataset_json: dict,
 ) -> None:
     """The label map at the shape of the next stage's preprocessed case, in nnU-Net's format."""
-    dataset_class = infer_dataset_class(str(preprocessed_folder))
+    folder = str(preprocessed_folder)
+    dataset_class = infer_dataset_class(folder)
     try:
-        following = dataset_class(str(preprocessed_folder), [case]).load_case(case)[0]
+        following = dataset_class(folder, [case]).load_case(case)[0]
     except FileNotFoundError:
         logger.warning("%s is not preprocessed for %s: no input for that stage", case, name)
         return
@@ -157,10 +139,10 @@ def _write_for_next_stage(
         logits,
         list(following.shape[1:]),
         str(target / case),
-        plans_manager,
-        configuration_manager,
+        predictor.plans_manager,
+        predictor.configuration_manager,
         properties,
-        dataset_json,
+        predictor.dataset_json,
         torch.get_num_threads(),
         dataset_class,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -47,8 +48,8 @@ class SegmentationNetwork(nn.Module):
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The official constructor's arguments turned into all of ours."""
-        raise NotImplementedError(f"{cls.__name__} has no official constructor")
+        """Our arguments for the official constructor's: by default those of the same name."""
+        return {name: config[name] for name in inspect.signature(cls).parameters if name in config}
 
     def check_input(self, images: Tensor) -> None:
         """Raises ValueError for a shape that the network does not take, naming one that it does."""

@@ -20,7 +20,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {file}; check the path")
     try:
         with (
-            torch.serialization.safe_globals(numpy_scalar_types()),
+            torch.serialization.safe_globals(_numpy_scalar_types()),
             warnings.catch_warnings(action="ignore", category=UserWarning),
         ):
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -38,24 +38,14 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return content
 
 
-def numpy_scalar_types() -> list[Any]:
+_NUMBERS = ("float64", "float32", "float16", "bool", "int64", "int32", "int16", "int8", "uint8")
+
+
+def _numpy_scalar_types() -> list[Any]:
     """What nnU-Net's checkpoints hold beside tensors: numpy's numbers, from its training log."""
-    arrays = [torch.zeros((), dtype=dtype).numpy() for dtype in _DTYPES]
+    arrays = [torch.zeros((), dtype=getattr(torch, name)).numpy() for name in _NUMBERS]
     scalar = arrays[0][()].__reduce__()[0]
     types: list[Any] = [type(array.dtype) for array in arrays]
     modules = ("numpy._core.multiarray", "numpy.core.multiarray")
     plain = type(arrays[0].dtype).__mro__[-2]  # numpy.dtype itself
     return [plain, *types, *((scalar, f"{module}.scalar") for module in modules)]
-
-
-_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bool,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from umamba.networks.base import SegmentationNetwork
@@ -68,11 +68,15 @@ def register(
 
     def add(cls: NetworkClass) -> NetworkClass:
         entry = NetworkEntry(name, cls, paper, reference, licence, quirks)
-        _add(entry)
+        entries = [entry]
         if "mixer" in entry.keywords:
-            for suffix, arguments in CONTROLS.items():
-                control = name + suffix
-                _add(NetworkEntry(control, cls, paper, reference, licence, quirks, arguments, name))
+            entries += [
+                replace(entry, name=name + suffix, arguments=arguments, control_of=name)
+                for suffix, arguments in CONTROLS.items()
+            ]
+        for each in entries:
+            assert each.name not in _entries, f"{each.name} is registered twice"
+            _entries[each.name] = each
         return cls
 
     return add
@@ -111,15 +115,5 @@ def get_entry(name: str) -> NetworkEntry:
 
 def recognize_network(keys: Collection[str]) -> list[str]:
     """The registered networks whose official, or own, state dict could have these keys."""
-    found = []
-    for name in list_networks(controls=False):
-        key_map = get_entry(name).cls.official_key_map()
-        own = all(key_map.official_key(key) is not None for key in keys)
-        if own or key_map.covers(keys):
-            found.append(name)
-    return found
-
-
-def _add(entry: NetworkEntry) -> None:
-    assert entry.name not in _entries, f"{entry.name} is registered twice"
-    _entries[entry.name] = entry
+    maps = {name: _entries[name].cls.official_key_map() for name in list_networks(controls=False)}
+    return [name for name, key_map in maps.items() if key_map.fits(keys) or key_map.covers(keys)]

@@ -53,26 +53,23 @@ class KeyMap:
     """
 
     def __init__(self, rows: Iterable[Row], aliases: Iterable[tuple[str, str]] = ()) -> None:
-        self.rows = tuple(rows)
-        self._to_own = [(_compile(row.official), _template(row.own), row) for row in self.rows]
-        self._to_official = [(_compile(row.own), _template(row.official), row) for row in self.rows]
+        rows = list(rows)
+        self._to_own = [(_compile(row.official), _template(row.own), row) for row in rows]
+        self._to_official = [(_compile(row.own), _template(row.official), row) for row in rows]
         self._aliases = [(_compile(alias), _template(original)) for alias, original in aliases]
 
-    def own_key(self, official: str) -> str | None:
-        """Our name of an official key, None where there is none. Duplicates are resolved."""
-        found = self._find(self._to_own, self.resolve(official))
-        return found and found[0]
+    def covers(self, official_keys: Iterable[str]) -> bool:
+        """Whether the map knows all of these official keys, duplicates too."""
+        return all(self._find(self._to_own, self.resolve(key)) for key in official_keys)
 
-    def official_key(self, own: str) -> str | None:
-        """The official name of one of our keys, None where there is none."""
-        found = self._find(self._to_official, own)
-        return found and found[0]
+    def fits(self, own_keys: Iterable[str]) -> bool:
+        """Whether the map knows all of these keys of ours."""
+        return all(self._find(self._to_official, key) for key in own_keys)
 
     def resolve(self, official: str) -> str:
         """The official key that a duplicate repeats; a key that is no duplicate stays."""
         for pattern, template in self._aliases:
-            match = pattern.fullmatch(official)
-            if match:
+            if match := pattern.fullmatch(official):
                 return self.resolve(match.expand(template))
         return official
 
@@ -119,10 +116,6 @@ class KeyMap:
             official[name] = row.restore(tensor) if row.restore else tensor
         return official
 
-    def covers(self, official_keys: Iterable[str]) -> bool:
-        """Whether the map knows all of these official keys."""
-        return all(self.own_key(key) is not None for key in official_keys)
-
     def _without_duplicates(
         self, official: Mapping[str, Tensor], report: LoadReport
     ) -> dict[str, Tensor]:
@@ -143,8 +136,7 @@ class KeyMap:
     @staticmethod
     def _find(table: list[tuple[re.Pattern[str], str, Row]], key: str) -> tuple[str, Row] | None:
         for pattern, template, row in table:
-            match = pattern.fullmatch(key)
-            if match:
+            if match := pattern.fullmatch(key):
                 return match.expand(template), row
         return None
 
@@ -169,6 +161,11 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
                 break
         else:
             return tensors
+
+
+def mixer_rows(norm: str, mamba: str, own: str) -> list[Row]:
+    """The rows of a MixerLayer: the official prefixes of its norm and its Mamba, and ours."""
+    return [Row(f"{norm}{{p}}", f"{own}norm.{{p}}"), *mamba_rows(mamba, f"{own}mixer.")]
 
 
 def mamba_rows(official: str, own: str) -> list[Row]:

@@ -19,19 +19,20 @@ The version behind the published tables is in umamba_v1.py. Kept for the sake of
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from umamba.blocks.conv import initialize_convolutions, residual_stage
+from umamba.blocks.conv import Shortcut, initialize_convolutions, residual_stage
 from umamba.blocks.mixer import MixerLayer, Tokens, check_mixer
 from umamba.blocks.sampling import NearestUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mamba_rows
+from umamba.networks.state_dict import KeyMap, Row, mixer_rows
 
 PAPER = "arXiv:2401.04722"
 REFERENCE = "bowang-lab/U-Mamba@28459e33ca03769800dd35e23c6e62491d1925b5"
@@ -40,11 +41,18 @@ QUIRKS = (
     "in 2D the last decoder stage does not see the skip of the full resolution",
     "the deep encoder stages and the shallow decoder stages get one block each",
 )
+ENC_QUIRKS = (*QUIRKS, "channel tokens tie the weights to the planned patch size")
+
+Counts = Sequence[int] | int
 
 
-@register("umamba_bot", paper=PAPER, reference=REFERENCE, licence="Apache-2.0", quirks=QUIRKS)
-class UMambaBot(SegmentationNetwork):
-    """Residual U-Net with one Mamba layer on the deepest feature map; any divisible image size."""
+class UMamba(SegmentationNetwork):
+    """The constructor of Bot and Enc, and the U-Net of the current version around their layers."""
+
+    # Official prefixes of a layer's norm and its Mamba, our prefix of the layer.
+    layer_names: ClassVar[tuple[str, str, str]]
+
+    encoder: Encoder
 
     def __init__(
         self,
@@ -54,8 +62,8 @@ class UMambaBot(SegmentationNetwork):
         strides: Sequence[Sequence[int]],
         features_per_stage: Sequence[int],
         kernel_sizes: Sequence[Sequence[int]] | None = None,
-        n_conv_per_stage: Sequence[int] | int = 2,
-        n_conv_per_stage_decoder: Sequence[int] | int = 2,
+        n_conv_per_stage: Counts = 2,
+        n_conv_per_stage_decoder: Counts = 2,
         d_state: int = 16,
         d_conv: int = 4,
         expand: float = 2,
@@ -66,55 +74,92 @@ class UMambaBot(SegmentationNetwork):
         first). kernel_sizes: 3 everywhere by default. mixer: "scan", "none" or "conv"."""
         super().__init__(input_channels, num_classes, strides=strides)
         check_mixer(mixer)
-        dims = len(strides[0])
-        kernels = kernel_sizes or [[3] * dims] * len(strides)
-        blocks = thin_blocks(n_conv_per_stage, n_conv_per_stage_decoder, len(strides))
-        check_stages(strides=strides, features_per_stage=features_per_stage, kernel_sizes=kernels)
-        self.encoder = Encoder(input_channels, features_per_stage, kernels, strides, blocks[0])
-        self.bottleneck = MixerLayer(
-            features_per_stage[-1],
+        dims, n_stages = len(strides[0]), len(strides)
+        stages: dict[str, Any] = {
+            "strides": strides,
+            "features_per_stage": features_per_stage,
+            "kernel_sizes": kernel_sizes or [[3] * dims] * n_stages,
+        }
+        check_stages(**stages)
+        layer = functools.partial(
+            MixerLayer,
             spatial_dims=dims,
             mixer=mixer,
             d_state=d_state,
             d_conv=d_conv,
             expand=expand,
         )
-        self.decoder = decoder(
-            num_classes, features_per_stage, kernels, strides, blocks[1], deep_supervision
+        counts = (n_conv_per_stage, n_conv_per_stage_decoder, n_stages)
+        self.build(layer, stages, counts, deep_supervision)
+
+    def build(
+        self,
+        layer: Callable[..., MixerLayer],
+        stages: Mapping[str, Any],
+        counts: tuple[Counts, Counts, int],
+        deep_supervision: bool,
+    ) -> None:
+        """Adds the parts in the order that decides on the weights of a seed."""
+        encoder_blocks, decoder_blocks = thin_blocks(*counts)
+        width, kernel = stages["features_per_stage"][0], stages["kernel_sizes"][0]
+        stem = residual_stage(self.input_channels, width, kernel, 1, encoder_blocks[0], "conv")
+        self.encoder = Encoder(stem, **stages, n_conv_per_stage=encoder_blocks, shortcut="conv")
+        self.add_mixers(layer, stages)
+        self.decoder = UNetDecoder(
+            self.num_classes,
+            **stages,
+            n_conv_per_stage=decoder_blocks,
+            upsample=NearestUpsample,
+            shortcut="conv",
+            # parity: UMamba*_2d.py does not join the skip of the full resolution.
+            joins_full_resolution=len(self.divisor) == 3,
+            deep_supervision=deep_supervision,
         )
         initialize_convolutions(self)
 
+    def add_mixers(self, layer: Callable[..., MixerLayer], stages: Mapping[str, Any]) -> None:
+        """Adds the Mamba layers; layer(d_model, tokens=...) makes one."""
+        raise NotImplementedError
+
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
+        self.check_input(images)
+        return self.decoder(self.encoder(images))
+
+    @classmethod
+    def official_key_map(cls) -> KeyMap:
+        return KeyMap([*mixer_rows(*cls.layer_names), *CONVOLUTION_ROWS], ALIASES)
+
+
+@register("umamba_bot", paper=PAPER, reference=REFERENCE, licence="Apache-2.0", quirks=QUIRKS)
+class UMambaBot(UMamba):
+    """Residual U-Net with one Mamba layer on the deepest feature map; any divisible image size."""
+
+    layer_names = ("mamba_layer.norm.", "mamba_layer.mamba.", "bottleneck.")
+
+    def add_mixers(self, layer: Callable[..., MixerLayer], stages: Mapping[str, Any]) -> None:
+        self.bottleneck = layer(stages["features_per_stage"][-1])
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         self.check_input(images)
         skips = self.encoder(images)
         skips[-1] = self.bottleneck(skips[-1])
         return self.decoder(skips)
 
-    @classmethod
-    def official_key_map(cls) -> KeyMap:
-        rows = [Row("mamba_layer.norm.{p}", "bottleneck.norm.{p}")]
-        rows += mamba_rows("mamba_layer.mamba.", "bottleneck.mixer.")
-        return KeyMap([*rows, *CONVOLUTION_ROWS], ALIASES)
 
-    @classmethod
-    def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return official_arguments(config)
-
-
-@register(
-    "umamba_enc",
-    paper=PAPER,
-    reference=REFERENCE,
-    licence="Apache-2.0",
-    quirks=(*QUIRKS, "channel tokens tie the weights to the planned patch size"),
-)
-class UMambaEnc(SegmentationNetwork):
+@register("umamba_enc", paper=PAPER, reference=REFERENCE, licence="Apache-2.0", quirks=ENC_QUIRKS)
+class UMambaEnc(UMamba):
     """Residual U-Net with Mamba layers in the encoder.
 
     patch_size: the planned patch. Where a stage's feature map of that patch has at most as many
     voxels as channels, the channels are the tokens, and then the network takes no other size.
     """
+
+    layer_names = (
+        "encoder.mamba_layers.{s}.norm.",
+        "encoder.mamba_layers.{s}.mamba.",
+        "encoder.mixers.{s}.",
+    )
 
     def __init__(
         self,
@@ -125,8 +170,8 @@ class UMambaEnc(SegmentationNetwork):
         strides: Sequence[Sequence[int]],
         features_per_stage: Sequence[int],
         kernel_sizes: Sequence[Sequence[int]] | None = None,
-        n_conv_per_stage: Sequence[int] | int = 2,
-        n_conv_per_stage_decoder: Sequence[int] | int = 2,
+        n_conv_per_stage: Counts = 2,
+        n_conv_per_stage_decoder: Counts = 2,
         d_state: int = 16,
         d_conv: int = 4,
         expand: float = 2,
@@ -134,44 +179,35 @@ class UMambaEnc(SegmentationNetwork):
         deep_supervision: bool = False,
     ) -> None:
         """Arguments as UMambaBot's; patch_size in voxels, (z, y, x) or (y, x)."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        check_mixer(mixer)
         dims = len(strides[0])
-        kernels = kernel_sizes or [[3] * dims] * len(strides)
-        blocks = thin_blocks(n_conv_per_stage, n_conv_per_stage_decoder, len(strides))
-        check_stages(strides=strides, features_per_stage=features_per_stage, kernel_sizes=kernels)
         if len(patch_size) != dims:
             raise ValueError(f"patch_size {list(patch_size)} needs {dims} values, as the strides")
-        self.patch_size = tuple(patch_size)
-        self.encoder = Encoder(input_channels, features_per_stage, kernels, strides, blocks[0])
-        shapes = stage_shapes(patch_size, strides)
-        for stage, (width, shape) in enumerate(zip(features_per_stage, shapes, strict=True)):
+        self.patch_size = tuple(patch_size)  # first: super().__init__ calls add_mixers
+        super().__init__(
+            input_channels, num_classes, strides=strides, features_per_stage=features_per_stage,
+            kernel_sizes=kernel_sizes, n_conv_per_stage=n_conv_per_stage,
+            n_conv_per_stage_decoder=n_conv_per_stage_decoder, d_state=d_state, d_conv=d_conv,
+            expand=expand, mixer=mixer, deep_supervision=deep_supervision,
+        )  # fmt: skip
+        layers = [layer for layer in self.encoder.mixers if isinstance(layer, MixerLayer)]
+        self.has_channel_tokens = mixer != "none" and any(x.tokens == "channels" for x in layers)
+
+    def add_mixers(self, layer: Callable[..., MixerLayer], stages: Mapping[str, Any]) -> None:
+        shape = self.patch_size
+        below = len(stages["strides"])  # stages from this one to the deepest
+        for width, stride in zip(stages["features_per_stage"], stages["strides"], strict=True):
+            shape = tuple(size // s for size, s in zip(shape, stride, strict=True))
+            below -= 1
             # parity: the 2D network has a layer at every second stage, counted from the deepest.
-            if dims == 2 and (len(shapes) - 1 - stage) % 2:
+            if len(shape) == 2 and below % 2:
                 self.encoder.mixers.append(nn.Identity())
                 continue
             voxels = math.prod(shape)
             tokens: Tokens = "channels" if voxels <= width else "voxels"
-            layer = MixerLayer(
-                voxels if tokens == "channels" else width,
-                spatial_dims=dims,
-                tokens=tokens,
-                mixer=mixer,
-                d_state=d_state,
-                d_conv=d_conv,
-                expand=expand,
-            )
-            self.encoder.mixers.append(layer)
-        layers = [layer for layer in self.encoder.mixers if isinstance(layer, MixerLayer)]
-        self.has_channel_tokens = mixer != "none" and any(x.tokens == "channels" for x in layers)
-        self.decoder = decoder(
-            num_classes, features_per_stage, kernels, strides, blocks[1], deep_supervision
-        )
-        initialize_convolutions(self)
+            self.encoder.mixers.append(layer(min(voxels, width), tokens=tokens))
 
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *patch_size) -> logits, or a list of them, finest first."""
-        self.check_input(images)
+    def check_input(self, images: Tensor) -> None:
+        super().check_input(images)
         shape = tuple(images.shape[2:])
         if self.has_channel_tokens and shape != self.patch_size:
             raise ValueError(
@@ -179,18 +215,10 @@ class UMambaEnc(SegmentationNetwork):
                 "deep layers use channels as tokens; use that patch (sliding-window prediction "
                 "does) or umamba_bot, which takes any size"
             )
-        return self.decoder(self.encoder(images))
-
-    @classmethod
-    def official_key_map(cls) -> KeyMap:
-        rows = [Row("encoder.mamba_layers.{s}.norm.{p}", "encoder.mixers.{s}.norm.{p}")]
-        rows += mamba_rows("encoder.mamba_layers.{s}.mamba.", "encoder.mixers.{s}.mixer.")
-        return KeyMap([*rows, *CONVOLUTION_ROWS], ALIASES)
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        patch_size = config.get("patch_size", config.get("input_size"))
-        return official_arguments(config) | {"patch_size": patch_size}
+        return super().official_arguments({"patch_size": config.get("input_size"), **config})
 
 
 class Encoder(nn.Module):
@@ -198,22 +226,22 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        input_channels: int,
+        stem: nn.Module,
+        *,
+        strides: Sequence[Sequence[int]],
         features_per_stage: Sequence[int],
         kernel_sizes: Sequence[Sequence[int]],
-        strides: Sequence[Sequence[int]],
-        n_blocks_per_stage: Sequence[int],
+        n_conv_per_stage: Sequence[int],
+        shortcut: Shortcut,
     ) -> None:
         super().__init__()
-        width = features_per_stage[0]
-        n_blocks = n_blocks_per_stage[0]
-        self.stem = residual_stage(input_channels, width, kernel_sizes[0], 1, n_blocks, "conv")
+        self.stem = stem
         self.stages = nn.ModuleList()
         self.mixers = nn.ModuleList()
-        for features, kernel, stride, n_blocks in zip(
-            features_per_stage, kernel_sizes, strides, n_blocks_per_stage, strict=True
-        ):
-            self.stages.append(residual_stage(width, features, kernel, stride, n_blocks, "conv"))
+        width = features_per_stage[0]
+        stages = zip(features_per_stage, kernel_sizes, strides, n_conv_per_stage, strict=True)
+        for features, kernel, stride, n_blocks in stages:
+            self.stages.append(residual_stage(width, features, kernel, stride, n_blocks, shortcut))
             width = features
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -228,90 +256,33 @@ class Encoder(nn.Module):
         return skips
 
 
-def decoder(
-    num_classes: int,
-    features_per_stage: Sequence[int],
-    kernel_sizes: Sequence[Sequence[int]],
-    strides: Sequence[Sequence[int]],
-    n_blocks_per_stage: Sequence[int],
-    deep_supervision: bool,
-) -> UNetDecoder:
-    """The decoder of both networks."""
-    return UNetDecoder(
-        num_classes,
-        features_per_stage=features_per_stage,
-        strides=strides,
-        kernel_sizes=kernel_sizes,
-        n_conv_per_stage=n_blocks_per_stage,
-        upsample=NearestUpsample,
-        shortcut="conv",
-        # parity: UMamba*_2d.py does not join the skip of the full resolution.
-        joins_full_resolution=len(strides[0]) == 3,
-        deep_supervision=deep_supervision,
-    )
-
-
-def thin_blocks(
-    n_conv_per_stage: Sequence[int] | int,
-    n_conv_per_stage_decoder: Sequence[int] | int,
-    n_stages: int,
-) -> tuple[list[int], list[int]]:
+def thin_blocks(encoder: Counts, decoder: Counts, n_stages: int) -> tuple[list[int], list[int]]:
     """Block counts of encoder and decoder stages after the official constructors' rule.
 
     parity: encoder stages from ceil(n / 2) on and decoder entries from ceil((n - 1) / 2 + 0.5) on
     (deepest first) get one block; the others keep the plan's number.
     """
-    encoder, decoder = block_counts(n_conv_per_stage, n_conv_per_stage_decoder, n_stages)
-    first = math.ceil(n_stages / 2)
-    encoder[first:] = [1] * (n_stages - first)
-    first = math.ceil((n_stages - 1) / 2 + 0.5)
-    decoder[first:] = [1] * (n_stages - 1 - first)
-    return encoder, decoder
+    n_encoder, n_decoder = block_counts(encoder, decoder, n_stages)
+    kept = math.ceil(n_stages / 2)
+    n_encoder[kept:] = [1] * (n_stages - kept)
+    kept = math.ceil((n_stages - 1) / 2 + 0.5)
+    n_decoder[kept:] = [1] * (n_stages - 1 - kept)
+    return n_encoder, n_decoder
 
 
-def block_counts(
-    n_conv_per_stage: Sequence[int] | int,
-    n_conv_per_stage_decoder: Sequence[int] | int,
-    n_stages: int,
-) -> tuple[list[int], list[int]]:
+def block_counts(encoder: Counts, decoder: Counts, n_stages: int) -> tuple[list[int], list[int]]:
     """Copies of the plan's block counts of encoder and decoder, one number meaning all stages."""
-    counts = []
-    for name, value, length in (
-        ("n_conv_per_stage", n_conv_per_stage, n_stages),
-        ("n_conv_per_stage_decoder", n_conv_per_stage_decoder, n_stages - 1),
-    ):
+
+    def per_stage(name: str, value: Counts, length: int) -> list[int]:
         values = [value] * length if isinstance(value, int) else list(value)
         if len(values) != length or min(values, default=1) < 1:
             raise ValueError(f"{name} needs {length} numbers of at least 1, got {values}")
-        counts.append(values)
-    return counts[0], counts[1]
+        return values
 
-
-def stage_shapes(
-    patch_size: Sequence[int], strides: Sequence[Sequence[int]]
-) -> list[tuple[int, ...]]:
-    """The spatial shape of each stage's feature map of a patch."""
-    shape = tuple(patch_size)
-    shapes = []
-    for stride in strides:
-        shape = tuple(size // s for size, s in zip(shape, stride, strict=True))
-        shapes.append(shape)
-    return shapes
-
-
-def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our arguments for those of any official U-Mamba constructor; the names agree."""
-    names = (
-        "input_channels",
-        "num_classes",
-        "strides",
-        "features_per_stage",
-        "kernel_sizes",
-        "n_conv_per_stage",
-        "n_conv_per_stage_decoder",
-        "deep_supervision",
+    return (
+        per_stage("n_conv_per_stage", encoder, n_stages),
+        per_stage("n_conv_per_stage_decoder", decoder, n_stages - 1),
     )
-    return {name: config[name] for name in names}
 
 
 # Official name, ours. The first block of a stage is a BasicResBlock, the others are BasicBlockD.

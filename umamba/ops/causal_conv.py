@@ -3,6 +3,8 @@
 B batch, D channels, L tokens, K taps.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,24 +46,21 @@ def causal_conv1d_silu(
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, bool reverse) -> Tensor",
 )
-def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+def _conv_forward(x: Tensor, *others: Any) -> Tensor:
     with without_autocast(x.device):
-        return choose(x.device, x.dtype, 1).conv_forward(x, weight, bias, reverse)
+        return choose(x.device, x.dtype, 1).conv_forward(x, *others)
 
 
 @_conv_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    batch, channels, length = x.shape
-    return empty_tokens(batch, channels, length, x.dtype, x.device)
+def _(x: Tensor, *others: Any) -> Tensor:
+    return empty_tokens(x)
 
 
 @torch.library.custom_op(
     "umamba::causal_conv1d_silu_bwd",
     mutates_args=(),
-    schema=(
-        "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool reverse) -> "
-        "(Tensor, Tensor, Tensor)"
-    ),
+    schema="(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool reverse)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def _conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
@@ -77,9 +76,7 @@ def _(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dbias = weight.new_empty((0,) if bias is None else bias.shape)
-    batch, channels, length = x.shape
-    dx = empty_tokens(batch, channels, length, x.dtype, x.device)
-    return dx, weight.new_empty(weight.shape), dbias
+    return empty_tokens(x), weight.new_empty(weight.shape), dbias
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -90,8 +87,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _differentiate(ctx, dout):  # type: ignore[no-untyped-def]
     x, weight, bias = ctx.saved_tensors
-    gradients = torch.ops.umamba.causal_conv1d_silu_bwd(dout, x, weight, bias, ctx.reverse)
-    dx, dweight, dbias = gradients
+    dx, dweight, dbias = torch.ops.umamba.causal_conv1d_silu_bwd(dout, x, weight, bias, ctx.reverse)
     return dx, dweight, None if bias is None else dbias, None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from umamba.ops.chunked_layout import Cut, largest_power_of_two, window_elements
+from umamba.ops.chunked_layout import Cut, window_elements
 from umamba.ops.layout import CHUNK
 from umamba.ops.reference import (
     conv_backward,
@@ -26,49 +26,21 @@ from umamba.ops.reference import (
     silu_slope,
     step_sizes,
     step_slopes,
+    supports,
     token_major,
+    why_unavailable,
 )
 
-__all__ = [
-    "backward",
-    "conv_backward",
-    "conv_forward",
-    "forward",
-    "supports",
-    "why_unavailable",
-]
-
-
-def why_unavailable() -> str | None:
-    """Return None: this backend always works."""
-    return None
-
-
-def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | None:
-    """Return None: every device and floating type is taken; float64 is computed in float64."""
-    return None
+__all__ = ["backward", "conv_backward", "conv_forward", "forward", "supports", "why_unavailable"]
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    reverse: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
     save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, D, L), last_state (B, D, N) and the states before each chunk.
-
-    u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D,); initial_state (B, D, N).
-    states is (B, ceil(L / CHUNK), N, D) in walk order, empty unless `save_states`.
-    """
-    cut = Cut.of(u, A, B, reverse)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return out, last_state and states as reference.forward does, and of the same shapes."""
+    cut = Cut(u, A, B, reverse)
     steps = cut.tokens(step_sizes(delta, delta_bias, delta_softplus))  # (B, S, T, G, E)
     inputs = steps * cut.tokens(u)
     input_B, output_C, decay = cut.matrix(B), cut.matrix(C), cut.rates(A)
@@ -99,27 +71,15 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    states: Tensor,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
+    dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+    initial_state: Tensor | None, states: Tensor, reverse: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients as reference.backward does, in the same types.
 
-    du, ddelta, dz, dB and dC have the type of their inputs, the others that of the computation.
     The states within a chunk are computed again from the one saved before it.
     """
-    cut = Cut.of(u, A, B, reverse)
+    cut = Cut(u, A, B, reverse)
     d = step_sizes(delta, delta_bias, delta_softplus)
     q = dout.to(cut.wide)
     if z is not None:
@@ -198,8 +158,8 @@ class _Walk:
         """Yield (first token, number of tokens) of the windows of a segment."""
         size = CHUNK
         if not backwards:
-            per_token = max(1, math.prod(self.shape))
-            size = largest_power_of_two(min(CHUNK, window_elements(self.steps) // per_token))
+            most = min(CHUNK, window_elements(self.steps) // max(1, math.prod(self.shape)))
+            size = 1 << max(0, most.bit_length() - 1)  # a power of two
         starts = range(0, self.length, size)
         for t in reversed(starts) if backwards else starts:
             yield t, min(size, self.length - t)
@@ -233,11 +193,7 @@ class _Walk:
         h = first.new_zeros(self.shape)
         for t, w in self.windows():
             h = self.run(h, t, w)[0][-1]
-        entering = [first]
-        pairs = list(zip(h.unbind(1), self._total_decay().unbind(1), strict=True))
-        for local, total in pairs[:-1]:
-            entering.append(torch.addcmul(local, total, entering[-1]))
-        return torch.stack(entering, 1)
+        return self._linked(first, h, 1)
 
     def enter_backwards(self, last: Tensor, q: Tensor, output_C: Tensor) -> Tensor:
         """Return the state's gradient that enters each segment from its end."""
@@ -247,19 +203,23 @@ class _Walk:
         for t, w in self.windows(backwards=True):
             a = self._decays(t, w)
             carry = a[0] * self.pull(a, _window(output_C, t, w), _window(q, t, w), carry)[0]
-        entering = [last]
-        pairs = list(zip(carry.unbind(1), self._total_decay().unbind(1), strict=True))
-        for local, total in reversed(pairs[1:]):
-            entering.append(torch.addcmul(local, total, entering[-1]))
-        return torch.stack(entering[::-1], 1)
+        return self._linked(last, carry, -1)
+
+    def _linked(self, first: Tensor, alone: Tensor, step: int) -> Tensor:
+        """Return what enters each segment: the first, then what leaves the one walked before it.
+
+        alone is what leaves each segment (B, S, G, N, E) if nothing enters it.
+        """
+        entering = [first]
+        total = (self.steps.sum(2).unsqueeze(-2) * self.decay).exp_()  # decay over a whole segment
+        pairs = list(zip(alone.unbind(1), total.unbind(1), strict=True))[::step]
+        for local, decay in pairs[:-1]:
+            entering.append(torch.addcmul(local, decay, entering[-1]))
+        return torch.stack(entering[::step], 1)
 
     def _decays(self, t: int, w: int) -> Tensor:
         d_w = _window(self.steps, t, w).unsqueeze(-2)
         return torch.mul(d_w, self.decay, out=self._buffer("a", w)).exp_()
-
-    def _total_decay(self) -> Tensor:
-        """Return the decay over a whole segment, exp(A * sum of steps): (B, S, G, N, E)."""
-        return (self.steps.sum(2).unsqueeze(-2) * self.decay).exp_()
 
     def _buffer(self, name: str, w: int) -> Tensor:
         buffer = self._buffers.get(name)

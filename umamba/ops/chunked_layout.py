@@ -7,7 +7,6 @@ the order in which the state meets them.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,43 +18,24 @@ from umamba.ops.reference import wide_type
 MIN_WIDTH = 64  # channels; shorter rows would make the tensor operations slow
 
 
-@dataclass(frozen=True)
 class Cut:
-    """The sizes of one scan."""
+    """The sizes of one scan of u (B, D, L) with A (D, N) and B (B, G, N, L)."""
 
-    batch: int
-    groups: int
-    width: int
-    n_states: int
-    length: int
-    segments: int
-    reverse: bool
-    wide: torch.dtype
-
-    @classmethod
-    def of(cls, u: Tensor, A: Tensor, B: Tensor, reverse: bool) -> "Cut":
-        """The cut for u (B, D, L), A (D, N) and B (B, G, N, L)."""
-        batch, channels, length = u.shape
-        groups, n_states = B.shape[1], A.shape[1]
-        per_token = max(1, batch * channels * n_states)
-        few, enough = token_elements(u)
-        # Segments cost a second pass: only where a token alone would leave the device idle.
+    def __init__(self, u: Tensor, A: Tensor, B: Tensor, reverse: bool) -> None:
+        self.batch, channels, self.length = u.shape
+        self.groups, self.n_states = B.shape[1], A.shape[1]
+        self.width = channels // self.groups
+        self.reverse, self.wide = reverse, wide_type(u.dtype)
+        # Segments cost a second pass: only where a token alone, of fewer than `few` numbers, would
+        # leave the device idle.
+        few, enough = (2**11, 2**14) if u.device.type == "cpu" else (2**17, 2**19)
+        per_token = max(1, self.batch * channels * self.n_states)
         wanted = math.ceil(enough / per_token) if per_token < few else 1
-        segments = max(1, min(wanted, length // CHUNK))
-        width, wide = channels // groups, wide_type(u.dtype)
-        return cls(batch, groups, width, n_states, length, segments, reverse, wide)
-
-    @property
-    def segment_length(self) -> int:
-        """T: the length, or a multiple of CHUNK where there are several segments."""
-        if self.segments == 1:
-            return self.length
-        return math.ceil(self.length / CHUNK / self.segments) * CHUNK
-
-    @property
-    def n_chunks(self) -> int:
-        """Chunks of a segment."""
-        return math.ceil(self.segment_length / CHUNK)
+        self.segments = max(1, min(wanted, self.length // CHUNK))
+        self.segment_length = self.length  # T; a multiple of CHUNK if there are several
+        if self.segments > 1:
+            self.segment_length = math.ceil(self.length / CHUNK / self.segments) * CHUNK
+        self.n_chunks = math.ceil(self.segment_length / CHUNK)  # of a segment
 
     def blocks(self, elements: int) -> Iterator[tuple[slice, slice]]:
         """Yield (samples, channels of a group) such that one token has at most `elements`."""
@@ -88,9 +68,8 @@ class Cut:
     def saved(self, states: Tensor) -> Tensor:
         """Return the states before each chunk (B, chunks, N, D) as (B, S, chunks, N, G, E)."""
         states = _padded(states.to(self.wide), self.segments * self.n_chunks)
-        return states.unflatten(1, (self.segments, self.n_chunks)).unflatten(
-            4, (self.groups, self.width)
-        )
+        states = states.unflatten(1, (self.segments, self.n_chunks))
+        return states.unflatten(4, (self.groups, self.width))
 
     def whole(self, x: Tensor) -> Tensor:
         """Return (B, S, T, G, E) as (B, D, L): the inverse of `tokens`."""
@@ -124,24 +103,12 @@ class Cut:
         return tokens.flip(1) if self.reverse else tokens
 
 
-def token_elements(x: Tensor) -> tuple[int, int]:
-    """Return how many numbers of a token are too few for the device of x, and how many suffice."""
-    return (2**11, 2**14) if x.device.type == "cpu" else (2**17, 2**19)
-
-
 def window_elements(x: Tensor) -> int:
     """Return how many numbers a window should have: what a CPU's cache or a GPU's work needs."""
     return 2**17 if x.device.type == "cpu" else 2**24
 
 
-def largest_power_of_two(limit: int) -> int:
-    """Return the largest power of two that is at most `limit`, at least 1."""
-    return 1 << max(0, limit.bit_length() - 1)
-
-
 def _padded(x: Tensor, length: int) -> Tensor:
     """Return x (B, l, ...) with zeros appended up to `length`."""
     missing = length - x.shape[1]
-    if not missing:
-        return x
-    return functional.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
+    return functional.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x

@@ -45,71 +45,45 @@ def instruction_set() -> str | None:
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    reverse: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
     save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, D, L), last_state (B, D, N) and the states before each chunk.
-
-    u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D,); initial_state (B, D, N).
-    states is (B, ceil(L / CHUNK), N, D) in walk order, empty unless `save_states`. With `reverse`
-    the walk goes from token L-1 to token 0 and last_state is the one after token 0.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return out, last_state and states as reference.forward does, and of the same shapes."""
     batch, channels, length = u.shape
     n_states = A.shape[1]
     n_chunks = math.ceil(length / CHUNK)
-    out = empty_tokens(batch, channels, length, u.dtype, u.device)
+    out = empty_tokens(u)
     last_state = torch.empty(batch, channels, n_states)
     states = torch.empty((batch, n_chunks, n_states, channels) if save_states else (0,))
     if u.numel() == 0:
         last_state = last_state.zero_() if initial_state is None else initial_state.float().clone()
         return out, last_state, states.zero_()
-    a, skip, bias, initial = _dense(A), _dense(D), _dense(delta_bias), _dense(initial_state)
+    dense = [_dense(x) for x in (A, D, delta_bias, initial_state)]
     arguments = _ScanForward(
         *(batch, channels, length, n_states, B.shape[1]),
         *(delta_softplus, reverse, torch.get_num_threads()),
-        *(_tokens(u), _tokens(delta), _tokens(z), _grouped(B), _grouped(C), _tokens(out)),
-        *(_data(a), _data(skip), _data(bias), _data(initial)),
-        *(_data(last_state), _data(states if save_states else None)),
+        *map(_tensor, (u, delta, z, B, C, out)),
+        *map(_data, (*dense, last_state, states if save_states else None)),
     )
     _call("umamba_scan_forward", arguments)
     return out, last_state, states
 
 
 def backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    states: Tensor,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
+    dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+    initial_state: Tensor | None, states: Tensor, reverse: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients in the order of reference.backward, None for absent inputs.
 
     du, ddelta, dz have the type of their input and lie channel-last; dB and dC have the type of B
     and C and lie token-major ((B, G, L, N) in memory); the others are float32.
     """
     batch, channels, length = u.shape
     n_states, n_groups = A.shape[1], B.shape[1]
-    du, ddelta = _like_tokens(u), _like_tokens(delta)
-    dz = None if z is None else _like_tokens(z)
+    du, ddelta = empty_tokens(u), empty_tokens(delta)
+    dz = None if z is None else empty_tokens(z)
     dB, dC = (
         torch.empty(batch, n_groups, length, n_states, dtype=x.dtype).transpose(2, 3)
         for x in (B, C)
@@ -125,33 +99,27 @@ def backward(
         if dinitial is not None:
             dinitial = dinitial.zero_() if dlast_state is None else dlast_state.float().clone()
     else:
-        a, skip, bias, saved = _dense(A), _dense(D), _dense(delta_bias), _dense(states)
-        dlast = _dense(dlast_state)
+        dense = [_dense(x) for x in (A, D, delta_bias, states, dlast_state)]
         arguments = _ScanBackward(
             *(batch, channels, length, n_states, n_groups),
             *(delta_softplus, reverse, torch.get_num_threads()),
-            *(_tokens(u), _tokens(delta), _tokens(z), _grouped(B), _grouped(C), _tokens(dout)),
-            *(_tokens(du), _tokens(ddelta), _tokens(dz), _grouped(dB), _grouped(dC)),
-            *(_data(a), _data(skip), _data(bias), _data(saved), _data(dlast)),
-            *(_data(dA), _data(dD), _data(dbias), _data(dinitial)),
+            *map(_tensor, (u, delta, z, B, C, dout, du, ddelta, dz, dB, dC)),
+            *map(_data, (*dense, dA, dD, dbias, dinitial)),
         )
         _call("umamba_scan_backward", arguments)
-    return (du, ddelta, _total(dA), dB, dC, _total(dD), dz, _total(dbias), dinitial)
+    total_A, total_D, total_bias = (None if x is None else _total(x) for x in (dA, dD, dbias))
+    return (du, ddelta, total_A, dB, dC, total_D, dz, total_bias, dinitial)
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """Return silu(causal depthwise convolution) of x (B, D, L); weight (D, K), K <= 8; bias (D,).
-
-    Tap K-1 multiplies the current token, the earlier taps those walked before it; with `reverse`
-    the walk goes from the last token to the first.
-    """
-    out = _like_tokens(x)
+    """Return reference.conv_forward's result; at most 8 taps."""
+    out = empty_tokens(x)
     if x.numel():
-        dense_weight, dense_bias = _dense(weight), _dense(bias)
+        dense = [_dense(weight), _dense(bias)]
         arguments = _Conv(
             *(*x.shape, weight.shape[1], reverse, torch.get_num_threads()),
-            *(_tokens(x), _tokens(out), _tokens(None), _tokens(None)),
-            *(_data(dense_weight), _data(dense_bias), None, None),
+            *map(_tensor, (x, out, None, None)),
+            *map(_data, (*dense, None, None)),
         )
         _call("umamba_conv_forward", arguments)
     return out
@@ -163,20 +131,18 @@ def conv_backward(
     """Return (dx, dweight, dbias): dx as x and channel-last, the others float32."""
     batch, channels, length = x.shape
     n_parts = batch * math.ceil(length / _CONV_SEGMENT)
-    dx = _like_tokens(x)
+    dx = empty_tokens(x)
     dweight = torch.empty(n_parts, channels, weight.shape[1])
     dbias = torch.empty(n_parts, channels)
     if x.numel():
-        dense_weight, dense_bias = _dense(weight), _dense(bias)
+        dense = [_dense(weight), _dense(bias)]
         arguments = _Conv(
             *(batch, channels, length, weight.shape[1], reverse, torch.get_num_threads()),
-            *(_tokens(x), _tokens(None), _tokens(dout), _tokens(dx)),
-            *(_data(dense_weight), _data(dense_bias), _data(dweight), _data(dbias)),
+            *map(_tensor, (x, None, dout, dx)),
+            *map(_data, (*dense, dweight, dbias)),
         )
         _call("umamba_conv_backward", arguments)
-    total = _total(dweight)
-    assert total is not None
-    return dx, total, None if bias is None else _total(dbias)
+    return dx, _total(dweight), None if bias is None else _total(dbias)
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -219,11 +185,8 @@ _Conv = _structure(
 def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
     """Return (library, None, instruction set) or (None, reason, None)."""
     if not LIBRARY.exists():
-        reason = (
-            "the C library was not built when umamba was installed: "
-            "install a C compiler (gcc or clang) and run `pip install` on umamba again"
-        )
-        return None, reason, None
+        cure = "install a C compiler (gcc or clang) and run `pip install` on umamba again"
+        return None, f"the C library was not built when umamba was installed: {cure}", None
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
@@ -232,13 +195,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
     library.umamba_select.restype = ctypes.c_char_p
     wanted = os.environ.get("UMAMBA_CPU_ISA", "")
     chosen = library.umamba_select(wanted.encode())
-    if chosen is None:
-        reason = (
-            f"UMAMBA_CPU_ISA={wanted} is not one of {', '.join(INSTRUCTION_SETS)} or not offered "
-            f"by this {platform.machine()} processor: unset it"
-        )
-        return None, reason, None
-    return library, None, chosen.decode()
+    if chosen is not None:
+        return library, None, chosen.decode()
+    reason = (
+        f"UMAMBA_CPU_ISA={wanted} is not one of {', '.join(INSTRUCTION_SETS)} or not offered "
+        f"by this {platform.machine()} processor: unset it"
+    )
+    return None, reason, None
 
 
 def _call(name: str, arguments: ctypes.Structure) -> None:
@@ -250,18 +213,12 @@ def _call(name: str, arguments: ctypes.Structure) -> None:
         raise MemoryError(f"{name} could not allocate its scratch memory (status {status})")
 
 
-def _tokens(x: Tensor | None) -> _Tensor:
-    """Describe a (B, D, L) tensor."""
+def _tensor(x: Tensor | None) -> _Tensor:
+    """Describe a (B, D, L) or (B, G, N, L) tensor."""
     if x is None:
         return _Tensor()
-    return _Tensor(x.data_ptr(), x.stride(0), 0, x.stride(2), x.stride(1), _DTYPES[x.dtype])
-
-
-def _grouped(x: Tensor) -> _Tensor:
-    """Describe a (B, G, N, L) tensor."""
-    return _Tensor(
-        x.data_ptr(), x.stride(0), x.stride(1), x.stride(3), x.stride(2), _DTYPES[x.dtype]
-    )
+    batch, *group, channel, token = x.stride()
+    return _Tensor(x.data_ptr(), batch, *(group or [0]), token, channel, _DTYPES[x.dtype])
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -273,12 +230,6 @@ def _data(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _like_tokens(x: Tensor) -> Tensor:
-    return empty_tokens(x.shape[0], x.shape[1], x.shape[2], x.dtype, x.device)
-
-
-def _total(parts: Tensor | None) -> Tensor | None:
+def _total(parts: Tensor) -> Tensor:
     """Return the sum that the library left in the first part, zeros if there is none."""
-    if parts is None:
-        return None
     return parts[0].clone() if len(parts) else parts.new_zeros(parts.shape[1:])

@@ -34,6 +34,9 @@ class DirectionParameters(NamedTuple):
     delta_bias: Tensor | None
 
 
+_Direction = tuple[TokenOrder, DirectionParameters]
+
+
 def scan_directions(
     features: Tensor,
     orders: Sequence[str],
@@ -62,26 +65,22 @@ def scan_directions(
     _check(features, walked, parameters, gate, merge)
     if stacked is None:
         stacked = features.is_cuda
-    launches = _group(walked, parameters) if stacked else [[k] for k in range(len(walked))]
-
-    spatial = tuple(features.shape[2:])
+    directions = list(zip(walked, parameters, strict=True))
     results: dict[int, Tensor] = {}
-    for members in launches:
-        scan = _scan_one if len(members) == 1 else _scan_stack
-        outs = scan(features, [walked[k] for k in members], [parameters[k] for k in members], gate)
+    for members in _launches(directions) if stacked else [[k] for k in range(len(directions))]:
+        if len(members) == 1:
+            outs = [_scan_one(features, *directions[members[0]], gate)]
+        else:
+            outs = _scan_stack(features, [directions[k] for k in members], gate)
         for k, out in zip(members, outs, strict=True):
-            results[k] = walked[k].restore(out, spatial)
+            results[k] = walked[k].restore(out, tuple(features.shape[2:]))
     return _merge([results[k] for k in range(len(walked))], merge)
 
 
 def _scan_one(
-    features: Tensor,
-    orders: list[TokenOrder],
-    parameters: list[DirectionParameters],
-    gate: Tensor | None,
-) -> list[Tensor]:
-    """Return the scan along one order as [(B, E, L)], in that order."""
-    order, p = orders[0], parameters[0]
+    features: Tensor, order: TokenOrder, p: DirectionParameters, gate: Tensor | None
+) -> Tensor:
+    """Return the scan along one order as (B, E, L), in that order."""
     x = order.arrange(features)  # (B, E, L)
     if p.conv_weight is not None:
         x = causal_conv1d_silu(x, p.conv_weight, p.conv_bias, order.reverse)
@@ -89,51 +88,41 @@ def _scan_one(
     projected = functional.linear(x.transpose(1, 2), p.x_proj_weight)  # (B, L, R + 2N)
     dt, B, C = projected.split([rank, n_states, n_states], dim=-1)
     delta = functional.linear(dt, p.dt_proj_weight)  # (B, L, E)
-    out = selective_scan(
-        x,
-        delta.transpose(1, 2),
-        -torch.exp(p.A_log),
-        B.transpose(1, 2),
-        C.transpose(1, 2),
-        p.D,
-        None if gate is None else order.arrange(gate),
-        p.delta_bias,
+    z = None if gate is None else order.arrange(gate)
+    return selective_scan(
+        *(x, delta.transpose(1, 2), -torch.exp(p.A_log), B.transpose(1, 2), C.transpose(1, 2)),
+        *(p.D, z, p.delta_bias),
         delta_softplus=True,
         reverse=order.reverse,
     )
-    return [out]
 
 
 def _scan_stack(
-    features: Tensor,
-    orders: list[TokenOrder],
-    parameters: list[DirectionParameters],
-    gate: Tensor | None,
+    features: Tensor, directions: Sequence[_Direction], gate: Tensor | None
 ) -> list[Tensor]:
     """Return the scans along K orders walked the same way, in one launch: K groups of channels."""
+    orders, parameters = zip(*directions, strict=True)
     p, reverse, n_directions = parameters[0], orders[0].reverse, len(orders)
-    x = torch.cat([order.arrange(features).transpose(1, 2) for order in orders], -1)  # (B, L, KE)
+
+    def arranged(x: Tensor) -> Tensor:  # (B, KE, L)
+        return torch.cat([order.arrange(x).transpose(1, 2) for order in orders], -1).transpose(1, 2)
+
+    x = arranged(features)
     if p.conv_weight is not None:
-        weight = torch.cat([_taps(q.conv_weight) for q in parameters])
-        bias = _cat([q.conv_bias for q in parameters])
-        x = causal_conv1d_silu(x.transpose(1, 2), weight, bias, reverse).transpose(1, 2)
+        weight = torch.cat([q.conv_weight.flatten(1) for q in parameters])
+        x = causal_conv1d_silu(x, weight, _cat([q.conv_bias for q in parameters]), reverse)
     rank, n_states = p.dt_proj_weight.shape[1], p.A_log.shape[1]
     x_proj = torch.stack([q.x_proj_weight for q in parameters])  # (K, R + 2N, E)
     dt_proj = torch.stack([q.dt_proj_weight for q in parameters])  # (K, E, R)
-    projected = torch.einsum("blke,kpe->blkp", x.unflatten(-1, (n_directions, -1)), x_proj)
+    tokens = x.transpose(1, 2).unflatten(-1, (n_directions, -1))  # (B, L, K, E)
+    projected = torch.einsum("blke,kpe->blkp", tokens, x_proj)
     dt, B, C = projected.split([rank, n_states, n_states], dim=-1)  # (B, L, K, ...)
     delta = torch.einsum("blkr,ker->blke", dt, dt_proj).flatten(2)  # (B, L, KE)
-    z = None
-    if gate is not None:
-        z = torch.cat([order.arrange(gate).transpose(1, 2) for order in orders], -1)
+    decay = -torch.exp(torch.cat([q.A_log for q in parameters]))
     out = selective_scan(
-        x.transpose(1, 2),
-        delta.transpose(1, 2),
-        -torch.exp(torch.cat([q.A_log for q in parameters])),
-        B.permute(0, 2, 3, 1),  # (B, K, N, L)
-        C.permute(0, 2, 3, 1),
+        *(x, delta.transpose(1, 2), decay, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)),
         _cat([q.D for q in parameters]),
-        None if z is None else z.transpose(1, 2),
+        None if gate is None else arranged(gate),
         _cat([q.delta_bias for q in parameters]),
         delta_softplus=True,
         reverse=reverse,
@@ -152,18 +141,13 @@ def _merge(results: list[Tensor], merge: str | None) -> Tensor | list[Tensor]:
     return total / len(results) if merge == "mean" else total
 
 
-def _group(orders: list[TokenOrder], parameters: Sequence[DirectionParameters]) -> list[list[int]]:
+def _launches(directions: Sequence[_Direction]) -> list[list[int]]:
     """Return the directions that one launch can take together."""
     groups: dict[object, list[int]] = {}
-    for k, (order, p) in enumerate(zip(orders, parameters, strict=True)):
+    for k, (order, p) in enumerate(directions):
         shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in p)
         groups.setdefault((order.reverse, shapes), []).append(k)
     return list(groups.values())
-
-
-def _taps(weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return weight.reshape(weight.shape[0], weight.shape[-1])
 
 
 def _cat(tensors: list[Tensor | None]) -> Tensor | None:

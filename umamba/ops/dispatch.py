@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch
+from torch.amp.autocast_mode import is_autocast_available
 
 from umamba.ops import chunked, cpu, mamba_ssm_scan, reference
 
@@ -38,11 +39,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ValueError for an unknown name or a backend that cannot be used on this machine.
     """
-    name = _known(name, "use_backend")
-    reason = find_backend(name).why_unavailable()
+    backend = find_backend(name, "use_backend")
+    reason = backend.why_unavailable()
     if reason is not None:
-        raise ValueError(f"the scan backend {name} cannot be used: {reason}")
-    _asked_for.append(name)
+        raise ValueError(f"the scan backend {backend_name(backend)} cannot be used: {reason}")
+    _asked_for.append(backend_name(backend))
     try:
         yield
     finally:
@@ -54,10 +55,15 @@ def backend_name(backend: ModuleType) -> str:
     return backend.__name__.rpartition(".")[2].removesuffix("_scan")
 
 
-def find_backend(name: str) -> ModuleType:
+def find_backend(name: str, source: str = "find_backend") -> ModuleType:
     """Return the backend of this name; ValueError with all names for an unknown one."""
-    wanted = _known(name, "find_backend")
-    return next(backend for backend in BACKENDS if backend_name(backend) == wanted)
+    backends = {backend_name(backend): backend for backend in BACKENDS}
+    normal = name.strip().lower().replace("-", "_").removesuffix("_scan")
+    if normal not in backends:
+        raise ValueError(
+            f"{source} names the scan backend {name!r}; choose one of {', '.join(backends)}"
+        )
+    return backends[normal]
 
 
 def explain(device: torch.device, dtype: torch.dtype, d_state: int) -> dict[str, str | None]:
@@ -69,8 +75,8 @@ def explain(device: torch.device, dtype: torch.dtype, d_state: int) -> dict[str,
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a region in which autocast does not reach the tensor operations of a backend."""
-    if not torch.is_autocast_enabled(device.type):
+    """Return a region without autocast on this kind of device, of backends and mixers."""
+    if not is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -78,17 +84,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 @functools.cache
 def _from_environment() -> str | None:
     name = os.environ.get(VARIABLE, "").strip()
-    return _known(name, f"the environment variable {VARIABLE}") if name else None
-
-
-def _known(name: str, source: str) -> str:
-    names = [backend_name(backend) for backend in BACKENDS]
-    normal = name.strip().lower().replace("-", "_").removesuffix("_scan")
-    if normal not in names:
-        raise ValueError(
-            f"{source} names the scan backend {name!r}; choose one of {', '.join(names)}"
-        )
-    return normal
+    if not name:
+        return None
+    return backend_name(find_backend(name, f"the environment variable {VARIABLE}"))
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import torch
 CHUNK = 32  # tokens between two saved states; equals CHUNK in csrc/umamba.h
 
 
-def empty_tokens(B: int, D: int, L: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised (B, D, L) view of memory laid out (B, L, D), channels innermost."""
-    return torch.empty(B, L, D, dtype=dtype, device=device).transpose(1, 2)
+def empty_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised tensor like x (B, D, L), its memory laid out (B, L, D)."""
+    B, D, L = x.shape
+    return torch.empty(B, L, D, dtype=x.dtype, device=x.device).transpose(1, 2)

@@ -12,14 +12,7 @@ from umamba.ops import chunked
 from umamba.ops.chunked import conv_backward, conv_forward
 from umamba.ops.layout import CHUNK
 
-__all__ = [
-    "backward",
-    "conv_backward",
-    "conv_forward",
-    "forward",
-    "supports",
-    "why_unavailable",
-]
+__all__ = ["backward", "conv_backward", "conv_forward", "forward", "supports", "why_unavailable"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,20 +36,11 @@ def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | No
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    reverse: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
     save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, D, L), last_state (B, D, N) and states of the shape that all backends share.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return out, last_state and states as reference.forward does, and of the same shapes.
 
     The extension keeps its states elsewhere, so `backward` computes them again and `states` is NaN:
     a backward on another backend than the forward's shows at once. An initial state, which the
@@ -67,31 +51,20 @@ def forward(
         _explain_detour("an initial state or no tokens")
         arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
         return chunked.forward(*arguments, reverse, save_states)
-    inputs = _Inputs(u, delta, A, B, C, D, z, delta_bias, reverse)
-    out, kept, *gated = _extension().fwd(*inputs.leading, delta_softplus)
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, reverse)
+    out, kept, *gated = _extension().fwd(*inputs, delta_softplus)
     shape = (batch, -(-length // CHUNK), A.shape[1], channels) if save_states else (0,)
     states = A.new_full(shape, float("nan"))
     last_state = kept[:, :, -1, 1::2].float().contiguous()
-    return inputs.from_walk(out if z is None else gated[0]), last_state, states
+    return _from_walk(out if z is None else gated[0], reverse), last_state, states
 
 
 def backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    states: Tensor,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
+    dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+    initial_state: Tensor | None, states: Tensor, reverse: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients in the order of reference.backward, None for absent inputs.
 
     The extension ignores the gradient of the last state: with one, the chunked backend serves.
     """
@@ -100,58 +73,44 @@ def backward(
         arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
         _, _, states = chunked.forward(*arguments, reverse, True)
         return chunked.backward(dout, dlast_state, *arguments, states, reverse)
-    inputs = _Inputs(u, delta, A, B, C, D, z, delta_bias, reverse)
-    out, kept, *_ = _extension().fwd(*inputs.leading, delta_softplus)
-    upstream = inputs.walked(dout)
-    gradients = _extension().bwd(
-        *inputs.leading, upstream, kept, out if z is not None else None, None, delta_softplus, False
-    )
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, reverse)
+    out, kept, *_ = _extension().fwd(*inputs, delta_softplus)
+    ungated = None if z is None else out
+    upstream = _walked(dout, u.dtype, reverse)
+    gradients = _extension().bwd(*inputs, upstream, kept, ungated, None, delta_softplus, False)
     du, ddelta, dA, dB, dC, dD, dbias, *dz = gradients
     return (
-        inputs.from_walk(du),
-        inputs.from_walk(ddelta).to(delta.dtype),
+        _from_walk(du, reverse),
+        _from_walk(ddelta, reverse).to(delta.dtype),
         dA,
-        inputs.from_walk(dB).to(B.dtype),
-        inputs.from_walk(dC).to(C.dtype),
+        _from_walk(dB, reverse).to(B.dtype),
+        _from_walk(dC, reverse).to(C.dtype),
         None if D is None else dD,
-        None if z is None else inputs.from_walk(dz[0]).to(z.dtype),
+        None if z is None else _from_walk(dz[0], reverse).to(z.dtype),
         None if delta_bias is None else dbias,
         None,
     )
 
 
-class _Inputs:
-    """The tensors as the extension takes them: one type, tokens innermost, in walk order."""
+def _inputs(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, reverse: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the tensors as the extension takes them: one type, tokens innermost, in walk order."""
+    tokens = [None if x is None else _walked(x, u.dtype, reverse) for x in (u, delta, B, C, z)]
+    skip, bias = (None if x is None else x.float().contiguous() for x in (D, delta_bias))
+    return (*tokens[:2], A.float().contiguous(), *tokens[2:4], skip, tokens[4], bias)
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        reverse: bool,
-    ) -> None:
-        self.dtype, self.reverse = u.dtype, reverse
-        gate = None if z is None else self.walked(z)
-        skip, bias = (None if x is None else x.float().contiguous() for x in (D, delta_bias))
-        tokens = [self.walked(u), self.walked(delta)]
-        matrices = [self.walked(B), self.walked(C)]
-        decay = A.float().contiguous()
-        self.leading = (*tokens, decay, *matrices, skip, gate, bias)
 
-    def walked(self, x: Tensor) -> Tensor:
-        """Return x (..., L) in the type of u, contiguous, reversed where the walk is."""
-        x = x.to(self.dtype)
-        return x.flip(-1) if self.reverse else x.contiguous()
+def _walked(x: Tensor, dtype: torch.dtype, reverse: bool) -> Tensor:
+    """Return x (..., L) in the type, contiguous, reversed where the walk is."""
+    return x.to(dtype).flip(-1) if reverse else x.to(dtype).contiguous()
 
-    def from_walk(self, x: Tensor) -> Tensor:
-        """Return a result (..., L) in the tokens' own order, token-major in memory."""
-        x = x.flip(-1) if self.reverse else x
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+def _from_walk(x: Tensor, reverse: bool) -> Tensor:
+    """Return a result (..., L) in the tokens' own order, token-major in memory."""
+    x = x.flip(-1) if reverse else x
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 @functools.cache

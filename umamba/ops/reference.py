@@ -23,19 +23,10 @@ def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | No
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    reverse: bool,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
     save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return out (B, D, L), last_state (B, D, N) and the states before each chunk.
 
     u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D,); initial_state (B, D, N).
@@ -47,7 +38,7 @@ def forward(
     x, decay = u.to(wide), A.to(wide)
     B, C = (_per_channel(m, channels, wide) for m in (B, C))  # (B, D, N, L)
     h = _initial(initial_state, u, A)
-    out = empty_tokens(batch, channels, length, u.dtype, u.device)
+    out = empty_tokens(u)
     states = []
     for step, t in enumerate(_walk(length, reverse)):
         if step % CHUNK == 0:
@@ -67,21 +58,10 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    states: Tensor,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
+    dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+    initial_state: Tensor | None, states: Tensor, reverse: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
 
     du, ddelta, dz, dB and dC have the type of their inputs, the others that of the computation.

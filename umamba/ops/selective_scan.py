@@ -3,7 +3,7 @@
 B batch, D channels, L tokens, N states, G groups of channels that share B and C.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,37 +14,20 @@ from umamba.ops.layout import CHUNK, empty_tokens
 
 @overload
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    delta_bias: Tensor | None = ...,
-    delta_softplus: bool = ...,
-    initial_state: Tensor | None = ...,
-    reverse: bool = ...,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ...,
+    z: Tensor | None = ..., delta_bias: Tensor | None = ..., delta_softplus: bool = ...,
+    initial_state: Tensor | None = ..., reverse: bool = ...,
     return_last_state: Literal[False] = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    delta_bias: Tensor | None = ...,
-    delta_softplus: bool = ...,
-    initial_state: Tensor | None = ...,
-    reverse: bool = ...,
-    *,
-    return_last_state: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ...,
+    z: Tensor | None = ..., delta_bias: Tensor | None = ..., delta_softplus: bool = ...,
+    initial_state: Tensor | None = ..., reverse: bool = ...,
+    *, return_last_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def selective_scan(
@@ -78,10 +61,7 @@ def selective_scan(
     so is the last state. Gradients flow into every tensor, from the last state too.
     Raises ValueError for shapes that do not agree, complex A, and tensors on different devices.
     """
-    if B.ndim == 3:
-        B = B.unsqueeze(1)
-    if C.ndim == 3:
-        C = C.unsqueeze(1)
+    B, C = [x.unsqueeze(1) if x.ndim == 3 else x for x in (B, C)]
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
 
     dtype = torch.promote_types(u.dtype, delta.dtype)
@@ -92,21 +72,12 @@ def selective_scan(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if wide == torch.float64:
         B, C = B.to(wide), C.to(wide)
-    tensors = (
-        u.to(dtype),
-        delta.to(dtype),
-        A.to(wide),
-        B,
-        C,
-        None if D is None else D.to(wide),
-        None if z is None else z.to(dtype),
-        None if delta_bias is None else delta_bias.to(wide),
-        None if initial_state is None else initial_state.to(wide),
-    )
+    D, bias, initial = [None if x is None else x.to(wide) for x in (D, delta_bias, initial_state)]
+    z = None if z is None else z.to(dtype)
+    leading = (u.to(dtype), delta.to(dtype), A.to(wide), B, C, D, z, bias)
     needs_states = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
+        x is not None and x.requires_grad for x in (*leading, initial)
     )
-    *leading, initial = tensors
     out, last_state, _ = torch.ops.umamba.selective_scan_fwd(
         *leading, delta_softplus, initial, reverse, needs_states
     )
@@ -114,16 +85,9 @@ def selective_scan(
 
 
 def _check(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None,
+) -> None:  # fmt: skip
     """Raises ValueError with the argument's name, its shape and the shape it should have."""
     if A.is_complex():
         raise ValueError("A is complex; the scan takes a real A of shape (D, N)")
@@ -136,17 +100,19 @@ def _check(
     n_states, n_groups = A.shape[1], B.shape[1]
     if n_groups < 1 or channels % n_groups:
         raise ValueError(f"u has {channels} channels, not a multiple of the {n_groups} groups of B")
+    sequence, matrix = (batch, channels, length), (batch, n_groups, n_states, length)
     expected = {
-        "delta": (delta, (batch, channels, length)),
+        "u": (u, sequence),
+        "delta": (delta, sequence),
         "A": (A, (channels, n_states)),
-        "B": (B, (batch, n_groups, n_states, length)),
-        "C": (C, (batch, n_groups, n_states, length)),
+        "B": (B, matrix),
+        "C": (C, matrix),
         "D": (D, (channels,)),
-        "z": (z, (batch, channels, length)),
+        "z": (z, sequence),
         "delta_bias": (delta_bias, (channels,)),
         "initial_state": (initial_state, (batch, channels, n_states)),
     }
-    for name, (tensor, shape) in {"u": (u, tuple(u.shape)), **expected}.items():
+    for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
@@ -169,47 +135,20 @@ def _check(
         "bool save_states) -> (Tensor, Tensor, Tensor)"
     ),
 )
-def _scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    reverse: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    backend = choose(u.device, u.dtype, A.shape[1])
-    leading = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+def _scan_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    u, _, A, *_ = arguments
     with without_autocast(u.device):
-        return backend.forward(*leading, reverse, save_states)
+        return choose(u.device, u.dtype, A.shape[1]).forward(*arguments)
 
 
 @_scan_forward.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    reverse: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    u, _, A, *_, save_states = arguments
     batch, channels, length = u.shape
     n_chunks = (length + CHUNK - 1) // CHUNK
-    out = empty_tokens(batch, channels, length, u.dtype, u.device)
     last_state = A.new_empty(batch, channels, A.shape[1])
     states = A.new_empty((batch, n_chunks, A.shape[1], channels) if save_states else (0,))
-    return out, last_state, states
+    return empty_tokens(u), last_state, states
 
 
 @torch.library.custom_op(
@@ -222,52 +161,20 @@ def _(
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def _scan_backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    states: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
+def _scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The backend's gradients; an operator cannot return None, so absent ones are empty tensors."""
-    backend = choose(u.device, u.dtype, A.shape[1])
-    leading = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    _, _, u, _, A, *_ = arguments
     with without_autocast(u.device):
-        gradients = backend.backward(dout, dlast_state, *leading, states, reverse)
+        gradients = choose(u.device, u.dtype, A.shape[1]).backward(*arguments)
     return tuple(A.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @_scan_backward.register_fake
-def _(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    states: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    _, _, u, delta, A, B, C, D, z, delta_bias, _, initial_state, _, _ = arguments
+
     def tokens(x: Tensor | None) -> Tensor:
-        if x is None:
-            return A.new_empty(0)
-        batch, channels, length = x.shape
-        return empty_tokens(batch, channels, length, x.dtype, x.device)
+        return A.new_empty(0) if x is None else empty_tokens(x)
 
     def matrix(x: Tensor) -> Tensor:  # token-major
         batch, n_groups, n_states, length = x.shape
@@ -297,17 +204,10 @@ def _differentiate(ctx, dout, dlast_state, dstates):  # type: ignore[no-untyped-
         *(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias),
         *(ctx.delta_softplus, initial_state, states, ctx.reverse),
     )
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = gradients
-    return (
-        *(du, ddelta, dA, dB, dC),
-        None if D is None else dD,
-        None if z is None else dz,
-        None if delta_bias is None else dbias,
-        None,
-        None if initial_state is None else dinitial,
-        None,
-        None,
-    )
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    present = [None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)]
+    *leading, dinitial = present
+    return (*leading, None, dinitial, None, None)
 
 
 _scan_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

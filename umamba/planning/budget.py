@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from umamba.planning.footprint import StepCheck
+import numpy as np
+
+from umamba.planning.footprint import GIB, StepCheck
+from umamba.planning.plans import (
+    Plans,
+    check_plan,
+    get_configuration,
+    preprocessed_folder,
+    read_json,
+    replan,
+)
 from umamba.planning.topology import network_divisor
 
-ENOUGH_ITERATIONS = 500
-"""Iterations that a short schedule needs before a wider network pays: below, narrower wins."""
-
-WORTH_ITERATIONS = 0.7
-"""A wider network is taken while it gets this share of the narrower one's iterations."""
-
-LONG_ITERATIONS = 50_000
-"""From here on nnU-Net's own recipe (SGD, poly, full augmentation) is kept."""
-
-FULL_AUGMENTATION_PASSES = 150
-"""Passes over the training cases from which nnU-Net's full augmentation is used."""
-
-LOADING = 1.1
-"""Time of an iteration in training over that of a bare step: data loading, logging, checkpoints."""
-
-SMALLEST_EDGE = 16
-"""Voxels below which no axis of a patch is shrunk."""
-
-MEASURING_SHARE = 0.05
-"""Share of the time that measuring steps may take."""
-
-STEPS_TO_MEASURE = 2
-"""One to warm up and one to time."""
+ENOUGH_ITERATIONS = 500  # what a short schedule needs before a wider network pays
+WORTH_ITERATIONS = 0.7  # share of the narrower network's iterations that a wider one must get
+LONG_ITERATIONS = 50_000  # from here on nnU-Net's own recipe (SGD, poly, full augmentation) is kept
+FULL_AUGMENTATION_PASSES = 150  # over the training cases: from here on nnU-Net's full augmentation
+LOADING = 1.1  # an iteration over a bare step: data loading, logging, checkpoints
+SMALLEST_EDGE = 16  # voxels below which no axis of a patch is shrunk
+MEASURING_SHARE = 0.05  # of the time, for measuring steps
+STEPS_TO_MEASURE = 2  # one to warm up and one to time
+OVERHEAD_SECONDS = 18.0  # starting the loaders, the last checkpoint and the report
+VALIDATION_MARGIN = 1.5  # over its estimate: training can wait for a slow machine, this cannot
+MOST_FOR_VALIDATION = 0.3  # share of the time that validation may be given
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,95 @@ class Fit:
     step_seconds: float
     forward_seconds: float
     n_iterations: int
-    reasons: tuple[str, ...]
+
+
+def fit_to_time(
+    plans: Plans,
+    configuration: str,
+    *,
+    seconds: float,
+    fold: int | str,
+    device: str,
+    memory_gb: float | None = None,
+) -> Plans:
+    """Returns plans whose training, validation and report take `seconds` on this machine.
+
+    The configuration gets the largest width and patch whose steps fit often enough, two patches a
+    batch, and a schedule that follows the clock.  Raises ValueError when too little time is left.
+    """
+    started = time.monotonic()
+    part = get_configuration(plans, configuration)
+    shapes = planned_shapes(plans, part["spacing"])
+    n_validation = len(shapes) if fold == "all" else max(1, round(len(shapes) / 5))
+    n_training = len(shapes) if fold == "all" else max(1, len(shapes) - n_validation)
+    memory = None if memory_gb is None else int(memory_gb * GIB)
+    n_axes = len(part["patch_size"])
+
+    @functools.cache
+    def measure(size: Candidate) -> StepCheck:
+        return _measure(plans, configuration, size, device)
+
+    def choose(share: float) -> tuple[Fit, float, float]:
+        """The size for what is left beside validation, its seconds, and those of validation."""
+        left = seconds - OVERHEAD_SECONDS - share
+        found = fit(_sizes(part), measure, max(left, 1.0), memory)
+        size = found.candidate
+        recipe = budget_recipe(found.n_iterations, size.batch_size, n_training, left)
+        needed = validation_seconds(
+            shapes,
+            n_validation,
+            size.patch_size,
+            found.forward_seconds / size.batch_size,
+            1 + (2**n_axes if recipe.get("mirroring", True) else 0),
+            n_together=2 if n_axes == 3 else 1,
+        )
+        return found, left, min(MOST_FOR_VALIDATION * seconds, VALIDATION_MARGIN * needed)
+
+    # The first choice does not know how long validation takes: that depends on the choice.
+    found, left, share = choose(choose(0.0)[-1])
+    spent = time.monotonic() - started
+    train_seconds = seconds - spent - OVERHEAD_SECONDS - share
+    if train_seconds < seconds / 4:
+        raise ValueError(
+            f"of the {seconds:.0f} s that are left only {max(train_seconds, 0):.0f} s would go "
+            f"into training, the rest into reading, measuring, validating {n_validation} cases and "
+            "reporting: give more --minutes"
+        )
+    size = found.candidate
+    n_iterations = max(1, int(train_seconds / found.step_seconds))
+    return replan(
+        plans,
+        configuration,
+        patch_size=size.patch_size,
+        batch_size=size.batch_size,
+        features_per_stage=size.features_per_stage,
+        recipe=budget_recipe(n_iterations, size.batch_size, n_training, train_seconds),
+        reason=f"{_explain(found, max(left, 1.0))}; {train_seconds / 60:.1f} min of training, "
+        f"{share / 60:.1f} min kept for validation",
+    )
+
+
+def days_of_training(plans: Plans, configuration: str, n_iterations: int, device: str) -> float:
+    """Returns the days that `n_iterations` of the planned size would take on this machine.
+
+    Measured is the narrowest network at the planned patch, and scaled by the arithmetic.
+    """
+    part = get_configuration(plans, configuration)
+    same_patch = [size for size in _sizes(part) if list(size.patch_size) == part["patch_size"]]
+    narrow = min(same_patch, key=lambda size: size.cost)
+    step = _measure(plans, configuration, narrow, device)
+    return step.seconds / narrow.cost * n_iterations / 86400
+
+
+def planned_shapes(plans: Mapping[str, Any], spacing: Sequence[float]) -> np.ndarray:
+    """Returns the cases' shapes (cases, 3) at the planned spacing, in the planned axis order."""
+    fingerprint = read_json(preprocessed_folder(plans["dataset_name"]) / "dataset_fingerprint.json")
+    order = plans["transpose_forward"]
+    shapes = np.array(fingerprint["shapes_after_crop"], float)[:, order]
+    spacings = np.array(fingerprint["spacings"])[:, order]
+    planned = slice(3 - len(spacing), None)  # a 2d configuration leaves the slices alone
+    shapes[:, planned] = shapes[:, planned] * spacings[:, planned] / spacing
+    return shapes
 
 
 def candidates(
@@ -66,9 +155,8 @@ def candidates(
     The batch is the smallest that nnU-Net plans with (2) in 3D; in 2D as many patches as hold
     2^17 pixels, at least 2 and at most the planned batch.
     """
-    voxels = math.prod(patch_size)
     if len(patch_size) == 2:
-        batch = max(2, min(batch_size, 2**17 // voxels))
+        batch = max(2, min(batch_size, 2**17 // math.prod(patch_size)))
     else:
         batch = min(2, batch_size)
     planned = _work(features_per_stage, patch_size, batch_size)
@@ -94,56 +182,38 @@ def fit(
     takes a small share of the time; beyond that their arithmetic tells.  A size whose measured peak
     is above `memory_bytes` is left out.
     """
-    stopwatch = _Stopwatch(measure, MEASURING_SHARE * seconds)
     best: Fit | None = None
+    measured: Fit | None = None
+    spent = 0.0
     for patch in sorted({c.patch_size for c in sizes}, key=math.prod, reverse=True):
-        narrow_first = sorted((c for c in sizes if c.patch_size == patch), key=lambda c: c.cost)
-        for candidate in narrow_first:
-            step_seconds, forward_seconds, peak = stopwatch.step(candidate)
-            if memory_bytes is not None and peak > memory_bytes:
-                break
-            n_iterations = max(1, int((seconds - stopwatch.spent) / step_seconds))
-            here = best is not None and best.candidate.patch_size == patch
-            if here and best is not None:
-                # A narrower network must buy many more iterations to be worth its width.
-                wanted = min(ENOUGH_ITERATIONS, WORTH_ITERATIONS * best.n_iterations)
-                if n_iterations < wanted:
+        here: Fit | None = None
+        for size in sorted((c for c in sizes if c.patch_size == patch), key=lambda c: c.cost):
+            if measured:
+                times = size.cost / measured.candidate.cost
+                step, forward = times * measured.step_seconds, times * measured.forward_seconds
+            if not measured or spent + STEPS_TO_MEASURE * step <= MEASURING_SHARE * seconds:
+                check = measure(size)
+                spent += STEPS_TO_MEASURE * check.seconds
+                step, forward = LOADING * check.seconds, check.forward_seconds
+                measured = Fit(size, step, forward, 0)
+                if memory_bytes is not None and check.peak_bytes > memory_bytes:
                     break
-            if best is None or here or n_iterations > best.n_iterations:
-                best = Fit(candidate, step_seconds, forward_seconds, n_iterations, ())
-        if best is not None and best.n_iterations >= ENOUGH_ITERATIONS:
+            fitted = Fit(size, step, forward, max(1, int((seconds - spent) / step)))
+            if here:
+                # A narrower network must buy many more iterations to be worth its width.
+                wanted = min(ENOUGH_ITERATIONS, WORTH_ITERATIONS * here.n_iterations)
+                if fitted.n_iterations < wanted:
+                    break
+            if best is None or here or fitted.n_iterations > best.n_iterations:
+                best = here = fitted
+        if best and best.n_iterations >= ENOUGH_ITERATIONS:
             break
     if best is None:
         raise ValueError(
             "not even the smallest size of this network fits into the memory: give --memory more "
             "gigabytes, or choose the configuration 3d_lowres or 2d"
         )
-    return replace(best, reasons=_reasons(best, seconds))
-
-
-class _Stopwatch:
-    """Iteration times: measured while there is time for it, else scaled from the last measured."""
-
-    def __init__(self, measure: Callable[[Candidate], StepCheck], allowance: float) -> None:
-        self.measure = measure
-        self.allowance = allowance
-        self.spent = 0.0
-        self._last: tuple[Candidate, float, float] | None = None
-
-    def step(self, candidate: Candidate) -> tuple[float, float, int]:
-        """Seconds of an iteration in training, of a forward pass of its batch, and the peak bytes.
-
-        The peak is 0 where the times were scaled.
-        """
-        if self._last is not None:
-            measured, seconds, forward = self._last
-            times = candidate.cost / measured.cost
-            if self.spent + STEPS_TO_MEASURE * seconds * times > self.allowance:
-                return seconds * times, forward * times, 0
-        check = self.measure(candidate)
-        self.spent += STEPS_TO_MEASURE * check.seconds
-        self._last = (candidate, LOADING * check.seconds, check.forward_seconds)
-        return LOADING * check.seconds, check.forward_seconds, check.peak_bytes
+    return best
 
 
 def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_seconds: float) -> dict:
@@ -152,7 +222,8 @@ def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_second
     Short schedules get AdamW with warm-up and a cosine to zero, and light augmentation while the
     cases are seen few times; from LONG_ITERATIONS on everything but the clock is nnU-Net's own.
     """
-    n_epochs = max(5, min(n_iterations // 30, 40 if n_iterations < LONG_ITERATIONS else 1000))
+    is_long = n_iterations >= LONG_ITERATIONS
+    n_epochs = max(5, min(n_iterations // 30, 1000 if is_long else 40))
     per_epoch = max(1, n_iterations // n_epochs)
     recipe: dict[str, object] = {
         "train_seconds": round(train_seconds, 1),
@@ -160,24 +231,19 @@ def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_second
         "num_iterations_per_epoch": per_epoch,
         "num_val_iterations_per_epoch": max(1, min(50, per_epoch // 10)),
     }
-    if n_iterations < LONG_ITERATIONS:
-        passes = n_iterations * batch_size / max(1, n_cases)
-        recipe |= {
-            "optimizer": "adamw",
-            "initial_lr": 3e-3,
-            "weight_decay": 1e-2,
-            "schedule": "cosine",
-            "warmup": 0.05,
-        }
-        if passes < FULL_AUGMENTATION_PASSES:
-            # Mirrored patches are another task to learn: they cost a short schedule more than the
-            # variety gives back.
-            recipe |= {"augmentation": "light", "mirroring": False}
+    if is_long:
+        return recipe
+    recipe |= {"optimizer": "adamw", "initial_lr": 3e-3, "weight_decay": 1e-2}
+    recipe |= {"schedule": "cosine", "warmup": 0.05}
+    if n_iterations * batch_size / max(1, n_cases) < FULL_AUGMENTATION_PASSES:
+        # Mirrored patches are another task to learn: they cost a short schedule more than the
+        # variety gives back.
+        recipe |= {"augmentation": "light", "mirroring": False}
     return recipe
 
 
 def validation_seconds(
-    shapes: Sequence[Sequence[float]],
+    shapes: Sequence[Sequence[float]] | np.ndarray,
     n_cases: int,
     patch_size: Sequence[int],
     forward_seconds: float,
@@ -192,27 +258,39 @@ def validation_seconds(
         n_passes: forward passes per tile: 1, and more with mirroring.
         n_together: tiles that share a pass; a case's last pass takes as long if there are fewer.
     """
-    passes = [math.ceil(_n_tiles(shape, patch_size) / n_together) for shape in shapes]
-    tiles = [n_together * n for n in passes]
-    mean_tiles = sum(tiles) / max(1, len(tiles))
-    voxels = sum(math.prod(shape) for shape in shapes) / max(1, len(shapes))
-    return n_cases * (mean_tiles * forward_seconds * n_passes + 0.03 + 2e-7 * voxels)
+    total = 0.0
+    for shape in shapes:
+        n_tiles = n_together * math.ceil(_n_tiles(shape, patch_size) / n_together)
+        total += n_tiles * forward_seconds * n_passes + 0.03 + 2e-7 * math.prod(shape)
+    return n_cases * total / len(shapes)
 
 
 def _n_tiles(shape: Sequence[float], patch_size: Sequence[int]) -> int:
-    if len(shape) > len(patch_size):
-        slices = math.prod(math.ceil(s) for s in shape[: len(shape) - len(patch_size)])
-        return slices * _n_tiles(shape[-len(patch_size) :], patch_size)
-    steps = (
-        1 if s <= p else math.ceil((s - p) / (p / 2)) + 1
-        for s, p in zip(shape, patch_size, strict=True)
+    n_slices = math.prod(math.ceil(s) for s in shape[: len(shape) - len(patch_size)])
+    pairs = zip(shape[-len(patch_size) :], patch_size, strict=True)
+    return n_slices * math.prod(max(0, math.ceil((s - p) / (p / 2))) + 1 for s, p in pairs)
+
+
+def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> StepCheck:
+    changed = replan(
+        plans,
+        configuration,
+        patch_size=size.patch_size,
+        batch_size=size.batch_size,
+        features_per_stage=size.features_per_stage,
     )
-    return math.prod(steps)
+    return check_plan(changed, configuration, device)
+
+
+def _sizes(part: Mapping[str, Any]) -> list[Candidate]:
+    arguments = part["architecture"]["arch_kwargs"]
+    features, strides = arguments["features_per_stage"], arguments["strides"]
+    return candidates(features, part["patch_size"], part["batch_size"], strides)
 
 
 def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[int, ...]]:
     """The patch, then ever smaller ones: the longest axis (in divisors) shrinks first."""
-    patch = [int(size) for size in patch_size]
+    patch = list(patch_size)
     found = [tuple(patch)]
     smallest = [max(2 * d, SMALLEST_EDGE) for d in divisor]
     while len(found) < 4:
@@ -238,17 +316,16 @@ def _work(features: Sequence[int], patch: Sequence[int], batch: int) -> float:
     return batch * math.prod(patch) * features[0] * (features[0] + 8)
 
 
-def _reasons(best: Fit, seconds: float) -> tuple[str, ...]:
-    chosen = best.candidate
+def _explain(found: Fit, seconds: float) -> str:
+    chosen = found.candidate
     text = (
         f"one step of batch {chosen.batch_size}, patch {'x'.join(map(str, chosen.patch_size))} and "
-        f"{chosen.features_per_stage[0]} features takes {best.step_seconds:.2f} s here, so about "
-        f"{best.n_iterations} iterations fit into {seconds:.0f} s of training"
+        f"{chosen.features_per_stage[0]} features takes {found.step_seconds:.2f} s here, so about "
+        f"{found.n_iterations} iterations fit into {seconds:.0f} s of training"
     )
-    reasons = [text]
-    if best.n_iterations < ENOUGH_ITERATIONS:
-        reasons.append(
-            f"that is fewer than the {ENOUGH_ITERATIONS} that a usable result tends to need: "
+    if found.n_iterations < ENOUGH_ITERATIONS:
+        text += (
+            f"; that is fewer than the {ENOUGH_ITERATIONS} that a usable result tends to need: "
             "give more minutes if you can"
         )
-    return tuple(reasons)
+    return text

@@ -1,8 +1,9 @@
-"""Memory that one training step of a network needs, counted on the meta device, and measured."""
+"""Memory that one training step of a network needs: counted on the meta device, and measured."""
 
+import contextlib
 import ctypes
 import gc
-import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,31 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-logger = logging.getLogger(__name__)
-
 NetworkBuilder = Callable[[], nn.Module]
+GIB = 1024**3
+LOSS_COPIES = 4  # of the logits, kept by the loss: softmax, log-softmax, target, gradient
+WORKING_COPIES = 3  # of the largest tensor, at once in backward: two gradients and a workspace
 
-LOSS_COPIES = 4
-"""Tensors of the logits' size that the loss keeps: softmax, log-softmax, target, gradient."""
 
-WORKING_COPIES = 3
-"""Buffers of the largest tensor in use at once in backward: two gradients and a workspace."""
+def default_memory_gb() -> float:
+    """Returns the GPU's memory in GiB if there is one, else half of the free RAM, at least 2."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
+    return float(max(available_memory_bytes() // 2 // GIB, 2))
+
+
+def available_memory_bytes() -> int:
+    """Returns the bytes of RAM that this process could still take, within its container's limit."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(lines.get("MemAvailable", lines["MemTotal"]).split()[0]) * 1024
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(limit).read_text().strip() if Path(limit).is_file() else "max"
+        if text.isdigit():
+            available = min(available, int(text))
+    return available
 
 
 @dataclass(frozen=True)
@@ -52,17 +69,26 @@ class Footprint:
 def conv_features(network: nn.Module, input_channels: int, patch_size: Sequence[int]) -> int:
     """Returns the number of elements that all convolutions put out for one patch.
 
-    This is the number that nnU-Net's planner budgets with (`compute_conv_feature_map_size`).
-
-    Args:
-        network: on any device; a network on the meta device costs neither memory nor arithmetic.
-        patch_size: voxels per axis.
+    This is the number that nnU-Net's planner budgets with (`compute_conv_feature_map_size`). A
+    network on the meta device costs neither memory nor arithmetic.
     """
     device = next(network.parameters()).device
     image = torch.empty(1, input_channels, *patch_size, device=device)
     with torch.no_grad(), _ConvolutionCounter() as counter:
         network(image)
     return counter.n_elements
+
+
+class _ConvolutionCounter(TorchDispatchMode):
+    """Adds up the elements of every convolution's output."""
+
+    n_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            self.n_elements += output.numel()
+        return output
 
 
 def count_footprint(
@@ -73,11 +99,8 @@ def count_footprint(
 ) -> Footprint:
     """Returns what one sample of a training step keeps, by a forward pass on the meta device.
 
-    Args:
-        build: makes the network in training mode; called under the meta device.
-        patch_size: voxels per axis.
-        half_precision: as under autocast, where convolutions work in 16 bits and mixers, which
-            leave autocast, in float32. The meta device has no autocast, so it is acted out.
+    With `half_precision` it is as under autocast, where convolutions work in 16 bits and mixers,
+    which leave autocast, in float32. The meta device has no autocast, so it is acted out.
     """
     with torch.device("meta"):
         network = build()
@@ -89,20 +112,19 @@ def count_footprint(
                 module.half().register_forward_pre_hook(_to_half)
             elif isinstance(module, _NormBase):
                 module.half()
-    parameters = {_key(p) for p in network.parameters()}
-    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
+    parameters = {p.untyped_storage()._cdata for p in network.parameters()}
+    # The storages are held, so that the address of one cannot serve a second tensor.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
-        key = _key(tensor)
-        if key not in parameters:
-            # The storage is held, so that its address cannot serve a second tensor.
-            kept[key] = (tensor.untyped_storage().nbytes(), tensor.untyped_storage())
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        outputs = network(image)
-    logits = outputs if isinstance(outputs, list | tuple) else [outputs]
-    sizes = [size for size, _ in kept.values()]
+        logits = _outputs(network, image)
+    sizes = [storage.nbytes() for storage in kept.values()]
     return Footprint(
         saved_bytes=sum(sizes),
         largest_bytes=max(sizes, default=0),
@@ -127,7 +149,10 @@ def training_bytes(
 
 @dataclass(frozen=True)
 class StepCheck:
-    """What a dry run of training steps at the planned patch cost; a forward is one of inference."""
+    """What a dry run of a training step at the planned patch cost; a forward is one of inference.
+
+    The peak is the growth over the memory in use before the network was built.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -144,16 +169,11 @@ def measure_step(
     input_channels: int,
     patch_size: Sequence[int],
     batch_size: int,
-    *,
-    n_steps: int = 1,
     device: str | None = None,
 ) -> StepCheck:
-    """Runs one warm-up and `n_steps` training steps on noise; returns the median step's cost.
+    """Runs a training step on noise to warm up and one to measure; returns the second one's cost.
 
-    The peak is the growth over the memory in use before the network was built.
-
-    Args:
-        device: torch device; None takes the GPU if there is one.
+    Without a `device` it is the GPU if there is one, else the CPU.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     counted = training_bytes(build, input_channels, patch_size, batch_size, where.type == "cuda")
@@ -161,21 +181,16 @@ def measure_step(
     network = build().to(where).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.99, nesterov=True)
     image = torch.randn(batch_size, input_channels, *patch_size, device=where)
-    costs: list[tuple[float, float]] = []
-    finite = True
-    for _ in range(n_steps + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        loss = _step(network, optimizer, image)
-        finite = finite and bool(torch.isfinite(loss))
-        costs.append((time.perf_counter() - start, time.process_time() - cpu_start))
-    peak = max(_read_peak(where) - before, 0)
-    timed = sorted(costs[1:] or costs)
-    seconds, cpu_seconds = timed[len(timed) // 2]
+    finite = _step_is_finite(network, optimizer, image)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    finite = _step_is_finite(network, optimizer, image) and finite
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak = _read_peak(where) - before
     return StepCheck(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
         forward_seconds=_forward_seconds(network.eval(), image),
-        peak_bytes=peak,
+        peak_bytes=max(peak, 0),
         counted_bytes=counted,
         parameters=sum(p.numel() for p in network.parameters()),
         finite=finite,
@@ -183,46 +198,32 @@ def measure_step(
     )
 
 
-class _ConvolutionCounter(TorchDispatchMode):
-    """Adds up the elements of every convolution's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default:
-            self.n_elements += output.numel()
-        return output
-
-
 def _to_half(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.half() for tensor in inputs)
 
 
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, image: torch.Tensor
-) -> torch.Tensor:
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(image.device.type, enabled=image.device.type == "cuda"):
+def _outputs(network: nn.Module, image: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The logits of one or several stages, under autocast on a GPU as in training."""
+    with torch.autocast("cuda") if image.is_cuda else contextlib.nullcontext():
         outputs = network(image)
+    return outputs if isinstance(outputs, list | tuple) else [outputs]
+
+
+def _step_is_finite(
+    network: nn.Module, optimizer: torch.optim.Optimizer, image: torch.Tensor
+) -> bool:
+    optimizer.zero_grad(set_to_none=True)
     loss = image.new_zeros(())
-    for logits in outputs if isinstance(outputs, list | tuple) else [outputs]:
-        target = torch.randint(
-            logits.shape[1], (logits.shape[0], *logits.shape[2:]), device=image.device
-        )
+    for logits in _outputs(network, image):
+        shape = (logits.shape[0], *logits.shape[2:])
+        target = torch.randint(logits.shape[1], shape, device=image.device)
         probabilities = torch.softmax(logits.float(), 1)
         overlap = probabilities.gather(1, target[:, None]).mean()
         loss = loss + nn.functional.cross_entropy(logits.float(), target) - overlap
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
     optimizer.step()
-    return loss.detach()
+    return bool(torch.isfinite(loss))
 
 
 @torch.inference_mode()
@@ -231,25 +232,22 @@ def _forward_seconds(network: nn.Module, image: torch.Tensor) -> float:
     taken = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        with torch.autocast(image.device.type, enabled=image.device.type == "cuda"):
-            outputs = network(image)
-        float((outputs[0] if isinstance(outputs, list | tuple) else outputs).flatten()[0])
+        float(_outputs(network, image)[0].flatten()[0])  # waits for the device
         taken = time.perf_counter() - start
     return taken
 
 
 def _reset_peak(device: torch.device) -> int:
+    """Makes `_read_peak` begin anew; returns the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         # Freed pages go back to the system first, so that they are not taken for memory in use;
         # then 5 sets the resident high-water mark to the present size.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        logger.debug("the peak of resident memory cannot be reset here")
     return _status_bytes("VmRSS")
 
 

@@ -12,65 +12,61 @@ import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from umamba.networks.registry import get_entry
-from umamba.planning import plans as plans_files
-from umamba.planning.footprint import Footprint, conv_features, count_footprint
-from umamba.planning.machine import GIB, default_memory_gb
-from umamba.planning.network_block import (
+from umamba.planning.footprint import (
+    GIB,
+    Footprint,
+    conv_features,
+    count_footprint,
+    default_memory_gb,
+)
+from umamba.planning.plans import (
+    STOCK_PLANS,
+    Plans,
+    digest,
+    load_plans,
+    network_builder,
+    plans_file,
+    preprocessing_part,
+    save_plans,
+)
+from umamba.planning.topology import (
     CONFIGURATIONS,
     check_configurations,
     check_network_args,
-    default_plans_name,
     network_arguments,
+    network_divisor,
+    round_patch,
 )
-from umamba.planning.topology import network_divisor, round_patch
 
 logger = logging.getLogger(__name__)
 
-STOCK_PLANS = "nnUNetPlans"
 MIN_MEMORY_GB = 0.5
 MIN_TARGET_GB = 0.05
-USABLE_MEMORY = 0.9
-"""Share that is planned with; the rest is for workspaces and fragmentation."""
+USABLE_MEMORY = 0.9  # share that is planned with; the rest is for workspaces and fragmentation
 
 
-def plan_dataset(
-    dataset_name: str,
-    *,
-    network: str = "umamba_bot",
-    plans_name: str | None = None,
-    memory_gb: float | None = None,
-    network_args: Mapping[str, Any] | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    configurations: Sequence[str] | None = None,
-    overwrite_target_spacing: Sequence[float] | None = None,
-) -> plans_files.Plans:
+def plan_dataset(dataset_name: str, *, memory_gb: float | None = None, **request: Any) -> Plans:
     """Plans a dataset whose fingerprint is there, writes the plans file and returns the plans.
 
     Args:
         dataset_name: nnU-Net's dataset name (or id).
-        plans_name: default the network's name, and a short hash of `network_args` if given.
         memory_gb: GiB that a training step may use. Default: that of plans already made under this
             name, so that planning again changes nothing; else the GPU's, else half of the free RAM.
-        network_args: keyword arguments of the network that differ from the planner's choice.
-        recipe: the training recipe as a plain dict; empty is nnU-Net's own.
-        configurations: names to plan; default all that nnU-Net finds sensible.
-        overwrite_target_spacing: mm, in the images' axis order, for the 3D configurations and 2d.
+        request: the further arguments of `UMambaPlanner`.
     """
-    planner = UMambaPlanner(
-        dataset_name,
-        plans_name=plans_name,
-        gpu_memory_target_in_gb=memory_gb,
-        overwrite_target_spacing=overwrite_target_spacing,
-        network=network,
-        network_args=network_args,
-        recipe=recipe,
-        configurations=configurations,
-    )
-    return planner.plan_experiment()
+    return UMambaPlanner(
+        dataset_name, gpu_memory_target_in_gb=memory_gb, **request
+    ).plan_experiment()
+
+
+def default_plans_name(network: str, network_args: Mapping[str, Any]) -> str:
+    """Returns the network's name, with a short hash where arguments differ from the planner's."""
+    return f"{network}_{digest(network_args)[:6]}" if network_args else network
 
 
 class UMambaPlanner(ExperimentPlanner):
@@ -78,22 +74,30 @@ class UMambaPlanner(ExperimentPlanner):
 
     nnU-Net's own search decides the patch: where the network needs more memory than nnU-Net's
     U-Net, the search is run again with a smaller memory target until the network's step fits.
+
+    Args:
+        plans_name: default the network's name, and a short hash of `network_args` if given.
+        overwrite_target_spacing: mm, in the images' axis order, for the 3D configurations and 2d.
+        network_args: keyword arguments of the network that differ from the planner's choice.
+        recipe: the training recipe as a plain dict; empty is nnU-Net's own.
+        configurations: names to plan; default all that nnU-Net finds sensible.
+        half_precision: whether training works in 16 bits; default where there is a GPU.
+        stock: further arguments of nnU-Net's planner.
     """
 
     def __init__(
         self,
         dataset_name_or_id: str | int,
+        *,
         gpu_memory_target_in_gb: float | None = None,
-        preprocessor_name: str = "DefaultPreprocessor",
         plans_name: str | None = None,
         overwrite_target_spacing: Sequence[float] | None = None,
-        suppress_transpose: bool = False,
-        *,
         network: str = "umamba_bot",
         network_args: Mapping[str, Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
         configurations: Sequence[str] | None = None,
         half_precision: bool | None = None,
+        **stock: Any,
     ) -> None:
         self.entry = get_entry(network)
         self.network_args = dict(network_args or {})
@@ -104,47 +108,36 @@ class UMambaPlanner(ExperimentPlanner):
         spacing = overwrite_target_spacing
         super().__init__(
             dataset_name_or_id,
-            8,
-            preprocessor_name,
-            name,
-            [float(mm) for mm in spacing] if spacing is not None else None,
-            suppress_transpose,
+            plans_name=name,
+            overwrite_target_spacing=None if spacing is None else [float(mm) for mm in spacing],
+            **stock,
         )
-        self.plans_path = plans_files.plans_file(self.dataset_name, name)
-        existing = self._existing_plans()
-        planned = existing.get("umamba", {}).get("memory_gb")
+        self.plans_path = plans_file(self.dataset_name, name)
+        planned = self._existing_plans().get("umamba", {}).get("memory_gb")
         memory = gpu_memory_target_in_gb or planned or default_memory_gb()
         if memory < MIN_MEMORY_GB:
             raise ValueError(f"--memory must be at least {MIN_MEMORY_GB} GB, got {memory:g}")
         self.UNet_vram_target_GB = self.memory_gb = float(memory)
         if half_precision is None:
-            precision = self.recipe.get("precision")
-            half_precision = torch.cuda.is_available() and precision != "fp32"
+            half_precision = torch.cuda.is_available() and self.recipe.get("precision") != "fp32"
         self.half_precision = half_precision
-        self.labels = LabelManager(
-            self.dataset_json["labels"], self.dataset_json.get("regions_class_order")
-        )
+        content = self.dataset_json
+        self.labels = LabelManager(content["labels"], content.get("regions_class_order"))
         self.num_classes = self.labels.num_segmentation_heads
+        self.input_channels = len(content.get("channel_names") or content["modality"])
 
     @staticmethod
     def static_estimate_VRAM_usage(
-        patch_size: Sequence[int],
-        input_channels: int,
-        output_channels: int,
-        arch_class_name: str,
-        arch_kwargs: Mapping[str, Any],
-        arch_kwargs_req_import: Sequence[str],
+        patch_size: Sequence[int], input_channels: int, output_channels: int, *architecture: Any
     ) -> int:
-        """Returns nnU-Net's number of feature elements, of a network on the meta device."""
-        architecture = {
-            "network_class_name": arch_class_name,
-            "arch_kwargs": arch_kwargs,
-            "_kw_requires_import": arch_kwargs_req_import,
-        }
+        """Returns nnU-Net's number of feature elements, of a network on the meta device.
+
+        `architecture` is the class name, arch_kwargs, and the names of those that are imported.
+        """
         with torch.device("meta"):
-            network = plans_files.network_builder(
-                {"architecture": architecture}, input_channels, output_channels, False
-            )()
+            network = get_network_from_plans(
+                *architecture, input_channels, output_channels, False, deep_supervision=False
+            )
         own_count = getattr(network, "compute_conv_feature_map_size", None)
         if own_count is not None:
             return int(own_count(patch_size))
@@ -154,55 +147,48 @@ class UMambaPlanner(ExperimentPlanner):
         """Returns the stock plan's folder; `save_plans` gives another where the data differ."""
         return f"{STOCK_PLANS}_{configuration_name}"
 
-    def get_plans_for_configuration(
-        self,
-        spacing: Sequence[float],
-        median_shape: Sequence[int],
-        data_identifier: str,
-        approximate_n_voxels_dataset: float,
-        _cache: dict[Any, Any],
-    ) -> dict[str, Any]:
-        """Returns nnU-Net's configuration with our network, patch and batch fitted to memory."""
-        arguments = (spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache)
+    def get_plans_for_configuration(self, *arguments: Any) -> dict[str, Any]:
+        """Returns nnU-Net's configuration with our network, patch and batch fitted to memory.
+
+        `arguments` are spacing, median shape, data identifier, voxels of the dataset, and cache.
+        """
+        spacing, _, data_identifier, _, cache = arguments
         stock = super().get_plans_for_configuration(*arguments)
-        name = data_identifier.removeprefix(f"{STOCK_PLANS}_")
-        if len(spacing) not in self.entry.spatial_dims or (self.wanted and name not in self.wanted):
+        if not self._is_wanted(data_identifier.removeprefix(f"{STOCK_PLANS}_"), len(spacing)):
             return stock
         budget = int(USABLE_MEMORY * self.memory_gb * GIB)
+        smallest = self.UNet_min_batch_size
         plan = copy.deepcopy(stock)
         try:
             while True:
-                footprint = self._put_network_in(plan, _cache)
-                batch_size = self._largest_batch(footprint, budget, plan["batch_size"])
-                if batch_size >= self.UNet_min_batch_size:
+                footprint = self._put_network_in(plan, cache)
+                fixed = footprint.training_bytes(0)
+                batch_size = (budget - fixed) // (footprint.training_bytes(1) - fixed)
+                if batch_size >= smallest:
                     break
-                need = footprint.training_bytes(self.UNet_min_batch_size)
+                need = footprint.training_bytes(smallest)
                 self.UNet_vram_target_GB *= min(max(budget / need, 0.5), 0.9)
                 if self.UNet_vram_target_GB < MIN_TARGET_GB:
-                    batch_size = self.UNet_min_batch_size
                     break
                 plan = super().get_plans_for_configuration(*arguments)
         finally:
             self.UNet_vram_target_GB = self.memory_gb
-        plan["batch_size"] = batch_size
+        plan["batch_size"] = max(min(plan["batch_size"], batch_size), smallest)
         plan["recipe"] = copy.deepcopy(self.recipe)
         plan["planning"] = self._explain(stock, plan, footprint)
         return plan
 
-    def plan_experiment(self) -> plans_files.Plans:
+    def plan_experiment(self) -> Plans:
         """Plans all configurations, writes the plans file and returns its content."""
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(io.StringIO()):
             super().plan_experiment()
-        logger.debug("nnU-Net's planner said:\n%s", said.getvalue())
         assert self.plans is not None
         return self.plans
 
-    def save_plans(self, plans: plans_files.Plans) -> None:
+    def save_plans(self, plans: Plans) -> None:
         """Leaves out what the network or the user does not want, names the data, and writes."""
-        self._select_configurations(plans)
-        recursive_fix_for_json_export(plans)
-        plain = json.loads(json.dumps(plans))
+        self._select_configurations(plans["configurations"])
+        plain = _as_json(plans)
         self._name_data(plain)
         plain["umamba"] = {
             "network": self.entry.name,
@@ -216,18 +202,21 @@ class UMambaPlanner(ExperimentPlanner):
         for name, configuration in self._existing_plans().get("configurations", {}).items():
             if name not in CONFIGURATIONS or (self.wanted and name not in self.wanted):
                 plain["configurations"].setdefault(name, configuration)
-        plans_files.save_plans(plain, self.plans_path)
+        save_plans(plain, self.plans_path)
         self.plans = plain
+
+    def _is_wanted(self, configuration: str, dims: int) -> bool:
+        asked = not self.wanted or configuration in self.wanted
+        return asked and dims in self.entry.spatial_dims
 
     def _put_network_in(self, plan: dict[str, Any], cache: dict[Any, Any]) -> Footprint:
         """Writes the network block and the rounded patch into `plan`; returns its footprint."""
-        dims = len(plan["patch_size"])
-        stock = plan["architecture"]["arch_kwargs"]
+        stock, dims = plan["architecture"]["arch_kwargs"], len(plan["patch_size"])
         block = network_arguments(self.entry, self.network_args, stock, dims)
         patch = round_patch(plan["patch_size"], network_divisor(block["strides"]))
+        plan["patch_size"] = list(patch)
         if "patch_size" in self.entry.keywords:
             block["patch_size"] = list(patch)
-        plan["patch_size"] = list(patch)
         plan["architecture"] = {
             "network_class_name": self.entry.class_path,
             "arch_kwargs": json.loads(json.dumps(block)),
@@ -235,16 +224,9 @@ class UMambaPlanner(ExperimentPlanner):
         }
         key = ("footprint", patch, str(block["strides"]))
         if key not in cache:
-            channels = self._input_channels()
-            build = plans_files.network_builder(plan, channels, self.num_classes)
-            cache[key] = count_footprint(build, channels, patch, self.half_precision)
+            build = network_builder(plan, self.input_channels, self.num_classes)
+            cache[key] = count_footprint(build, self.input_channels, patch, self.half_precision)
         return cache[key]
-
-    def _largest_batch(self, footprint: Footprint, budget: int, at_most: int) -> int:
-        """Returns the largest batch up to `at_most` whose step fits, 0 if none does."""
-        fixed = footprint.training_bytes(0)
-        per_sample = footprint.training_bytes(1) - fixed
-        return max(min(at_most, (budget - fixed) // per_sample), 0)
 
     def _explain(
         self, stock: Mapping[str, Any], plan: Mapping[str, Any], footprint: Footprint
@@ -261,12 +243,12 @@ class UMambaPlanner(ExperimentPlanner):
             f"{need / GIB:.1f} GB of {self.memory_gb:g} GB.",
         ]
         if need > self.memory_gb * GIB:
+            logger.warning("%s: %s", plan["data_identifier"], reasons[-1])
             reasons.append("This is more than there is, and the patch cannot shrink any further.")
-            logger.warning("%s: %s", plan["data_identifier"], reasons[-2])
         elif patch != stock_patch or batch != stock_batch:
             reasons.append("Patch and batch were changed so that network and memory agree.")
         return {
-            "input_channels": self._input_channels(),
+            "input_channels": self.input_channels,
             "num_classes": self.num_classes,
             "divisor": list(divisor),
             "nnunet_patch_size": stock_patch,
@@ -278,14 +260,11 @@ class UMambaPlanner(ExperimentPlanner):
             "reasons": reasons,
         }
 
-    def _input_channels(self) -> int:
-        return len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
-
-    def _existing_plans(self) -> plans_files.Plans:
+    def _existing_plans(self) -> Plans:
         """Returns the plans of this name, empty if none; ValueError if they are someone else's."""
         if not self.plans_path.is_file():
             return {}
-        existing = plans_files.load_plans(self.plans_path)
+        existing = load_plans(self.plans_path)
         facts = existing.get("umamba", {})
         if facts.get("network") != self.entry.name or facts["network_args"] != self.network_args:
             raise ValueError(
@@ -294,16 +273,13 @@ class UMambaPlanner(ExperimentPlanner):
             )
         return existing
 
-    def _select_configurations(self, plans: plans_files.Plans) -> None:
-        found = plans["configurations"]
+    def _select_configurations(self, found: dict[str, Any]) -> None:
         for name in list(found):
-            dims = 2 if name == "2d" else 3
-            if dims not in self.entry.spatial_dims or (self.wanted and name not in self.wanted):
+            if not self._is_wanted(name, 2 if name == "2d" else 3):
                 del found[name]
-        if "3d_fullres" not in found or "3d_lowres" not in found:
+        if not {"3d_fullres", "3d_lowres"} <= found.keys():
             found.pop("3d_cascade_fullres", None)
-            if "3d_lowres" in found:
-                found["3d_lowres"].pop("next_stage", None)
+            found.get("3d_lowres", {}).pop("next_stage", None)
         if not found:
             asked = ", ".join(self.wanted) or "any configuration"
             raise ValueError(
@@ -320,26 +296,19 @@ class UMambaPlanner(ExperimentPlanner):
             planning["reasons"].append(f"The labels of 3d_lowres are {n_labels} further channels.")
             configurations["3d_cascade_fullres"]["planning"] = planning
 
-    def _name_data(self, plans: plans_files.Plans) -> None:
+    def _name_data(self, plans: Plans) -> None:
         """Gives a folder of its own to every configuration whose data are not the stock plan's."""
         own = self.overwrite_target_spacing is not None or self.suppress_transpose
         if not own and "3d_lowres" not in plans["configurations"]:
             return
-        stock = self._stock_plans()
+        with contextlib.redirect_stdout(io.StringIO()):
+            stock = _as_json(_StockPlanner(self.dataset_name).plan_experiment())
         for name, configuration in plans["configurations"].items():
             if "inherits_from" in configuration:
                 continue
-            shared = name in stock["configurations"] and plans_files.preprocessing_part(
-                plans, name
-            ) == plans_files.preprocessing_part(stock, name)
-            if not shared:
+            ours, there = preprocessing_part(plans, name), name in stock["configurations"]
+            if not there or ours != preprocessing_part(stock, name):
                 configuration["data_identifier"] = f"{self.plans_identifier}_{name}"
-
-    def _stock_plans(self) -> plans_files.Plans:
-        with contextlib.redirect_stdout(io.StringIO()):
-            plans = _StockPlanner(self.dataset_name).plan_experiment()
-        recursive_fix_for_json_export(plans)
-        return json.loads(json.dumps(plans))
 
 
 class _StockPlanner(ExperimentPlanner):
@@ -349,9 +318,15 @@ class _StockPlanner(ExperimentPlanner):
         UMambaPlanner.static_estimate_VRAM_usage
     )
 
-    def save_plans(self, plans: plans_files.Plans) -> None:
+    def save_plans(self, plans: Plans) -> None:
         pass
 
 
+def _as_json(plans: Plans) -> Plans:
+    """A copy in JSON's types, as it will be read back; numpy's numbers become plain in `plans`."""
+    recursive_fix_for_json_export(plans)
+    return json.loads(json.dumps(plans))
+
+
 def _by(sizes: Sequence[int]) -> str:
-    return "x".join(str(int(size)) for size in sizes)
+    return "x".join(map(str, sizes))

@@ -5,7 +5,6 @@ import difflib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,24 @@ from typing import Any
 from torch import nn
 
 from umamba.planning.footprint import StepCheck, count_footprint, measure_step
-from umamba.planning.topology import fit_stages, network_divisor, round_patch, stages_for_patch
+from umamba.planning.topology import (
+    fit_arguments,
+    fit_stages,
+    network_divisor,
+    round_patch,
+    stages_for_patch,
+)
 
 Plans = dict[str, Any]
 
-REQUIRED = ("dataset_name", "plans_name", "image_reader_writer", "transpose_forward")
+STOCK_PLANS = "nnUNetPlans"
+REQUIRED = (
+    "dataset_name",
+    "plans_name",
+    "image_reader_writer",
+    "transpose_forward",
+    "configurations",
+)
 PREPROCESSING_KEYS = (
     "preprocessor_name",
     "spacing",
@@ -28,19 +40,17 @@ PREPROCESSING_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
-MAX_FEATURES = {2: 512, 3: 320}
 
 
 def load_plans(path: Path) -> Plans:
     """Returns the plans in `path`; ValueError or FileNotFoundError name the file and the cure."""
-    path = Path(path)
     if not path.is_file():
         there = ", ".join(list_plans(path.parent)) or "none"
         raise FileNotFoundError(
             f"no plans file {path} (plans there: {there}): run `umamba plan` first"
         )
     plans = read_json(path)
-    missing = [key for key in (*REQUIRED, "configurations") if key not in plans]
+    missing = [key for key in REQUIRED if key not in plans]
     if missing:
         raise ValueError(f"{path} is no plans file, it has no {', '.join(missing)}: plan again")
     return plans
@@ -49,12 +59,12 @@ def load_plans(path: Path) -> Plans:
 def list_plans(folder: Path) -> list[str]:
     """Returns the names of the plans files in a preprocessed dataset folder, sorted."""
     names = []
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
         except (OSError, ValueError):
             continue
-        if isinstance(content, dict) and "configurations" in content and "plans_name" in content:
+        if isinstance(content, dict) and {"configurations", "plans_name"} <= content.keys():
             names.append(path.stem)
     return names
 
@@ -75,22 +85,20 @@ def read_json(path: Path) -> Any:
     """Returns the content of a JSON file; ValueError names the file that cannot be read as JSON."""
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): repair or delete it") from error
 
 
 def write_json(content: Any, path: Path) -> None:
     """Writes JSON to a temporary name in the same folder and renames it."""
+    text = json.dumps(content, indent=4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=4)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
+        temporary.write_text(f"{text}\n")
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_plans(plans: Mapping[str, Any], path: Path | None = None) -> Path:
@@ -105,15 +113,15 @@ def get_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     configurations = plans["configurations"]
     if name not in configurations:
         near = difflib.get_close_matches(name, configurations, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
             f"plans {plans['plans_name']} have no configuration {name!r}, only "
-            f"{', '.join(configurations)}; {hint}".rstrip("; ")
+            f"{', '.join(configurations)}{hint}"
         )
     configuration: dict[str, Any] = copy.deepcopy(configurations[name])
-    if "inherits_from" not in configuration:
+    parent = configuration.get("inherits_from")
+    if parent is None:
         return configuration
-    parent = configuration["inherits_from"]
     if parent == name or parent not in configurations:
         raise ValueError(f"configuration {name} inherits from {parent}, which is not in the plans")
     return get_configuration(plans, parent) | configuration
@@ -141,19 +149,13 @@ def network_builder(
 
 
 def check_plan(
-    plans: Mapping[str, Any], configuration: str, *, n_steps: int = 1, device: str | None = None
+    plans: Mapping[str, Any], configuration: str, device: str | None = None
 ) -> StepCheck:
-    """Runs training steps on noise at the planned patch and batch; returns what they cost."""
+    """Runs a training step on noise at the planned patch and batch; returns what it costs."""
     part = get_configuration(plans, configuration)
     channels, classes = part["planning"]["input_channels"], part["planning"]["num_classes"]
-    return measure_step(
-        network_builder(part, channels, classes),
-        channels,
-        part["patch_size"],
-        part["batch_size"],
-        n_steps=n_steps,
-        device=device,
-    )
+    build = network_builder(part, channels, classes)
+    return measure_step(build, channels, part["patch_size"], part["batch_size"], device)
 
 
 def replan(
@@ -169,30 +171,26 @@ def replan(
 ) -> Plans:
     """Returns plans in which one configuration is changed and stays consistent.
 
-    A new patch gets nnU-Net's stages for it (unless the network's strides are fixed), is rounded
-    up to the divisor and enters the arguments of a network that is tied to it; the numbers per
-    stage are cut or extended to the stages. A configuration that inherits keeps doing so for
-    everything that is not changed.
-
-    Args:
-        patch_size: voxels per axis.
-        features_per_stage: as many as the stages of the (new) patch, or more.
-        n_conv: blocks of every stage, or one number per stage; the decoder takes the first ones.
-        recipe: values that are merged over those of the configuration's recipe.
-        reason: sentence for the report.
+    A new patch (voxels per axis) gets nnU-Net's stages for it, unless the network's strides are
+    fixed, is rounded up to the divisor and enters the arguments of a network that is tied to it;
+    the numbers per stage are cut or extended to the stages. `n_conv` is for every stage, or one
+    number per stage, of which the decoder takes the first ones; `recipe` is merged over the
+    configuration's. A configuration that inherits keeps doing so for all that is not changed.
     """
     changed: Plans = copy.deepcopy(dict(plans))
     before = get_configuration(changed, configuration)
     after = copy.deepcopy(before)
     arguments = after["architecture"]["arch_kwargs"]
     if patch_size is not None:
-        _set_patch(after, patch_size, tied_strides=_strides_are_fixed(changed))
-    n_stages = len(arguments["strides"])
+        facts = changed.get("umamba", {})
+        tied = facts.get("fixed_strides") or "strides" in facts.get("network_args", {})
+        _set_patch(after, patch_size, bool(tied))
     if features_per_stage is not None:
-        arguments["features_per_stage"] = [int(f) for f in features_per_stage]
+        arguments["features_per_stage"] = list(features_per_stage)
     fit_arguments(arguments)
     if n_conv is not None:
-        counts = [n_conv] * n_stages if isinstance(n_conv, int) else list(n_conv)
+        n_stages = len(arguments["strides"])
+        counts = [n_conv] * n_stages if isinstance(n_conv, int) else n_conv
         arguments["n_conv_per_stage"] = fit_stages(counts, n_stages, False, 0)
         arguments["n_conv_per_stage_decoder"] = fit_stages(counts, n_stages - 1, False, 0)
     if batch_size is not None:
@@ -207,13 +205,49 @@ def replan(
     return changed
 
 
+def _set_patch(
+    configuration: dict[str, Any], patch_size: Sequence[int], tied_strides: bool
+) -> None:
+    axes = len(configuration["patch_size"])
+    if len(patch_size) != axes or min(patch_size) < 1:
+        raise ValueError(f"patch_size must be {axes} positive numbers, got {list(patch_size)}")
+    arguments = configuration["architecture"]["arch_kwargs"]
+    if not tied_strides:
+        strides, kernels, _ = stages_for_patch(configuration["spacing"], patch_size)
+        arguments["strides"] = [list(stride) for stride in strides]
+        if "kernel_sizes" in arguments:
+            arguments["kernel_sizes"] = [list(kernel) for kernel in kernels]
+    patch = list(round_patch(patch_size, network_divisor(arguments["strides"])))
+    configuration["patch_size"] = patch
+    if "patch_size" in arguments:
+        arguments["patch_size"] = patch
+
+
+def _note(before: Mapping[str, Any], after: dict[str, Any], reason: str) -> None:
+    """Keeps the figures of the "planning" entry true and adds the reason."""
+    old, new = ({**part, **part["architecture"]["arch_kwargs"]} for part in (before, after))
+    changes = [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in ("patch_size", "batch_size", "features_per_stage", "n_conv_per_stage")
+        if old.get(key) != new.get(key)
+    ]
+    planning, patch_size = after["planning"], after["patch_size"]
+    channels = planning["input_channels"]
+    build = network_builder(after, channels, planning["num_classes"])
+    footprint = count_footprint(build, channels, patch_size, planning["half_precision"])
+    planning["divisor"] = list(network_divisor(new["strides"]))
+    planning["training_bytes"] = footprint.training_bytes(after["batch_size"])
+    planning["parameters"] = footprint.parameter_bytes // 4
+    planning.setdefault("reasons", []).append(f"{'; '.join(changes) or 'recipe'}: {reason}")
+
+
 def diff_plans(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Returns one line per value that differs: `path: first -> second`."""
     lines: list[str] = []
 
     def compare(path: str, a: Any, b: Any) -> None:
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            for key in [*a, *(key for key in b if key not in a)]:
+            for key in {**a, **b}:
                 compare(f"{path}.{key}" if path else str(key), a.get(key), b.get(key))
         elif json.dumps(a) != json.dumps(b):
             lines.append(f"{path}: {json.dumps(a)} -> {json.dumps(b)}")
@@ -237,68 +271,3 @@ def digest(content: Any) -> str:
     """Returns 16 hexadecimal digits that identify a JSON value."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _set_patch(
-    configuration: dict[str, Any], patch_size: Sequence[int], tied_strides: bool
-) -> None:
-    axes = len(configuration["patch_size"])
-    if len(patch_size) != axes or any(int(size) < 1 for size in patch_size):
-        raise ValueError(f"patch_size must be {axes} positive numbers, got {list(patch_size)}")
-    arguments = configuration["architecture"]["arch_kwargs"]
-    if not tied_strides:
-        strides, kernels, _ = stages_for_patch(configuration["spacing"], patch_size)
-        arguments["strides"] = [list(stride) for stride in strides]
-        if "kernel_sizes" in arguments:
-            arguments["kernel_sizes"] = [list(kernel) for kernel in kernels]
-        if "n_stages" in arguments:
-            arguments["n_stages"] = len(strides)
-    patch = list(round_patch(patch_size, network_divisor(arguments["strides"])))
-    configuration["patch_size"] = patch
-    if "patch_size" in arguments:
-        arguments["patch_size"] = patch
-
-
-def fit_arguments(arguments: dict[str, Any]) -> None:
-    """Cuts or extends the numbers per stage to as many stages as there are strides, in place."""
-    n_stages = len(arguments["strides"])
-    maximum = MAX_FEATURES[len(arguments["strides"][0])]
-    for key, n_values in (
-        ("features_per_stage", n_stages),
-        ("n_conv_per_stage", n_stages),
-        ("n_conv_per_stage_decoder", n_stages - 1),
-    ):
-        if isinstance(arguments.get(key), list | tuple):
-            grow = key == "features_per_stage"
-            arguments[key] = fit_stages(arguments[key], n_values, grow, maximum)
-
-
-def _strides_are_fixed(plans: Mapping[str, Any]) -> bool:
-    """Whether the strides belong to the network or to its user, not to the planner."""
-    facts = plans.get("umamba", {})
-    return bool(facts.get("fixed_strides")) or "strides" in facts.get("network_args", {})
-
-
-def _note(before: Mapping[str, Any], after: dict[str, Any], reason: str) -> None:
-    """Keeps the figures of the "planning" entry true and adds the reason."""
-    planning = after.setdefault("planning", {})
-    planning["divisor"] = list(network_divisor(after["architecture"]["arch_kwargs"]["strides"]))
-    changes = [
-        f"{key} {before[key]} -> {after[key]}"
-        for key in ("patch_size", "batch_size")
-        if before[key] != after[key]
-    ]
-    old, new = (c["architecture"]["arch_kwargs"] for c in (before, after))
-    changes += [
-        f"{key} {old.get(key)} -> {new.get(key)}"
-        for key in ("features_per_stage", "n_conv_per_stage")
-        if old.get(key) != new.get(key)
-    ]
-    planning.setdefault("reasons", []).append(f"{'; '.join(changes) or 'recipe'}: {reason}")
-    if "input_channels" in planning:
-        build = network_builder(after, planning["input_channels"], planning["num_classes"])
-        footprint = count_footprint(
-            build, planning["input_channels"], after["patch_size"], planning["half_precision"]
-        )
-        planning["training_bytes"] = footprint.training_bytes(after["batch_size"])
-        planning["parameters"] = footprint.parameter_bytes // 4

@@ -1,28 +1,33 @@
-"""Divisors of a network, rounding of patches to them, and nnU-Net's stages for a patch."""
+"""The network's part of a plan: divisors, stages of a patch, numbers per stage, arguments."""
 
-from collections.abc import Sequence
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
+from umamba.networks.registry import NetworkEntry
 
 Strides = tuple[tuple[int, ...], ...]
 
-MIN_EDGE = 4
-"""Shortest edge of the deepest feature map, nnU-Net's `UNet_featuremap_min_edge_length`."""
+MIN_EDGE = 4  # of the deepest feature map: nnU-Net's `UNet_featuremap_min_edge_length`
+MAX_FEATURES = {2: 512, 3: 320}
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
+STAGE_COUNTS = ("features_per_stage", "n_conv_per_stage", "n_conv_per_stage_decoder")
+SHARED_ARGUMENTS = ("strides", "kernel_sizes", *STAGE_COUNTS)
+PLANNED_ARGUMENTS = ("patch_size", "deep_supervision")
 
 
 def network_divisor(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Returns per axis the number that a patch must be divisible by: the product of `strides`."""
     if not strides or len({len(stride) for stride in strides}) != 1:
         raise ValueError(f"strides must be one entry per stage with the same axes, got {strides}")
-    return tuple(int(np.prod(axis)) for axis in zip(*strides, strict=True))
+    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
 
 
 def round_patch(patch_size: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:
     """Returns the smallest patch that holds `patch_size` and is divisible by `divisor`."""
-    return tuple(
-        max(-(-int(size) // step), 1) * int(step)
-        for size, step in zip(patch_size, divisor, strict=True)
-    )
+    pairs = zip(patch_size, divisor, strict=True)
+    return tuple(max(-(-int(size) // step), 1) * step for size, step in pairs)
 
 
 def strides_for_axes(fixed_strides: Sequence[Sequence[int]], spatial_dims: int) -> Strides:
@@ -49,20 +54,73 @@ def stages_for_patch(
     _, strides, kernel_sizes, patch, _ = get_pool_and_conv_props(
         list(spacing), [int(size) for size in patch_size], MIN_EDGE, 999999
     )
-    return (
-        tuple(tuple(int(s) for s in stride) for stride in strides),
-        tuple(tuple(int(k) for k in kernel) for kernel in kernel_sizes),
-        tuple(int(size) for size in patch),
-    )
+    return strides, kernel_sizes, tuple(int(size) for size in patch)
 
 
 def fit_stages(values: Sequence[int], n_stages: int, grow: bool, maximum: int) -> list[int]:
-    """Returns `values` cut or extended to `n_stages`; widths double up to `maximum`, counts repeat.
+    """Returns `values` cut or extended to `n_stages`.
 
-    Args:
-        grow: True for features (the next stage is twice as wide), False for numbers of blocks.
+    With `grow` (features) each further stage is twice as wide, up to `maximum`; without (numbers
+    of blocks) the last value repeats.
     """
     fitted = [int(value) for value in values[:n_stages]]
     while len(fitted) < n_stages:
         fitted.append(min(2 * fitted[-1], max(maximum, fitted[-1])) if grow else fitted[-1])
     return fitted
+
+
+def fit_arguments(arguments: dict[str, Any]) -> None:
+    """Cuts or extends the numbers per stage to as many stages as there are strides, in place."""
+    strides = arguments["strides"]
+    for key in STAGE_COUNTS:
+        if isinstance(arguments.get(key), list | tuple):
+            n_values = len(strides) - 1 if key.endswith("decoder") else len(strides)
+            grow, maximum = key == "features_per_stage", MAX_FEATURES[len(strides[0])]
+            arguments[key] = fit_stages(arguments[key], n_values, grow, maximum)
+
+
+def network_arguments(
+    entry: NetworkEntry, network_args: Mapping[str, Any], stock: Mapping[str, Any], dims: int
+) -> dict[str, Any]:
+    """Returns arch_kwargs of a registered network from those of nnU-Net's planned U-Net.
+
+    A network with fixed strides keeps its own numbers per stage; the user's arguments
+    (`network_args`) go before the name's (a control's mixer), and these before the planner's
+    (`stock`). The user's strides bring their own stages, and numbers per stage are fitted to them.
+    """
+    block: dict[str, Any]
+    if entry.fixed_strides is None:
+        block = {key: stock[key] for key in SHARED_ARGUMENTS if key in entry.keywords}
+    else:
+        block = {"strides": strides_for_axes(entry.fixed_strides, dims)}
+    block |= {**entry.arguments, **network_args}
+    if "strides" in network_args:
+        block["strides"] = strides_for_axes(network_args["strides"], dims)
+        if "kernel_sizes" in block and "kernel_sizes" not in network_args:
+            block["kernel_sizes"] = [[3] * dims] * len(block["strides"])
+    if network_args:
+        fit_arguments(block)
+    return block
+
+
+def check_network_args(entry: NetworkEntry, network_args: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument that the network does not have or that is planned."""
+    allowed = [key for key in entry.keywords if key not in PLANNED_ARGUMENTS]
+    for key in network_args:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(allowed)}"
+            raise ValueError(f"{entry.name} has no argument {key!r} to set: {hint}")
+
+
+def check_configurations(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the wanted configurations in order, empty for all; ValueError names the nearest."""
+    wanted = set(names or ())
+    for name in names or ():
+        if name not in CONFIGURATIONS:
+            near = difflib.get_close_matches(name, CONFIGURATIONS, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONFIGURATIONS)}"
+            raise ValueError(f"no configuration is called {name!r}: {hint}")
+    if "3d_cascade_fullres" in wanted:
+        wanted |= {"3d_fullres", "3d_lowres"}
+    return tuple(name for name in CONFIGURATIONS if name in wanted)

@@ -3,14 +3,15 @@
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from umamba.report.html import Markup
 
 # Mid-tones that can be told apart on white, on black and on a grey image.
 COLOURS = (
@@ -28,29 +29,29 @@ COLOURS = (
 # Stand-ins that matplotlib can draw with; the page's own colours take their place.
 _INK, _FAINT = "#010203", "#030201"
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
+    # From matplotlib's own defaults: nnU-Net's logger enlarges all fonts of the process.
+    **{key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith("backend")},
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK
+    ),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _FAINT),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     "font.size": 9,
     "text.parse_math": False,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "umamba",
 }
+_styled = mpl.rc_context(_STYLE)
 _numbers = itertools.count(1)
 
 
@@ -59,137 +60,99 @@ def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def loss_curves(progress: Sequence[Mapping[str, Any]]) -> str:
-    """Returns training and validation loss over the epochs."""
-    with _figure("training and validation loss per epoch") as (axes, done):
-        _line(axes, progress, "train_loss", colour_of(0), "training")
-        _line(axes, progress, "val_loss", colour_of(1), "validation patches")
-        axes.set_xlabel("epoch")
-        axes.set_title("Loss", loc="left", fontsize=10, fontweight="bold")
-        axes.legend(loc="upper right")
-    return done[0]
+@_styled
+def training_curves(progress: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Markup]:
+    """Returns losses, nnU-Net's pseudo Dice and learning rate over the epochs.
+
+    names: of the classes of the pseudo Dice; their mean is a broad line.
+    """
+    epochs = [row["epoch"] for row in progress]
+    keys = ("train_loss", "val_loss", "mean_fg_dice", "lr")
+    training, validation, mean, rate = ([row.get(key) for row in progress] for key in keys)
+
+    loss, axes = _new_figure("Loss", "epoch")
+    _line(axes, epochs, training, color=colour_of(0), label="training")
+    _line(axes, epochs, validation, color=colour_of(1), label="validation patches")
+    axes.legend(loc="upper right")
+
+    dice, axes = _new_figure("Pseudo Dice on random patches", "epoch")
+    classes = list(itertools.zip_longest(*(row.get("dice_per_class") or [] for row in progress)))
+    for index, values in enumerate(classes):
+        name = names[index] if index < len(names) else f"class {index + 1}"
+        label = name if len(classes) <= 8 else None
+        _line(axes, epochs, values, color=colour_of(index), label=label, lw=1.0, alpha=0.75)
+    _line(axes, epochs, mean, color=_INK, label="mean", lw=2.0)
+    axes.set_ylim(top=1.0)
+    axes.legend(loc="lower right")
+
+    learning_rate, axes = _new_figure("Learning rate", "epoch")
+    _line(axes, epochs, rate, color=colour_of(2))
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    return [
+        _svg(loss, "training and validation loss per epoch"),
+        _svg(dice, "pseudo Dice per class and epoch"),
+        _svg(learning_rate, "learning rate per epoch"),
+    ]
 
 
-def pseudo_dice_curves(progress: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Returns nnU-Net's pseudo Dice per class over the epochs, the mean as a broad line."""
-    n_classes = max((len(entry.get("dice_per_class") or []) for entry in progress), default=0)
-    with _figure("pseudo Dice per class and epoch") as (axes, done):
-        for index in range(n_classes):
-            rows = [{**e, "d": _at(e.get("dice_per_class"), index)} for e in progress]
-            name = names[index] if index < len(names) else f"class {index + 1}"
-            shown = name if n_classes <= 8 else None
-            _line(axes, rows, "d", colour_of(index), shown, width=1.0, alpha=0.75)
-        _line(axes, progress, "mean_fg_dice", _INK, "mean", width=2.0)
-        axes.set_ylim(top=1.0)
-        axes.set_xlabel("epoch")
-        axes.set_title("Pseudo Dice on random patches", loc="left", fontsize=10, fontweight="bold")
-        axes.legend(loc="lower right")
-    return done[0]
-
-
-def learning_rate_curve(progress: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the learning rate at the end of each epoch."""
-    with _figure("learning rate per epoch") as (axes, done):
-        _line(axes, progress, "lr", colour_of(2), None)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("epoch")
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-        axes.set_title("Learning rate", loc="left", fontsize=10, fontweight="bold")
-    return done[0]
-
-
-def metric_strips(title: str, values: Mapping[str, Sequence[float]], bounded: bool = True) -> str:
+@_styled
+def metric_strips(title: str, values: Mapping[str, Sequence[float]], bounded: bool) -> Markup:
     """Returns a strip per class: a dot per case, a bar over the quartiles and the median.
 
     bounded: the values are shares, so that the axis ends at 1; else lengths from 0 up.
     """
-    height = 0.85 + (0.42 if len(values) <= 8 else 0.24) * max(len(values), 1)
-    with _figure(f"{title} per class, a dot per case", height) as (axes, done):
-        generator = np.random.default_rng(0)  # the same page from the same run
-        for row, cases in enumerate(values.values()):
-            data = np.asarray(cases, dtype=float)
-            if data.size == 0:
-                axes.text(0.02, row, "undefined", transform=axes.get_yaxis_transform(), va="center")
-                continue
-            q25, median, q75 = np.percentile(data, [25, 50, 75])
-            spread = generator.uniform(-0.22, 0.22, data.size)
-            colour = colour_of(row)
-            axes.plot(
-                data, row + spread, "o", ms=3.8, mec="none", color=colour, alpha=0.5, clip_on=False
-            )
-            axes.plot([q25, q75], [row, row], lw=3.2, color=_INK, alpha=0.55)
-            axes.plot([median, median], [row - 0.3, row + 0.3], lw=2.2, color=_INK)
-        axes.set_yticks(range(len(values)), [_short(name) for name in values])
-        axes.set_ylim(max(len(values), 1) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
-        if bounded:
-            lowest = min((float(np.min(v)) for v in values.values() if len(v)), default=0.0)
-            axes.set_xlim(max(0.0, lowest - 0.05 * (1.05 - lowest)), 1.01)
-        else:
-            axes.set_xlim(left=0)
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    return done[0]
+    height = 0.85 + (0.42 if len(values) <= 8 else 0.24) * len(values)
+    figure, axes = _new_figure(title, "", height)
+    generator = np.random.default_rng(0)  # the same page from the same run
+    for row, cases in enumerate(values.values()):
+        if not cases:
+            axes.text(0.02, row, "undefined", transform=axes.get_yaxis_transform(), va="center")
+            continue
+        q25, median, q75 = np.percentile(cases, [25, 50, 75])
+        y, colour = row + generator.uniform(-0.22, 0.22, len(cases)), colour_of(row)
+        axes.plot(cases, y, "o", ms=3.8, mec="none", color=colour, alpha=0.5, clip_on=False)
+        axes.plot([q25, q75], [row, row], lw=3.2, color=_INK, alpha=0.55)
+        axes.plot([median, median], [row - 0.3, row + 0.3], lw=2.2, color=_INK)
+    shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in values]
+    axes.set_yticks(range(len(values)), shown)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    if bounded:
+        lowest = min(min(cases) for cases in values.values() if cases)
+        axes.set_xlim(max(0.0, lowest - 0.05 * (1.05 - lowest)), 1.01)
+    else:
+        axes.set_xlim(left=0)
+    return _svg(figure, f"{title} per class, a dot per case")
 
 
-@contextmanager
-def _figure(description: str, height: float = 2.5) -> Iterator[tuple[Axes, list[str]]]:
-    """Yields axes to draw on and a list that holds the SVG afterwards."""
-    done: list[str] = []
-    # From matplotlib's own defaults: nnU-Net's logger enlarges all fonts of the process.
-    style = {**_without_backend(mpl.rcParamsDefault), **_STYLE, "svg.hashsalt": "umamba"}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(4.0, height), layout="constrained")
-        yield figure.subplots(), done
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    done.append(_embedded(stream.getvalue(), description))
+def _new_figure(title: str, xlabel: str, height: float = 2.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.0, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(xlabel)
+    return figure, axes
 
 
-def _embedded(svg: str, description: str) -> str:
+def _line(axes: Axes, epochs: Sequence[int], values: Sequence[Any], **style: Any) -> None:
+    """Draws the finite values over the epochs; a single one as a dot."""
+    pairs = zip(epochs, values, strict=True)
+    points = [(x, y) for x, y in pairs if y is not None and np.isfinite(y)]
+    if points:
+        marker = "o" if len(points) == 1 else ""
+        axes.plot(*zip(*points, strict=True), marker=marker, **style)
+
+
+def _svg(figure: Figure, description: str) -> Markup:
     """Returns the SVG element alone, with ids of its own and the page's colours and fonts."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    number = next(_numbers)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="f{number}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#f{number}-\1)", svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#f{number}-\1"', svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{next(_numbers)}-", svg)
     svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
     svg = re.sub(r"(font(?:-family)?:[^;\"]*?)'sans-serif'[^;\"]*", r"\1sans-serif", svg)
-    return re.sub(
-        r'<svg height="[^"]+" version="[^"]+" (viewBox="[^"]+") width="[^"]+"',
-        rf'<svg role="img" aria-label="{description}" \1',
-        svg,
-        count=1,
-    )
-
-
-def _line(
-    axes: Axes,
-    rows: Sequence[Mapping[str, Any]],
-    key: str,
-    colour: str,
-    label: str | None,
-    width: float = 1.6,
-    alpha: float = 1.0,
-) -> None:
-    points = [(row["epoch"], row[key]) for row in rows if _is_number(row.get(key))]
-    if points:
-        x, y = zip(*points, strict=True)
-        marker = "o" if len(points) == 1 else ""
-        axes.plot(x, y, marker=marker, lw=width, color=colour, label=label, alpha=alpha)
-
-
-def _without_backend(parameters: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {key: value for key, value in parameters.items() if not key.startswith("backend")}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-def _at(values: Sequence[float] | None, index: int) -> float | None:
-    return values[index] if values is not None and index < len(values) else None
-
-
-def _short(name: str, length: int = 18) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    opening = f'<svg role="img" aria-label="{description}"'
+    size = r'<svg height="[^"]+" version="[^"]+" (viewBox="[^"]+") width="[^"]+"'
+    return Markup(re.sub(size, rf"{opening} \1", svg, count=1))

@@ -32,28 +32,29 @@ class NanGuard:
     ) -> None:
         self.network = network
         self.optimizer = optimizer
-        self.folder = Path(folder)
+        self.folder = folder
         self.keep_every = keep_every
         self.max_events = max_events
         self.n_events = 0
         self._steps = 0
-        self._kept: tuple[dict, dict] | None = None
         self._keep()
 
     def check(self, batch: dict, loss: float) -> bool:
         """Whether the step was undone; keeps the state now and then when all is finite."""
-        if torch.isfinite(torch.as_tensor(loss)).all():
+        if bool(torch.as_tensor(loss).isfinite().all()):
             self._steps += 1
-            if self._steps % self.keep_every == 0 and self._parameters_are_finite():
+            if self._steps % self.keep_every == 0 and all(
+                bool(p.isfinite().all()) for p in self.network.parameters()
+            ):
                 self._keep()
             return False
         self.n_events += 1
-        self._restore()
+        self.network.load_state_dict(self._weights)
+        self.optimizer.load_state_dict(copy.deepcopy(self._moments))
         culprit = first_non_finite(self.network, batch["data"])
-        path = self._save(batch, culprit)
         message = (
             f"the loss became {float(loss)}: {culprit}. The weights went back to the last finite "
-            f"state; the batch is in {path}."
+            f"state; the batch is in {self._save(batch, culprit)}."
         )
         logger.warning(message)
         if self.n_events >= self.max_events:
@@ -63,28 +64,15 @@ class NanGuard:
             )
         return True
 
-    def _parameters_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.network.parameters())
-
     def _keep(self) -> None:
-        weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        self._kept = (weights, copy.deepcopy(self.optimizer.state_dict()))
-
-    def _restore(self) -> None:
-        assert self._kept is not None
-        weights, optimizer = self._kept
-        self.network.load_state_dict(weights)
-        self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+        self._weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self._moments = copy.deepcopy(self.optimizer.state_dict())
 
     def _save(self, batch: dict, culprit: str) -> Path:
         path = self.folder / f"non_finite_{self.n_events}.pt"
         temporary = path.with_suffix(".pt.tmp")
-        content = {
-            "data": batch["data"],
-            "target": batch["target"],
-            "culprit": culprit,
-            "random_state": torch.get_rng_state(),
-        }
+        content = {key: batch[key] for key in ("data", "target")}
+        content |= {"culprit": culprit, "random_state": torch.get_rng_state()}
         torch.save(content, temporary)
         os.replace(temporary, path)
         return path
@@ -92,27 +80,22 @@ class NanGuard:
 
 def first_non_finite(network: nn.Module, data: torch.Tensor) -> str:
     """A sentence about the first module whose output is not finite for `data` (B, C, *spatial)."""
-    if not bool(torch.isfinite(data).all()):
+    if not bool(data.isfinite().all()):
         return "the batch itself holds a non-finite value"
+    names = {module: name for name, module in network.named_modules() if name}
     found: list[str] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs = output if isinstance(output, (list, tuple)) else (output,)
-            for value in outputs:
-                is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-                if is_float and not found and not bool(torch.isfinite(value).all()):
-                    found.append(
-                        f"{name} ({type(module).__name__}) gives the first non-finite value"
-                    )
+    def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+        for value in output if isinstance(output, list | tuple) else (output,):
+            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if is_float and not found and not bool(value.isfinite().all()):
+                kind = type(module).__name__
+                found.append(f"{names[module]} ({kind}) gives the first non-finite value")
 
-        return hook
-
-    handles = [m.register_forward_hook(watch(n)) for n, m in network.named_modules() if n]
-    device = next(network.parameters()).device
+    handles = [module.register_forward_hook(watch) for module in names]
     try:
         with torch.no_grad():
-            network(data.to(device))
+            network(data.to(next(network.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()

@@ -57,12 +57,11 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"recipe: {name} is {value!r}; it must be a whole number above 0")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(
-                f"recipe: warmup is {self.warmup}; it is a share of the schedule, 0 to 1"
-            )
-        if self.train_seconds is not None and self.train_seconds <= 0:
-            raise ValueError(f"recipe: train_seconds is {self.train_seconds}; it must be above 0")
+        warmup, seconds = self.warmup, self.train_seconds
+        if not 0 <= warmup < 1:
+            raise ValueError(f"recipe: warmup is {warmup}; it is a share of the schedule, 0 to 1")
+        if seconds is not None and seconds <= 0:
+            raise ValueError(f"recipe: train_seconds is {seconds}; it must be above 0")
         object.__setattr__(self, "betas", tuple(self.betas))
 
     @classmethod
@@ -73,19 +72,15 @@ class Recipe:
         for key in values:
             if key not in names:
                 close = get_close_matches(key, names, 1)
-                hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
-                raise ValueError(f"recipe: unknown key {key!r}{hint}")
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+                raise ValueError(f"recipe: unknown key {key!r}; {hint}")
         return cls(**values)
 
     def to_dict(self) -> dict:
         """Plain JSON values, only those that differ from the defaults."""
-        default = Recipe()
-        values = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != getattr(default, field.name):
-                values[field.name] = list(value) if isinstance(value, tuple) else value
-        return values
+        default = dataclasses.asdict(Recipe())
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v != default[k]}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
     def follows_iterations(self) -> bool:
@@ -100,22 +95,16 @@ class Recipe:
         if self.schedule == "poly":
             return self.initial_lr * (1 - progress) ** 0.9
         left = (progress - self.warmup) / (1 - self.warmup)
-        return self.final_lr + (self.initial_lr - self.final_lr) * 0.5 * (
-            1 + math.cos(math.pi * left)
-        )
+        share = 0.5 * (1 + math.cos(math.pi * left))
+        return self.final_lr + (self.initial_lr - self.final_lr) * share
 
     def build_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer over `parameters` at the initial learning rate."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters,
-                self.initial_lr,
-                momentum=self.momentum,
-                nesterov=self.momentum > 0,
-                weight_decay=self.weight_decay,
-            )
-        return torch.optim.AdamW(
-            parameters, self.initial_lr, betas=self.betas, weight_decay=self.weight_decay
+        lr, decay, momentum = self.initial_lr, self.weight_decay, self.momentum
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, lr, betas=self.betas, weight_decay=decay)
+        return torch.optim.SGD(
+            parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay
         )
 
 

@@ -44,7 +44,9 @@ class TrainingRun:
 
 def train_fold(run: TrainingRun) -> Path:
     """Trains and validates; returns the fold's folder. nnU-Net's variables must be set."""
-    os.environ.setdefault("nnUNet_n_proc_DA", str(loader_processes()))
+    # Loading and augmenting take all cores but one, 12 at most (nnU-Net's usual number).
+    n_loaders = max(1, min((os.cpu_count() or 1) - 1, 12))
+    os.environ.setdefault("nnUNet_n_proc_DA", str(n_loaders))
     if run.n_gpus > 1:
         if not run.device.startswith("cuda"):
             raise ValueError(f"-num_gpus {run.n_gpus} needs CUDA devices, not {run.device}")
@@ -62,14 +64,8 @@ def fold_folder(run: TrainingRun) -> Path:
     return base / name / f"fold_{run.fold}"
 
 
-def loader_processes() -> int:
-    """Processes that load and augment: all cores but one, 12 at most (nnU-Net's usual number)."""
-    return max(1, min((os.cpu_count() or 1) - 1, 12))
-
-
 def _train(run: TrainingRun) -> Path:
-    plans = copy.deepcopy(run.plans)
-    plans["continue_training"] = run.continue_training
+    plans = copy.deepcopy(run.plans) | {"continue_training": run.continue_training}
     trainer = UMambaTrainer(
         plans, run.configuration, run.fold, run.dataset_json, torch.device(run.device)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -39,7 +40,6 @@ class UMambaTrainer(nnUNetTrainer):
     final validation.
     """
 
-    verbose = False
     validator: Callable[[UMambaTrainer, bool], None] | None = None
 
     def __init__(
@@ -63,6 +63,7 @@ class UMambaTrainer(nnUNetTrainer):
         self.enable_deep_supervision = recipe.enable_deep_supervision and n_outputs > 1
         self.iteration = 0
         self.save_every: int = 50  # nnU-Net's, annotated
+        self._progress_file = Path(self.output_folder) / "progress.jsonl"
         self.clock = time.monotonic
         self._seconds_before = 0.0
         self._started: float | None = None
@@ -71,7 +72,8 @@ class UMambaTrainer(nnUNetTrainer):
         self._plot = self.logger.plot_progress_png
         self.logger.plot_progress_png = self._plot_now_and_then
         self._guard: NanGuard | None = None
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)
+        self._last_loss: Any = np.asarray(np.nan, np.float32)
 
     # --- what the recipe decides -------------------------------------------------------------
 
@@ -102,10 +104,8 @@ class UMambaTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Builds network, optimizer and loss, and settles the precision."""
         super().initialize()
-        if self.device.type == "cuda":
-            self._set_precision()
-
-    def _set_precision(self) -> None:
+        if self.device.type != "cuda":
+            return
         precision = self.recipe.precision
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -146,10 +146,8 @@ class UMambaTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """Sets the epoch's iterations from the time that is left, where a time is given."""
         if self.recipe.train_seconds is not None and self.iteration > 0:
-            left = max(0.0, self.recipe.train_seconds - self._elapsed())
-            per_iteration = self._elapsed() / self.iteration
-            epochs_left = self.num_epochs - self.current_epoch
-            wanted = left / epochs_left / per_iteration
+            elapsed, epochs_left = self._elapsed(), self.num_epochs - self.current_epoch
+            wanted = (self.recipe.train_seconds - elapsed) / epochs_left * self.iteration / elapsed
             self.num_iterations_per_epoch = max(1, round(wanted))
         super().on_train_epoch_start()
         self._bar = tqdm(
@@ -171,27 +169,23 @@ class UMambaTrainer(nnUNetTrainer):
         if self._guard is not None and self._guard.check(batch, output["loss"]):
             output = {"loss": self._last_loss}
         self._last_loss = output["loss"]
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
         return output
-
-    _last_loss: Any = np.asarray(np.nan, np.float32)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Closes the epoch's bar and logs the loss."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         super().on_train_epoch_end(train_outputs)
 
     def on_epoch_end(self) -> None:
         """Checkpoints at least every two minutes, writes `progress.jsonl`, prints one line."""
         due = self.clock() - self._saved_at > SAVE_EVERY_SECONDS
         epoch = self.current_epoch
-        every, self.save_every = self.save_every, 1 if due else self.save_every
+        every = self.save_every
+        if due:
+            self.save_every, self._saved_at = 1, self.clock()
         super().on_epoch_end()
         self.save_every = every
-        if due:
-            self._saved_at = self.clock()
         if self.local_rank == 0:
             self._report_epoch(epoch)
 
@@ -202,9 +196,7 @@ class UMambaTrainer(nnUNetTrainer):
             self._plotted_at = self.clock()
 
     def _report_epoch(self, epoch: int) -> None:
-        def last(key: str) -> Any:
-            return self.logger.get_value(key, step=-1)
-
+        last = functools.partial(self.logger.get_value, step=-1)
         dice = [float(value) for value in last("dice_per_class_or_region")]
         elapsed = self._elapsed()
         record = {
@@ -220,21 +212,14 @@ class UMambaTrainer(nnUNetTrainer):
         }
         with open(self._progress_file, "a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.recipe.train_seconds is not None:
-            left = max(0.0, self.recipe.train_seconds - elapsed)
-        else:
-            done = max(self.progress, 1e-9)
-            left = elapsed / done * (1 - done) if self.current_epoch else 0.0
+        whole = self.recipe.train_seconds or elapsed / max(self.progress, 1e-9)
+        left = max(0.0, whole - elapsed)
         shown = " ".join(f"{value:.3f}" for value in dice[:12])
         print(
             f"epoch {epoch + 1:>4}/{self.num_epochs}  {format_seconds(left):>8} left  "
             f"loss {record['train_loss']:+.3f}  pseudo Dice {shown}  lr {record['lr']:.2e}",
             flush=True,
         )
-
-    @property
-    def _progress_file(self) -> Path:
-        return Path(self.output_folder) / "progress.jsonl"
 
     def _keep_progress_before(self, epoch: int) -> None:
         """Drops the lines of epochs that will be trained (again)."""
@@ -255,17 +240,14 @@ class UMambaTrainer(nnUNetTrainer):
                 "device": str(self.device),
                 **process_cost(),
             }
-            write_json(cost, Path(self.output_folder) / "training.json")
+            file = Path(self.output_folder) / "training.json"
+            temporary = file.with_suffix(".json.tmp")
+            temporary.write_text(json.dumps(cost, indent=1) + "\n")
+            os.replace(temporary, file)
 
-    def print_to_log_file(
-        self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True
-    ) -> None:
+    def print_to_log_file(self, *args: Any, **options: Any) -> None:
         """nnU-Net's log goes to its file; the terminal shows one line per epoch instead."""
-        super().print_to_log_file(
-            *args,
-            also_print_to_console=also_print_to_console and self.verbose,
-            add_timestamp=add_timestamp,
-        )
+        super().print_to_log_file(*args, **options | {"also_print_to_console": False})
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Final validation by the `validator` that was handed in, else nnU-Net's own."""
@@ -316,37 +298,27 @@ def process_cost() -> dict[str, float]:
     return {"cpu_seconds": round(seconds, 1), "peak_gib": round(own.ru_maxrss / unit, 2)}
 
 
-def write_json(content: dict, file: Path) -> None:
-    """Writes JSON to a temporary name and renames it."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, file)
-
-
 def thin_out(transforms: BasicTransform, level: str) -> None:
     """Reduces nnU-Net's composed training transforms in place to `level`: "light" or "none".
 
     "light" keeps rotation and scaling within narrower limits, brightness, one gamma, and mirroring;
     "none" keeps only what training needs (cropping, label handling, deep supervision targets).
     """
-    kept = []
-    gammas = 0
+    kept, n_gammas = [], 0
     for transform in transforms.transforms:
         inner = transform.transform if isinstance(transform, RandomTransform) else transform
+        is_gamma = isinstance(inner, GammaTransform)
+        n_gammas += is_gamma
+        left_out = type(inner).__name__.startswith(INTENSITY)
         if isinstance(inner, SpatialTransform):
             inner.p_rotation, inner.p_scaling = (0.2, 0.2) if level == "light" else (0.0, 0.0)
             inner.scaling = (0.8, 1.2)
-        elif isinstance(inner, MirrorTransform) and level == "none":
-            continue
-        elif type(inner).__name__.startswith(INTENSITY):
-            if level == "none":
-                continue
-            if isinstance(inner, GammaTransform):
-                gammas += 1
-            light = isinstance(inner, (MultiplicativeBrightnessTransform, GammaTransform))
-            if not light or (isinstance(inner, GammaTransform) and gammas == 1):
-                continue
-        kept.append(transform)
+        elif level == "none":
+            left_out = left_out or isinstance(inner, MirrorTransform)
+        elif isinstance(inner, MultiplicativeBrightnessTransform) or (is_gamma and n_gammas > 1):
+            left_out = False
+        if not left_out:
+            kept.append(transform)
     transforms.transforms = kept
 
 

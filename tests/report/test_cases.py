@@ -9,7 +9,7 @@ import SimpleITK
 from matplotlib.image import imread
 
 from umamba.evaluation.images import read_view
-from umamba.report.overlays import chosen_cases, draw_case
+from umamba.report.cases import chosen_cases, draw_case
 
 
 def summary_of(dice: dict[str, float | None]) -> dict:

@@ -1,0 +1,147 @@
+"""What the commands share: options, checks of arguments, and the first steps with a dataset."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from umamba.data.dataset import RawDataset
+    from umamba.data.workspace import Workspace
+    from umamba.networks import NetworkEntry
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dataset": {"help": "id, name or folder: nnU-Net's, MSD's, or images/ + labels/"},
+    "--network": {"default": "umamba_bot", "help": "see `umamba models list`"},
+    "-p --plans-name": {"help": "default: the network's name (and the budget)"},
+    "-f --fold": {"default": "0", "help": "0 to 4, or all (0)"},
+    "--memory": {"type": float, "metavar": "GB", "help": "memory to plan for"},
+    "--network-arg": {"action": "append", "default": [], "metavar": "KEY=JSON"},
+    "-device --device": {"help": "cpu, cuda or mps (the GPU if there is one)"},
+    "-num_gpus --num-gpus": {"type": int, "default": 1, "help": "GPUs (DDP)"},
+    "-t --threads": {"type": int, "metavar": "N", "help": "CPU threads"},
+    "-np": {"type": int, "metavar": "N", "help": "processes that read and preprocess"},
+    "--workspace": {"metavar": "DIR", "help": "folder for raw, preprocessed and results"},
+    "--restart": {"action": "store_true", "help": "begin anew where results exist"},
+}
+"""Options of several commands, by their flags."""
+
+TRAINERS = Path(__file__).parents[1] / "training" / "nnunet_trainers"
+"""What nnUNet_extTrainer has to name, so that nnU-Net's own commands find our trainer."""
+
+
+class UsageError(ValueError):
+    """A wrong name or combination of arguments: exit code 2."""
+
+
+def add_command(
+    subparsers: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    doc: str | None,
+    shared: str = "",
+) -> argparse.ArgumentParser:
+    """Adds a command that calls `run`; returns its parser.
+
+    doc: the description, whose first line also stands in the list of all commands; a leading
+    "`umamba NAME`: " is left out. shared: options of `OPTIONS` by their first flags.
+    """
+    text = re.sub("^`[^`]*`: ", "", doc or "")
+    overview = text.split("\n")[0].rstrip(".")
+    parser = subparsers.add_parser(name, help=overview, description=text[:1].upper() + text[1:])
+    parser.set_defaults(run=run)
+    by_name = {flags.split()[0]: flags for flags in OPTIONS}
+    for flags in (by_name[option] for option in shared.split()):
+        parser.add_argument(*flags.split(), **OPTIONS[flags])
+    return parser
+
+
+@contextmanager
+def usage_errors(kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Turns errors of a kind into UsageError."""
+    try:
+        yield
+    except kind as error:
+        raise UsageError(str(error)) from error
+
+
+def find_network(name: str) -> NetworkEntry:
+    """The registry's entry; UsageError with the nearest names for an unknown one."""
+    from umamba.networks import get_entry
+
+    with usage_errors():
+        return get_entry(name)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """UsageError for a --memory or -np that makes no sense."""
+    if args.memory is not None and args.memory <= 0:
+        raise UsageError(f"--memory {args.memory:g} makes no sense; give gigabytes above 0")
+    if args.np is not None and args.np < 1:
+        raise UsageError(f"-np {args.np} makes no sense; give at least 1")
+
+
+def parse_fold(text: str) -> int | str:
+    """0 to 4 or "all"; UsageError otherwise."""
+    if text != "all" and not text.isdigit():
+        raise UsageError(f"fold {text!r} is not known: give 0, 1, 2, 3, 4 or all")
+    return text if text == "all" else int(text)
+
+
+def choose_device(name: str | None) -> str:
+    """The device that is asked for, else CUDA where there is one, else the CPU.
+
+    Raises UsageError for an unknown name, ValueError for a device that is not there.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"-device {name} is not known: give cpu, cuda or mps")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            "no CUDA device is visible to torch: use -device cpu, or see umamba doctor"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("torch has no MPS device here: use -device cpu")
+    return name
+
+
+def set_threads(n_threads: int | None) -> None:
+    """Sets torch's CPU threads, also those of child processes, where a number is given."""
+    if n_threads:
+        import torch
+
+        os.environ["OMP_NUM_THREADS"] = str(n_threads)
+        torch.set_num_threads(n_threads)
+
+
+def open_dataset(args: argparse.Namespace, *, strict: bool = False) -> tuple[RawDataset, Workspace]:
+    """The dataset that is named and its workspace, now active; prints what was assumed of both.
+
+    strict: ValueError with all faults of the file list and of dataset.json, which an audit else
+    finds with its own.
+    """
+    from umamba.data.dataset import prepare_dataset
+
+    dataset, workspace = prepare_dataset(args.dataset, args.workspace, strict=strict)
+    print(workspace.describe())
+    for note in dataset.notes:
+        print(f"note: {note}")
+    return dataset, workspace
+
+
+def refuse_faults(dataset: RawDataset) -> None:
+    """Reads every file; ValueError with all faults. Prints the warnings."""
+    from umamba.data.audit import audit_dataset
+
+    report = audit_dataset(dataset)
+    report.raise_if_faults()
+    for warning in report.warnings:
+        print(f"warning: {warning}")
