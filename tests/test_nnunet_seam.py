@@ -346,3 +346,56 @@ def test_the_stock_trainer_builds_and_steps_our_networks(make_trainer, name):
     batch = {"data": image, "target": [target, target[..., ::2, ::2]]}
     losses = [float(trainer.train_step(batch)["loss"]) for _ in range(2)]
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("name", ["swin_umamba", "swin_umamba_d"])
+def test_the_stock_trainers_targets_fit_networks_of_fixed_strides(make_trainer, name):
+    from umamba.networks import get_entry
+
+    entry = get_entry(name)
+    arguments = {
+        "strides": [list(stride) for stride in entry.fixed_strides],
+        "features_per_stage": [4, 6, 8, 10, 12],
+        "depths": [1, 1, 1, 1],
+        "d_state": 4,
+    }
+    trainer = make_trainer(network_class_name=entry.class_path, arch_kwargs=arguments)
+    trainer.initialize()
+    scales = trainer._get_deep_supervision_scales()
+    assert scales == [list(scale) for scale in trainer.network.deep_supervision_scales]
+    image = torch.randn(2, 1, 32, 64, generator=torch.Generator().manual_seed(0))
+    target = (image > 0).float()
+    steps = [[round(1 / share) for share in scale] for scale in scales]
+    batch = {"data": image, "target": [target[..., ::y, ::x] for y, x in steps]}
+    assert np.isfinite(float(trainer.train_step(batch)["loss"]))
+
+
+# --- our trainer --------------------------------------------------------------------------------
+
+
+class OneOutput(Foreign):
+    """A network that declares a single output."""
+
+    deep_supervision_scales = ((1.0, 1.0, 1.0),)
+
+
+def test_our_trainer_takes_the_scales_that_a_network_declares(make_trainer):
+    from umamba.training.trainer import UMambaTrainer
+
+    trainer = make_trainer(UMambaTrainer)
+    trainer.initialize()
+    assert trainer._get_deep_supervision_scales() == [[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]]
+    trainer.network.deep_supervision_scales = ((1.0, 1.0, 1.0), (0.5, 0.25, 0.25))
+    assert trainer._get_deep_supervision_scales() == [[1.0, 1.0, 1.0], [0.5, 0.25, 0.25]]
+    trainer.enable_deep_supervision = False
+    assert trainer._get_deep_supervision_scales() is None
+
+
+def test_our_trainer_takes_a_network_of_one_output_without_deep_supervision(make_trainer):
+    from umamba.training.trainer import UMambaTrainer
+
+    trainer = make_trainer(UMambaTrainer, network_class_name=f"{__name__}.OneOutput")
+    trainer.initialize()
+    assert trainer.enable_deep_supervision is False
+    assert trainer._get_deep_supervision_scales() is None
+    assert not hasattr(trainer.loss, "weight_factors")

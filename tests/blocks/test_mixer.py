@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn import functional
 
 from umamba.blocks.mamba import Mamba
-from umamba.blocks.mixer import ConvMixer, MixerLayer, count_parameters
+from umamba.blocks.mixer import (
+    ConvMixer,
+    MixerLayer,
+    PointwiseMixerLayer,
+    ProjectedMixerLayer,
+    count_parameters,
+    pointwise_mixer_layer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +24,21 @@ def _seeded(one_thread: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("d_model", "count"), [(48, 19_680), (96, 68_160), (192, 251_520), (384, 963_840)]
+    ("d_model", "counts"),
+    [
+        (48, (19_680, 25_536, 31_392)),
+        (96, (68_160, 81_024, 93_888)),
+        (192, (251_520, 281_856, 312_192)),
+        (384, (963_840, 1_042_944, 1_122_048)),
+    ],
 )
-def test_parameter_counts_of_mamba_are_the_official_ones(d_model: int, count: int) -> None:
+def test_parameter_counts_of_mamba_are_the_official_ones(
+    d_model: int, counts: tuple[int, ...]
+) -> None:
+    orders = ("raster", "raster_reversed", "inter_slice_5")
     with torch.device("meta"):
-        assert count_parameters(Mamba(d_model)) == count
+        found = [count_parameters(Mamba(d_model, orders=orders[: k + 1])) for k in range(3)]
+    assert found == list(counts)
 
 
 def test_mamba_equals_its_equations_written_as_a_loop() -> None:
@@ -83,6 +100,52 @@ def test_no_mixer_means_no_parameters_and_the_input_itself() -> None:
     assert not list(layer.parameters())
 
 
+def test_the_projected_layer_uses_its_norm_twice_and_scales_the_skip_inside() -> None:
+    layer = ProjectedMixerLayer(4, 6, spatial_dims=2, skip="inside").double()
+    for parameter in (layer.norm.weight, layer.norm.bias, layer.skip_scale):
+        nn.init.normal_(parameter)
+    features = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    tokens = features.flatten(2).transpose(1, 2)
+    mixed = layer.mixer(layer.norm(tokens)) + layer.skip_scale * tokens
+    expected = layer.proj(layer.norm(mixed)).transpose(1, 2).reshape(2, 6, 3, 5)
+    torch.testing.assert_close(layer(features), expected)
+
+
+def test_the_projected_layer_adds_its_input_outside_and_gives_the_scale_a_zero_gradient() -> None:
+    layer = ProjectedMixerLayer(4, 4, spatial_dims=3, skip="outside").double()
+    for parameter in (layer.norm.weight, layer.norm.bias, layer.skip_scale):
+        nn.init.normal_(parameter)
+    features = torch.randn(2, 4, 3, 2, 5, dtype=torch.float64)
+    tokens = features.flatten(2).transpose(1, 2)
+    branch = layer.proj(layer.norm(layer.mixer(layer.norm(tokens)))).transpose(1, 2)
+    result = layer(features)
+    torch.testing.assert_close(result, features + branch.reshape(features.shape))
+    result.square().sum().backward()
+    assert layer.skip_scale.grad == 0
+
+
+@pytest.mark.parametrize("skip", ["inside", "outside"])
+def test_the_projected_layer_works_in_float32_under_autocast(skip: str) -> None:
+    layer = ProjectedMixerLayer(6, 6, spatial_dims=2, skip=skip)
+    features = torch.randn(1, 6, 4, 5, dtype=torch.bfloat16)
+    exact = layer(features.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = layer(features)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, exact)
+
+
+def test_without_a_mixer_the_projected_layer_keeps_only_what_carries_its_input() -> None:
+    features = torch.randn(1, 6, 2, 3)
+    outside = ProjectedMixerLayer(6, 6, spatial_dims=2, skip="outside", mixer="none")
+    assert outside(features) is features
+    assert not list(outside.parameters())
+    inside = ProjectedMixerLayer(6, 9, spatial_dims=2, skip="inside", mixer="none")
+    expected = inside.proj(inside.norm(features.movedim(1, -1))).movedim(-1, 1)
+    torch.testing.assert_close(inside(features), expected)
+    assert inside.skip_scale is None
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_the_convolution_mixer_sees_the_neighbours_of_a_voxel_and_no_others(dims: int) -> None:
     mixer = ConvMixer(4, spatial_dims=dims, n_parameters=500).double()
@@ -134,3 +197,56 @@ def test_each_order_has_its_own_parameters_and_only_the_first_spreads_its_steps(
     assert count_parameters(mixer) == count_parameters(Mamba(32)) + count_parameters(
         mixer.directions[1]
     )
+
+
+def test_tied_orders_share_one_set_of_parameters() -> None:
+    orders = ("raster", "raster_reversed")
+    mixer = Mamba(6, orders=orders, merge="mean", tied=True).double()
+    plain = Mamba(6).double()
+    plain.load_state_dict(mixer.state_dict())
+    tokens = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    back = plain(tokens.flip(1, 2)).flip(1, 2)
+    torch.testing.assert_close(mixer(tokens), (plain(tokens) + back) / 2)
+
+
+def test_four_views_are_the_mean_over_flipped_tokens_and_channels() -> None:
+    layer = pointwise_layer(four_views=True, projects=True)
+    plain = Mamba(6).double()
+    plain.load_state_dict(layer.mixer.state_dict())
+    features = torch.randn(2, 6, 2, 3, 4, dtype=torch.float64)
+    x = functional.relu(layer.norm(layer.in_conv(features)))
+    tokens = x.flatten(2).transpose(1, 2)  # (B, L, C)
+    views = [plain(tokens.flip(axes)).flip(axes) for axes in ((), (1,), (2,), (1, 2))]
+    mixed = torch.stack(views).mean(0).transpose(1, 2).reshape(x.shape)
+    expected = functional.relu(layer.out_norm(layer.out_conv(x + mixed)))
+    torch.testing.assert_close(layer(features), expected)
+
+
+def test_a_pointwise_layer_of_one_view_is_its_mixer_behind_a_convolution() -> None:
+    layer = pointwise_layer()
+    features = torch.randn(1, 6, 2, 3, 4, dtype=torch.float64)
+    x = functional.relu(layer.norm(layer.in_conv(features)))
+    expected = layer.mixer(x.movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(layer(features), expected)
+    layer.residual = True
+    torch.testing.assert_close(layer(features), features + expected)
+
+
+def test_a_pointwise_layer_mixes_in_float32_under_autocast() -> None:
+    layer = pointwise_layer(four_views=True).float()
+    seen: list[torch.dtype] = []
+    layer.mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = layer(torch.randn(1, 6, 2, 3, 4))
+    assert [*seen, mixed.dtype] == [torch.float32] * 2
+
+
+def pointwise_layer(four_views: bool = False, projects: bool = False) -> PointwiseMixerLayer:
+    layer = pointwise_mixer_layer(
+        6, mixer="scan", d_state=16, d_conv=4, expand=2, four_views=four_views, projects=projects
+    )
+    assert layer is not None
+    for key, value in layer.state_dict().items():
+        if "norm" in key and value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    return layer.double().eval()

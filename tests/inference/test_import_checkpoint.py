@@ -91,6 +91,22 @@ def test_old_plan_fields_become_arguments_and_configurations_inherit() -> None:
     assert larger == {**block["arch_kwargs"], "patch_size": [8, 12, 8]}
 
 
+def test_a_network_of_fixed_strides_takes_no_stages_from_plans_of_nnunets_unet() -> None:
+    entry = get_entry("swin_umamba_d")
+    strides = [list(stride) for stride in entry.fixed_strides or ()]
+    for plans in (old_plans(), new_plans()):
+        flat = {**plans["configurations"]["3d_fullres"], "patch_size": [64, 96]}
+        plans["configurations"] = {"2d": flat}
+        planned = modern_plans(plans, entry, Path("plans.json"))["configurations"]["2d"]
+        assert planned["architecture"]["network_class_name"] == entry.class_path
+        own = {"strides": strides, "features_per_stage": [96, 96, 192, 384, 768]}
+        assert planned["architecture"]["arch_kwargs"] == own
+        own = {"strides": strides, "features_per_stage": [4, 4, 8, 16, 32]}
+        planned["architecture"]["arch_kwargs"] = own
+        again = modern_plans({"configurations": {"2d": planned}}, entry, Path("plans.json"))
+        assert again["configurations"]["2d"]["architecture"]["arch_kwargs"] == own
+
+
 @pytest.mark.parametrize("actual", NETWORKS)
 @pytest.mark.parametrize("claimed", NETWORKS)
 def test_a_checkpoint_of_another_network_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import pydoc
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from umamba.blocks.mixer import MixerLayer
+from umamba.blocks.mamba import Mamba
+from umamba.blocks.mixer import ConvMixer
+from umamba.blocks.ss2d import SS2D
 from umamba.networks import create_network, get_entry, list_networks
 from umamba.networks.base import SegmentationNetwork
 
@@ -19,6 +22,36 @@ STRIDES = {2: [[1, 1], [2, 1], [2, 2]], 3: [[1, 1, 1], [1, 2, 2], [2, 2, 1]]}
 KERNELS = {2: [[3, 3], [3, 3], [3, 1]], 3: [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
 SHAPES = {2: (20, 14), 3: (6, 20, 10)}
 CHANNELS, CLASSES, BATCH = 2, 3, 2
+NORMALIZED_BIASES = ("conv1.bias", "conv2.bias", "stem.conv.bias", ".expand.bias")
+
+# Arguments in place of, or beside, those of every network. A dropped path would get no gradient.
+NNMAMBA = {"n_blocks_per_stage": 2, "features_per_stage": [6, 80, 8]}  # gates of 5 hidden units
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "hymamba": {
+        "n_blocks_per_stage": [1, 1, 2],
+        "expansion_per_stage": [2, 1, 2],
+        "n_mamba_layers": 2,
+        "n_outputs": 2,
+    },
+    "lightm_unet": {"n_groups": 2},
+    "mamba_clinix": {"features_per_stage": [8, 16, 24], "drop_path": 0},
+    "nnmamba": NNMAMBA,
+    "nnmamba_single": NNMAMBA,
+    "segmamba": {"depths": [2, 1], "n_slices": [4, 8], "n_outputs": 2},
+    "uvm_net": {"inner_size": [4, 5], "input_residual": False},
+    "vm_unet": {"depths_decoder": [1] * 4},  # its decoder has blocks at the deepest stage, too
+}
+
+# Networks that take only their own strides, or fewer or more stages of the kind.
+OWN_STRIDES = ("msvm_unet", "swin_umamba", "swin_umamba_d", "vm_unet")
+
+# Biases in front of a norm over voxels, which have no effect: their gradients are round-off.
+NORMALIZED_BIASES = (
+    *("conv1.bias", "conv2.bias", "stem.conv.bias", "side.bias", "join.bias", ".expand.bias"),
+)
+
+# Parameters that official networks have and do not use.
+WITHOUT_EFFECT = {"mamba_clinix": ("skip_scale",)}
 
 CASES = [
     pytest.param(name, dims, id=f"{name}-{dims}d")
@@ -33,20 +66,25 @@ def _seeded(one_thread: None) -> None:
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
-def test_logits_have_the_images_shape_and_deep_supervision_halves_it(name: str, dims: int) -> None:
+def test_logits_have_the_images_shape_and_deep_supervision_follows_the_strides(
+    name: str, dims: int
+) -> None:
     network = build(name, dims, deep_supervision=True).eval()
-    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    images = torch.randn(BATCH, CHANNELS, *shape_of(name, dims))
     with torch.no_grad():
         outputs = network(images)
         network.decoder.deep_supervision = False
         single = network(images)
-    strides = STRIDES[dims]
+    strides, scales = strides_of(name, dims), network.deep_supervision_scales
+    heads = {key.split(".")[2] for key in network.state_dict() if ".seg_layers." in key}
     assert isinstance(outputs, list)
-    assert len(outputs) == len(strides) - 1
-    shape = SHAPES[dims]
-    for output, stride in zip(outputs, strides, strict=False):
+    assert len(outputs) == len(scales) == len(heads)
+    assert len(outputs) in (1, len(strides) - 1)
+    full = shape = shape_of(name, dims)
+    for output, scale, stride in zip(outputs, scales, strides, strict=False):
         shape = tuple(size // s for size, s in zip(shape, stride, strict=True))
         assert output.shape == (BATCH, CLASSES, *shape)
+        assert shape == tuple(size * s for size, s in zip(full, scale, strict=True))
     torch.testing.assert_close(single, outputs[0], rtol=0, atol=0)
 
 
@@ -69,20 +107,21 @@ def test_each_parameter_is_registered_once_and_gets_a_gradient(name: str, dims: 
     assert len({value.data_ptr() for value in state.values()}) == len(state)
     assert len(state) == len(list(network.named_parameters())) + len(list(network.named_buffers()))
     disturb(network)
-    outputs = network(torch.randn(BATCH, CHANNELS, *SHAPES[dims]))
+    outputs = network(torch.randn(BATCH, CHANNELS, *shape_of(name, dims)))
     sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
     for key, parameter in network.named_parameters():
         assert parameter.grad is not None, key
         assert torch.isfinite(parameter.grad).all(), key
-        # A bias in front of an instance norm has no effect: its gradient is round-off.
-        if not key.endswith(("conv1.bias", "conv2.bias", "stem.conv.bias")):
+        if key.endswith(WITHOUT_EFFECT.get(network_of(name), ())):
+            assert parameter.grad.abs().max() == 0, key
+        elif not key.endswith(NORMALIZED_BIASES):
             assert parameter.grad.abs().max() > 0, key
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_evaluation_is_repeatable(name: str, dims: int) -> None:
     network = build(name, dims).eval()
-    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    images = torch.randn(BATCH, CHANNELS, *shape_of(name, dims))
     with torch.no_grad():
         assert torch.equal(network(images), network(images))
 
@@ -109,17 +148,21 @@ def test_an_unknown_argument_is_a_type_error(name: str, dims: int) -> None:
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_an_indivisible_image_is_refused_with_the_next_valid_shape(name: str, dims: int) -> None:
     network = build(name, dims)
-    too_odd = (SHAPES[dims][0] - 1, *SHAPES[dims][1:])
+    shape = shape_of(name, dims)
+    too_odd = (shape[0] - 1, *shape[1:])
+    if max(network.divisor) == 1:
+        assert network(torch.zeros(1, CHANNELS, *too_odd)).shape == (1, CLASSES, *too_odd)
+        return
     with pytest.raises(ValueError, match="divisible") as error:
         network(torch.zeros(1, CHANNELS, *too_odd))
-    assert str(SHAPES[dims]) in str(error.value)
+    assert str(shape) in str(error.value)
     assert str(network.divisor) in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_wrong_channels_and_wrong_dimensions_are_refused(name: str, dims: int) -> None:
     network = build(name, dims)
-    for shape in ((1, CHANNELS + 1, *SHAPES[dims]), (CHANNELS, *SHAPES[dims])):
+    for shape in ((1, CHANNELS + 1, *shape_of(name, dims)), (CHANNELS, *shape_of(name, dims))):
         with pytest.raises(ValueError, match="2 channels"):
             network(torch.zeros(shape))
     with pytest.raises(ValueError, match="strides"):
@@ -130,9 +173,9 @@ def test_wrong_channels_and_wrong_dimensions_are_refused(name: str, dims: int) -
 def test_networks_build_and_run_on_the_meta_device(name: str, dims: int) -> None:
     with torch.device("meta"):
         network = build(name, dims, deep_supervision=True)
-        outputs = network(torch.empty(BATCH, CHANNELS, *SHAPES[dims]))
+        outputs = network(torch.empty(BATCH, CHANNELS, *shape_of(name, dims)))
     assert all(value.is_meta for value in network.state_dict().values())
-    assert outputs[0].shape == (BATCH, CLASSES, *SHAPES[dims])
+    assert outputs[0].shape == (BATCH, CLASSES, *shape_of(name, dims))
     assert outputs[0].is_meta
 
 
@@ -144,22 +187,21 @@ def test_mixers_stay_in_float32_under_autocast(name: str, dims: int) -> None:
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append(output.dtype)
 
-    layers = [m for m in network.modules() if isinstance(m, MixerLayer) and m.mixer is not None]
-    for layer in layers:
-        assert layer.mixer is not None
-        layer.mixer.register_forward_hook(watch)
-    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    mixers = [m for m in network.modules() if isinstance(m, Mamba | SS2D | ConvMixer)]
+    for mixer in mixers:
+        mixer.register_forward_hook(watch)
+    images = torch.randn(BATCH, CHANNELS, *shape_of(name, dims))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = network(images)
     assert torch.isfinite(logits.float()).all()
-    assert seen == [torch.float32] * len(layers)
-    assert bool(layers) == (get_entry(name).arguments.get("mixer") != "none")
+    assert seen == [torch.float32] * len(mixers)
+    assert bool(mixers) == (get_entry(name).arguments.get("mixer") != "none")
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_float64_stays_float64(name: str, dims: int) -> None:
     network = build(name, dims).double().eval()
-    images = torch.randn(BATCH, CHANNELS, *SHAPES[dims])
+    images = torch.randn(BATCH, CHANNELS, *shape_of(name, dims))
     with torch.no_grad():
         exact = network(images.double())
         assert exact.dtype == torch.float64
@@ -174,7 +216,7 @@ def test_a_network_is_one_graph_for_the_compiler(name: str) -> None:
     dims = max(get_entry(name).spatial_dims)
     network = build(name, dims, deep_supervision=True)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-    images = torch.randn(1, CHANNELS, *SHAPES[dims])
+    images = torch.randn(1, CHANNELS, *shape_of(name, dims))
     outputs = compiled(images)
     for output, expected in zip(outputs, network(images), strict=True):
         torch.testing.assert_close(output, expected)
@@ -195,16 +237,42 @@ def build(name: str, dims: int, **arguments: Any) -> SegmentationNetwork:
 
 
 def tiny_arguments(name: str, dims: int) -> dict[str, Any]:
+    strides = strides_of(name, dims)
+    n_stages = len(strides)
     arguments: dict[str, Any] = {
-        "strides": STRIDES[dims],
-        "features_per_stage": [6, 8, 40],
+        "strides": strides,
+        "features_per_stage": [6, 8, 40, 10, 12][:n_stages],
         "kernel_sizes": KERNELS[dims],
-        "n_conv_per_stage": [2, 2, 2],
-        "n_conv_per_stage_decoder": [2, 2],
+        "n_conv_per_stage": [2] * n_stages,
+        "n_conv_per_stage_decoder": [2] * (n_stages - 1),
+        "depths": [1] * (n_stages - 1),
+        "depths_decoder": [1] * (n_stages - 2),
+        "drop_path_rate": 0.0,
+        "drop_path_rate_decoder": 0.0,
+        "patch_size": list(shape_of(name, dims)),
+        **ARGUMENTS.get(network_of(name), {}),
     }
-    if "patch_size" in get_entry(name).keywords:
-        arguments["patch_size"] = list(SHAPES[dims])
-    return arguments
+    return {key: value for key, value in arguments.items() if key in get_entry(name).keywords}
+
+
+def network_of(name: str) -> str:
+    """The name itself, or of which network it is the control."""
+    return get_entry(name).control_of or name
+
+
+def strides_of(name: str, dims: int) -> list[list[int]]:
+    fixed = get_entry(name).fixed_strides
+    if fixed is None or network_of(name) not in OWN_STRIDES:
+        return STRIDES[dims]
+    return [list(stride[-dims:]) for stride in fixed]
+
+
+def shape_of(name: str, dims: int) -> tuple[int, ...]:
+    """Divisible by the strides: once and twice the divisor for networks of their own strides."""
+    if network_of(name) not in OWN_STRIDES:
+        return SHAPES[dims]
+    divisor = [math.prod(axis) for axis in zip(*strides_of(name, dims), strict=True)]
+    return tuple(d * (2 if axis == dims - 1 else 1) for axis, d in enumerate(divisor))
 
 
 def disturb(network: nn.Module) -> None:

@@ -50,11 +50,32 @@ def test_the_reverse_direction_gives_the_official_tensors_back() -> None:
     assert all(torch.equal(back[key], official()[key]) for key in back)
 
 
+def test_ignored_tensors_are_left_out_and_reported() -> None:
+    key_map = KeyMap([Row("body.{p}", "stem.{p}")], ignored=["table", "body.{p}.unread"])
+    given = {"body.a": torch.zeros(1), "table": torch.zeros(2), "body.a.unread": torch.zeros(3)}
+    assert key_map.covers(given)
+    own, report = key_map.to_own(given, {"stem.a": (1,)})
+    assert list(own) == ["stem.a"]
+    assert report.ignored == ["table", "body.a.unread"]
+    assert "2 others left out" in str(report)
+    assert not key_map.covers([*given, "table.0"])
+    with pytest.raises(ValueError, match=r"1 unused, e\.g\. table\.0"):
+        key_map.to_own({**given, "table.0": torch.zeros(1)}, {"stem.a": (1,)})
+
+
 def test_a_duplicate_that_differs_is_refused() -> None:
     altered = official()
     altered["copy.1.also.weight"] += 1
     with pytest.raises(ValueError, match=r"copy\.1\.also\.weight differs from body\.1\.weight"):
         KEY_MAP.to_own(altered, SHAPES)
+
+
+def test_an_alias_pattern_may_fit_the_original_too() -> None:
+    key_map = KeyMap([Row("{a}.0.{p}", "{a}.{p}")], aliases=[("{a}.{i}.{p}", "{a}.0.{p}")])
+    tensors = {"x.0.weight": torch.ones(2), "x.1.weight": torch.ones(2)}
+    own, report = key_map.to_own(tensors, {"x.weight": (2,)})
+    assert torch.equal(own["x.weight"], torch.ones(2))
+    assert report.aliases == ["x.1.weight"]
 
 
 def test_a_duplicate_stands_in_for_its_absent_original() -> None:
@@ -86,8 +107,9 @@ def test_whatever_is_not_accounted_for_is_refused(change: dict, message: str) ->
         lambda state: {"network_weights": state, "epoch": 3},
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
         lambda state: {"model": {f"_orig_mod.module.{k}": v for k, v in state.items()}},
+        lambda state: {"module": state},
     ],
-    ids=["bare", "network_weights", "state_dict, module.", "model, _orig_mod."],
+    ids=["bare", "network_weights", "state_dict, module.", "model, _orig_mod.", "module"],
 )
 def test_wrapped_state_dicts_are_unwrapped(wrap) -> None:
     state = {"a.weight": torch.zeros(1), "b.weight": torch.zeros(1)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn import functional
 
 from umamba.ops.directions import DirectionParameters, scan_directions
 from umamba.ops.dispatch import use_backend
+from umamba.ops.local_scan import local_scan
 from umamba.ops.selective_scan import selective_scan
 from umamba.ops.token_orders import token_order
 
@@ -46,7 +49,9 @@ def make_features(
     return x.to(dtype).movedim(-1, 1), gate.to(dtype).movedim(-1, 1)
 
 
-def written_out(name: str, x: Tensor, p: DirectionParameters, gate: Tensor | None) -> Tensor:
+def written_out(
+    name: str, x: Tensor, p: DirectionParameters, gate: Tensor | None, scan=selective_scan
+) -> Tensor:
     """One direction as the papers say it: read in order, then a plain forward Mamba."""
     order = token_order(name)
     spatial = tuple(x.shape[2:])
@@ -55,7 +60,7 @@ def written_out(name: str, x: Tensor, p: DirectionParameters, gate: Tensor | Non
         padded = functional.pad(x, (TAPS - 1, 0))
         x = functional.silu(functional.conv1d(padded, p.conv_weight, p.conv_bias, groups=WIDTH))
     dt, B, C = (p.x_proj_weight @ x).split([RANK, STATES, STATES], dim=1)
-    y = selective_scan(
+    y = scan(
         x,
         p.dt_proj_weight @ dt,
         -p.A_log.exp(),
@@ -74,8 +79,14 @@ def written_out(name: str, x: Tensor, p: DirectionParameters, gate: Tensor | Non
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no_gate"])
 @pytest.mark.parametrize(
     ("orders", "conv"),
-    [(("raster",), True), (TRI, True), (CROSS, False), (("axes_120", "axes_021_reversed"), True)],
-    ids=["one", "tri", "cross", "axes"],
+    [
+        (("raster",), True),
+        (TRI, True),
+        (CROSS, False),
+        (("axes_120", "axes_021_reversed"), True),
+        (("raster", "inter_slice_7", "inter_slice_7_reversed", "transposed"), True),
+    ],
+    ids=["one", "tri", "cross", "axes", "filled_up"],
 )
 def test_directions_equal_their_parts_written_out(
     orders: tuple[str, ...], conv: bool, gated: bool, stacked: bool
@@ -204,3 +215,13 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, object], message:
     good = {"features": x, "orders": ("raster",), "parameters": [make_parameters(0)], "gate": gate}
     with pytest.raises(ValueError, match=message):
         scan_directions(**good | change)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one_by_one", "stacked"])
+def test_with_a_window_every_scan_is_locally_bidirectional(stacked: bool) -> None:
+    x, gate = make_features()
+    parameters = [make_parameters(seed) for seed in range(len(CROSS))]
+    actual = scan_directions(x, CROSS, parameters, gate, merge=None, stacked=stacked, window=7)
+    scan = functools.partial(local_scan, window=7)
+    for name, p, out in zip(CROSS, parameters, actual, strict=True):
+        torch.testing.assert_close(out, written_out(name, x, p, gate, scan))

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from umamba.networks import get_entry
+from umamba.networks import get_entry, list_networks
 from umamba.networks.base import SegmentationNetwork
+from umamba.planning import budget
 from umamba.planning import planner as planner_file
 from umamba.planning.footprint import GIB
 from umamba.planning.planner import UMambaPlanner, default_plans_name, plan_dataset
@@ -25,7 +27,7 @@ from umamba.planning.plans import (
     plans_file,
     replan,
 )
-from umamba.planning.topology import network_divisor
+from umamba.planning.topology import network_arguments, network_divisor
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITE_GOLDEN = "UMAMBA_WRITE_GOLDEN"
@@ -171,6 +173,18 @@ def test_a_network_with_fixed_strides_keeps_them_and_leaves_out_what_it_cannot(
     assert all(size % 8 == 0 for size in part["patch_size"])
 
 
+def test_the_widths_of_a_network_with_fixed_strides_stand_in_its_plans():
+    entry = get_entry("swin_umamba_d")
+    stock = {"strides": [[1, 1], [2, 2]], "features_per_stage": [32, 64], "kernel_sizes": []}
+    block = network_arguments(entry, {}, stock, dims=2)
+    widths = [96, 96, 192, 384, 768]
+    assert block == {"strides": [[1, 1], [4, 4], [2, 2], [2, 2], [2, 2]]} | {
+        "features_per_stage": widths
+    }
+    narrow = network_arguments(entry, {"features_per_stage": [8, 8, 16, 24, 32]}, stock, dims=2)
+    assert narrow["features_per_stage"] == [8, 8, 16, 24, 32]
+
+
 def test_network_arguments_enter_the_plans_and_a_hash_enters_the_name(fingerprinted):
     dataset = fingerprinted("tiny")
     plans = plan(dataset, network_args={"d_state": 4})
@@ -272,3 +286,37 @@ def test_too_little_memory_for_any_patch_is_said_in_the_reasons(fingerprinted):
         fingerprinted("flat"), network_args=wide, gpu_memory_target_in_gb=0.5, configurations=["2d"]
     )["configurations"]["2d"]
     assert any("more than there is" in reason for reason in part["planning"]["reasons"])
+
+
+@pytest.mark.parametrize("name", list_networks(controls=False))
+def test_every_network_is_planned_and_has_narrower_sizes_that_work(fingerprinted, name):
+    entry = get_entry(name)
+    # UVM-Net is published with a billion parameters and for restoration.
+    segmentation = {"inner_size": [8, 8], "attention": "channels", "input_residual": False}
+    arguments = segmentation if name == "uvm_net" else {}
+    dims = max(entry.spatial_dims)
+    configuration = "2d" if dims == 2 else "3d_fullres"
+    plans = plan(
+        fingerprinted("tiny"), network=name, network_args=arguments, configurations=[configuration]
+    )
+    part = get_configuration(plans, configuration)
+    sizes = budget.candidates(
+        part["architecture"]["arch_kwargs"]["features_per_stage"],
+        part["patch_size"],
+        part["batch_size"],
+        part["architecture"]["arch_kwargs"]["strides"],
+    )
+    narrowest, planned = sizes[0], max(sizes, key=lambda size: size.cost)
+    assert narrowest.features_per_stage < planned.features_per_stage
+    assert list(planned.patch_size) == part["patch_size"]
+    smaller = replan(
+        plans,
+        configuration,
+        patch_size=narrowest.patch_size,
+        batch_size=2,
+        features_per_stage=narrowest.features_per_stage,
+    )
+    with torch.device("meta"):
+        network = network_builder(get_configuration(smaller, configuration), 1, 3, False)()
+        logits = network(torch.empty(2, 1, *narrowest.patch_size))
+    assert logits.shape == (2, 3, *narrowest.patch_size)

@@ -1,8 +1,9 @@
-"""Convolution blocks of the residual U-Nets, in 2D and 3D: one convolution, one residual block."""
+"""Convolution blocks of the U-Nets, in 2D and 3D: one or two convolutions, residual blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ NEGATIVE_SLOPE = 0.01
 
 Shortcut = Literal["conv", "pool"]
 Stride = Sequence[int] | int  # per spatial axis, or the same along all
+NormBuilder = Callable[[int], nn.Module]
 
 
 class ConvNormAct(nn.Module):
@@ -39,6 +41,9 @@ class ResidualBlock(nn.Module):
     there (U-Mamba's BasicResBlock). "pool": average pooling where the block is strided, then a
     1x1 convolution without bias and a norm where the widths differ, else the identity
     (BasicBlockD of dynamic-network-architectures).
+    affine=False leaves out the biases of the convolutions and the scale and offset of the norms;
+    with shortcut "pool" and no stride that is MONAI's UnetResBlock.
+    norm: builds another norm of so many channels. shortcut_bias: for the one of "pool".
     """
 
     def __init__(
@@ -49,18 +54,24 @@ class ResidualBlock(nn.Module):
         stride: Stride = 1,
         *,
         shortcut: Shortcut = "pool",
+        affine: bool = True,
+        norm: NormBuilder | None = None,
+        shortcut_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = convolution(in_channels, out_channels, kernel_size, stride)
-        self.norm1 = InstanceNorm(out_channels)
-        self.conv2 = convolution(out_channels, out_channels, kernel_size)
-        self.norm2 = InstanceNorm(out_channels)
+        norm = norm or functools.partial(InstanceNorm, affine=affine)
+        self.conv1 = convolution(in_channels, out_channels, kernel_size, stride, bias=affine)
+        self.norm1 = norm(out_channels)
+        self.conv2 = convolution(out_channels, out_channels, kernel_size, bias=affine)
+        self.norm2 = norm(out_channels)
         if shortcut == "conv":
             point = [1] * len(kernel_size)
-            self.shortcut: nn.Module = convolution(in_channels, out_channels, point, stride)
+            self.shortcut: nn.Module = convolution(
+                in_channels, out_channels, point, stride, bias=affine
+            )
         else:
             strides = per_axis(stride, len(kernel_size))
-            self.shortcut = PoolShortcut(in_channels, out_channels, strides)
+            self.shortcut = PoolShortcut(in_channels, out_channels, strides, norm, shortcut_bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, in_channels, *spatial) -> (B, out_channels, *spatial / stride)."""
@@ -72,14 +83,21 @@ class ResidualBlock(nn.Module):
 class PoolShortcut(nn.Module):
     """The identity, with average pooling for a stride and a 1x1 convolution for a new width."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: tuple[int, ...],
+        norm: NormBuilder = InstanceNorm,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.stride = stride
         self.conv: nn.Module | None = None
         self.norm: nn.Module | None = None
         if in_channels != out_channels:
-            self.conv = convolution(in_channels, out_channels, [1] * len(stride), bias=False)
-            self.norm = InstanceNorm(out_channels)
+            self.conv = convolution(in_channels, out_channels, [1] * len(stride), bias=bias)
+            self.norm = norm(out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
         if max(self.stride) > 1:
@@ -97,11 +115,74 @@ def residual_stage(
     stride: Stride,
     n_blocks: int,
     shortcut: Shortcut,
+    affine: bool = True,
 ) -> nn.Sequential:
     """n_blocks residual blocks; the first has the stride, the new width and the given shortcut."""
-    first = ResidualBlock(in_channels, out_channels, kernel_size, stride, shortcut=shortcut)
-    others = (ResidualBlock(out_channels, out_channels, kernel_size) for _ in range(n_blocks - 1))
-    return nn.Sequential(first, *others)
+    block = functools.partial(ResidualBlock, kernel_size=kernel_size, affine=affine)
+    first = block(in_channels, out_channels, stride=stride, shortcut=shortcut)
+    return nn.Sequential(first, *(block(out_channels, out_channels) for _ in range(n_blocks - 1)))
+
+
+class BatchNormBlock(nn.Module):
+    """Two convolutions with batch norms, plus another branch where given, plus a shortcut; ReLU.
+
+    Convolutions have no bias. With a stride (1 is one) the shortcut is a 1x1 convolution and a
+    batch norm, without one the identity (ResNet's basic block).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        stride: Stride | None = None,
+    ) -> None:
+        super().__init__()
+        dims = len(kernel_size)
+        self.conv1 = convolution(in_channels, out_channels, kernel_size, stride or 1, bias=False)
+        self.norm1 = batch_norm(out_channels, dims)
+        self.conv2 = convolution(out_channels, out_channels, kernel_size, bias=False)
+        self.norm2 = batch_norm(out_channels, dims)
+        self.shortcut = nn.Sequential()  # the identity
+        if stride is not None:
+            point = convolution(in_channels, out_channels, [1] * dims, stride, bias=False)
+            self.shortcut = nn.Sequential(point, batch_norm(out_channels, dims))
+
+    def forward(self, features: Tensor, branch: Tensor | None = None) -> Tensor:
+        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial / stride).
+
+        branch: of the result's shape.
+        """
+        result = functional.relu_(self.norm1(self.conv1(features)))
+        result = self.norm2(self.conv2(result))
+        if branch is not None:
+            result = result.add_(branch)
+        return functional.relu_(result.add_(self.shortcut(features)))
+
+
+class DoubleConv(nn.Module):
+    """Convolution with bias, batch norm, ReLU, twice; the first convolution has the stride."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Stride = 1
+    ) -> None:
+        super().__init__()
+        dims = len(kernel_size)
+        self.conv1 = convolution(in_channels, out_channels, kernel_size, stride)
+        self.norm1 = batch_norm(out_channels, dims)
+        self.conv2 = convolution(out_channels, out_channels, kernel_size)
+        self.norm2 = batch_norm(out_channels, dims)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial / stride)."""
+        features = functional.relu_(self.norm1(self.conv1(features)))
+        return functional.relu_(self.norm2(self.conv2(features)))
+
+
+def batch_norm(n_channels: int, spatial_dims: int) -> nn.BatchNorm2d | nn.BatchNorm3d:
+    """torch's batch normalization in 2D or 3D."""
+    norm: Any = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[spatial_dims]
+    return norm(n_channels)
 
 
 def convolution(
@@ -111,6 +192,7 @@ def convolution(
     stride: Stride = 1,
     *,
     bias: bool = True,
+    groups: int = 1,
 ) -> nn.Conv2d | nn.Conv3d:
     """A 2D or 3D convolution (by the length of kernel_size) that pads kernel // 2 per axis."""
     dims = len(kernel_size)
@@ -121,6 +203,7 @@ def convolution(
         tuple(kernel_size),
         per_axis(stride, dims),
         padding=tuple(k // 2 for k in kernel_size),
+        groups=groups,
         bias=bias,
     )
 

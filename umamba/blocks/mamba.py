@@ -21,7 +21,8 @@ class Mamba(nn.Module):
 
     Each entry of `orders` names how the tokens are walked and has its own parameters (Direction);
     in_proj and out_proj are shared and the directions' gated results are merged before out_proj.
-    One order, the default, is plain Mamba. There is no norm and no residual inside.
+    One order, the default, is plain Mamba. tied: all orders have the same parameters. There is no
+    norm and no residual inside.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Mamba(nn.Module):
         conv_bias: bool = True,
         orders: Sequence[str] = ("raster",),
         merge: str = "sum",
+        tied: bool = False,
     ) -> None:
         super().__init__()
         d_inner = int(expand * d_model)
@@ -45,7 +47,7 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
         self.directions = nn.ModuleList(
             Direction(d_inner, d_state, d_conv, rank, conv_bias, spread_dt=k == 0)
-            for k in range(len(self.orders))
+            for k in range(1 if tied else len(self.orders))
         )
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
@@ -53,9 +55,17 @@ class Mamba(nn.Module):
         """tokens (B, *spatial, C) -> the same shape; *spatial may be one axis (a sequence)."""
         features, gate = self.in_proj(tokens).movedim(-1, 1).chunk(2, dim=1)  # (B, E, *spatial)
         parameters = [direction() for direction in self.directions]
-        mixed = scan_directions(features, self.orders, parameters, gate=gate, merge=self.merge)
+        parameters *= len(self.orders) // len(parameters)  # tied: the same for all
+        window = self.scan_window(math.prod(features.shape[2:]))
+        mixed = scan_directions(
+            features, self.orders, parameters, gate=gate, merge=self.merge, window=window
+        )
         assert isinstance(mixed, Tensor)  # merge=None, a list, is not for mixers
         return self.out_proj(mixed.movedim(1, -1))
+
+    def scan_window(self, n_tokens: int) -> int | None:
+        """The window of a locally bidirectional scan of so many tokens; None for a plain scan."""
+        return None
 
 
 class Direction(nn.Module):
@@ -100,8 +110,10 @@ def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 
-def spread_dt_bias(d_inner: int) -> Tensor:
-    """The bias whose softplus is log-uniform in [DT_MIN, DT_MAX]."""
-    exponent = torch.rand(d_inner) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)
-    dt = exponent.exp().clamp(min=DT_FLOOR)
+def spread_dt_bias(
+    n: int, dt_min: float = DT_MIN, dt_max: float = DT_MAX, dt_floor: float = DT_FLOOR
+) -> Tensor:
+    """n biases whose softplus is log-uniform in [dt_min, dt_max], and at least dt_floor."""
+    exponent = torch.rand(n) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+    dt = exponent.exp().clamp(min=dt_floor)
     return dt + torch.log(-torch.expm1(-dt))

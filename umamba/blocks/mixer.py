@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from umamba.ops.dispatch import without_autocast
 MIXERS = ("scan", "none", "conv")
 
 Tokens = Literal["voxels", "channels"]
+Skip = Literal["inside", "outside"]
 
 
 class MixerLayer(nn.Module):
@@ -44,24 +46,17 @@ class MixerLayer(nn.Module):
         d_state: int = 16,
         d_conv: int = 4,
         expand: float = 2,
+        orders: Sequence[str] = ("raster",),
+        merge: str = "sum",
     ) -> None:
         super().__init__()
-        check_mixer(mixer)
         self.tokens = tokens
         self.residual = residual
-        self.norm: nn.Module | None = None
-        self.mixer: nn.Module | None = None
-        if mixer == "none":
-            return
-        self.norm = nn.LayerNorm(d_model)
-        build = functools.partial(Mamba, d_model, d_state=d_state, d_conv=d_conv, expand=expand)
-        if mixer == "scan":
-            self.mixer = build()
-        else:
-            with torch.device("meta"):
-                size = count_parameters(build())
-            axes = spatial_dims if tokens == "voxels" else 1
-            self.mixer = ConvMixer(d_model, spatial_dims=axes, n_parameters=size)
+        options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        build = functools.partial(Mamba, d_model, **options, orders=orders, merge=merge)
+        axes = spatial_dims if tokens == "voxels" else 1
+        self.mixer = build_mixer(mixer, build, d_model, axes)
+        self.norm = None if self.mixer is None else nn.LayerNorm(d_model)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *spatial) -> the same shape."""
@@ -74,6 +69,60 @@ class MixerLayer(nn.Module):
             else:
                 mixed = self.mixer(self.norm(wide.flatten(2))).reshape(features.shape)
             return wide + mixed if self.residual else mixed
+
+
+class ProjectedMixerLayer(nn.Module):
+    """Norm, mixer, the same norm again and a linear layer over the voxels, outside autocast.
+
+    skip "inside": proj(norm(mixer(norm(x)) + skip_scale * x)), skip_scale one learned number
+    (LightM-UNet). "outside": x + proj(norm(mixer(norm(x)))) (MambaClinix).
+    mixer and precision as in MixerLayer. "none" leaves out what the mixer adds: "inside" is
+    proj(norm(x)), "outside" the input itself, without parameters.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        out_channels: int,
+        *,
+        spatial_dims: int,
+        skip: Skip,
+        mixer: str = "scan",
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+    ) -> None:
+        super().__init__()
+        assert skip == "inside" or out_channels == d_model
+        self.skip = skip
+        build = functools.partial(Mamba, d_model, d_state=d_state, d_conv=d_conv, expand=expand)
+        self.mixer = build_mixer(mixer, build, d_model, spatial_dims)
+        if self.mixer is None and skip == "outside":
+            return
+        self.norm = nn.LayerNorm(d_model)
+        self.proj = nn.Linear(d_model, out_channels)
+        # Without a mixer the norm would cancel it.
+        self.skip_scale = None if self.mixer is None else nn.Parameter(torch.ones(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, d_model, *spatial) -> (B, out_channels, *spatial)."""
+        if self.mixer is None and self.skip == "outside":
+            return features
+        with without_autocast(features.device):
+            wide = features.float() if features.dtype.itemsize < 4 else features
+            mixed = tokens = wide.movedim(1, -1)
+            if self.mixer is not None:
+                mixed = self.mixer(self.norm(tokens))
+            if self.skip == "inside":
+                if self.skip_scale is not None:
+                    mixed = mixed + self.skip_scale * tokens
+                return self.proj(self.norm(mixed)).movedim(-1, 1).contiguous()
+            # parity: MambaClinix has the scale and does not use it. Without a gradient, if only
+            # of 0, training on several GPUs would stop at it.
+            assert self.skip_scale is not None
+            bias = self.proj.bias + 0 * self.skip_scale
+            mixed = functional.linear(self.norm(mixed), self.proj.weight, bias)
+            return wide + mixed.movedim(-1, 1).contiguous()
 
 
 class ConvMixer(nn.Module):
@@ -102,10 +151,86 @@ class ConvMixer(nn.Module):
         return self.out_proj(functional.silu(mixed.movedim(1, -1)) * functional.silu(gate))
 
 
-def check_mixer(mixer: str) -> None:
-    """Raises ValueError for a name that is not a mixer."""
+class PointwiseMixerLayer(nn.Module):
+    """1x1 convolution, batch norm and ReLU, then a mixer over the voxels, outside autocast.
+
+    four_views: the mixer also takes the map with its channels in reversed order, what comes out is
+    reversed back, and the result is the mean of both. projects: the mixer's input is added, and
+    1x1 convolution, batch norm and ReLU follow. residual: the layer's input is added.
+    Only the mixer computes in at least float32. (nnMamba; 3D)
+    """
+
+    def __init__(
+        self, width: int, mixer: nn.Module, *, four_views: bool, projects: bool, residual: bool
+    ) -> None:
+        super().__init__()
+        self.four_views = four_views
+        self.residual = residual
+        self.in_conv = nn.Conv3d(width, width, 1, bias=False)
+        self.norm = nn.BatchNorm3d(width)
+        self.mixer = mixer
+        self.out_conv = nn.Conv3d(width, width, 1, bias=False) if projects else None
+        self.out_norm = nn.BatchNorm3d(width) if projects else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, C, *spatial) -> the same shape."""
+        x = functional.relu_(self.norm(self.in_conv(features)))
+        with without_autocast(x.device):
+            wide = x.float() if x.dtype.itemsize < 4 else x
+            tokens = wide.movedim(1, -1)  # (B, *spatial, C)
+            if self.four_views:
+                plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
+                mixed = (plain + reverse.flip(-1)) / 2
+            else:
+                mixed = self.mixer(tokens)
+        result = mixed.movedim(-1, 1)
+        if self.out_conv is not None and self.out_norm is not None:
+            result = functional.relu_(self.out_norm(self.out_conv(x + result)))
+        return features + result if self.residual else result
+
+
+def pointwise_mixer_layer(
+    width: int,
+    *,
+    mixer: str,
+    d_state: int,
+    d_conv: int,
+    expand: float,
+    four_views: bool = False,
+    projects: bool = False,
+    residual: bool = False,
+) -> PointwiseMixerLayer | None:
+    """A PointwiseMixerLayer, or None for mixer "none": its convolutions go with the mixer.
+
+    four_views: Mamba walks the tokens both ways with one set of parameters.
+    """
+    build = functools.partial(Mamba, width, d_state=d_state, d_conv=d_conv, expand=expand)
+    if four_views:
+        both = ("raster", "raster_reversed")
+        build = functools.partial(build, orders=both, merge="mean", tied=True)
+    built = build_mixer(mixer, build, width, axes=3)
+    if built is None:
+        return None
+    options = {"four_views": four_views, "projects": projects, "residual": residual}
+    return PointwiseMixerLayer(width, built, **options)
+
+
+def build_mixer(
+    mixer: str, build: Callable[[], nn.Module], d_model: int, axes: int
+) -> nn.Module | None:
+    """The mixer of a layer: "scan" what `build` builds, "none" None, "conv" a ConvMixer as large.
+
+    axes: spatial axes of the maps (B, *spatial, d_model) that it takes. ValueError for other names.
+    """
     if mixer not in MIXERS:
         raise ValueError(f"mixer is {mixer!r}; choose one of {', '.join(map(repr, MIXERS))}")
+    if mixer == "none":
+        return None
+    if mixer == "scan":
+        return build()
+    with torch.device("meta"):
+        size = count_parameters(build())
+    return ConvMixer(d_model, spatial_dims=axes, n_parameters=size)
 
 
 def count_parameters(module: nn.Module) -> int:

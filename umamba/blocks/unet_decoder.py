@@ -15,7 +15,10 @@ class UNetDecoder(nn.Module):
 
     `upsample(in_channels, out_channels, stride)` builds the layer that goes up. With
     `joins_full_resolution=False` the last stage does not see the skip of the full resolution.
-    `deep_supervision` may be switched at any time (nnU-Net's trainer does).
+    `affine` as in ResidualBlock. MONAI's UNETR decoder is shortcut "pool", affine=False, a
+    TransposedUpsample without bias, one block per stage and two at the full resolution.
+    `deep_supervision` may be switched at any time (nnU-Net's trainer does). `n_outputs`: only the
+    finest so many stages have a layer in seg_layers; by default all.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class UNetDecoder(nn.Module):
         upsample: Callable[[int, int, Sequence[int]], nn.Module],
         shortcut: Shortcut,
         joins_full_resolution: bool = True,
+        affine: bool = True,
+        n_outputs: int | None = None,
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
@@ -38,14 +43,20 @@ class UNetDecoder(nn.Module):
         self.stages = nn.ModuleList()
         self.seg_layers = nn.ModuleList()
         n_stages = len(features_per_stage)
+        if n_outputs is not None and not 1 <= n_outputs < n_stages:
+            raise ValueError(f"n_outputs is {n_outputs}; choose 1 to {n_stages - 1}")
+        self.first_output = 0 if n_outputs is None else n_stages - 1 - n_outputs
         for i, n_blocks in enumerate(n_conv_per_stage):
             stage = n_stages - 2 - i
             below, width = features_per_stage[stage + 1], features_per_stage[stage]
             kernel = kernel_sizes[stage]
             joined = 2 * width if stage > 0 or joins_full_resolution else width
             self.upsample.append(upsample(below, width, strides[stage + 1]))
-            self.stages.append(residual_stage(joined, width, kernel, 1, n_blocks, shortcut))
-            self.seg_layers.append(convolution(width, num_classes, [1] * len(kernel)))
+            self.stages.append(residual_stage(joined, width, kernel, 1, n_blocks, shortcut, affine))
+            has_output = i >= self.first_output
+            self.seg_layers.append(
+                convolution(width, num_classes, [1] * len(kernel)) if has_output else nn.Identity()
+            )
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """skips finest first -> logits of the full resolution, or a list of them, finest first."""
@@ -57,6 +68,6 @@ class UNetDecoder(nn.Module):
             if i < last or self.joins_full_resolution:
                 features = torch.cat([features, skips[-2 - i]], dim=1)
             features = stage(features)
-            if self.deep_supervision or i == last:
+            if i == last or (self.deep_supervision and i >= self.first_output):
                 logits.append(self.seg_layers[i](features))
         return logits[::-1] if self.deep_supervision else logits[0]

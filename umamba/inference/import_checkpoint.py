@@ -137,8 +137,12 @@ def _architecture(
     configuration: Mapping[str, Any], entry: NetworkEntry, name: str, file: Path
 ) -> dict[str, Any]:
     """The `architecture` block of a configuration with this network."""
-    if "architecture" in configuration:
-        known = dict(configuration["architecture"].get("arch_kwargs", {}))
+    planned = configuration.get("architecture", {})
+    if entry.fixed_strides is not None and planned.get("network_class_name") != entry.class_path:
+        # The stages in these plans are those of nnU-Net's U-Net: the network keeps its own.
+        return _block(entry, entry.own_stages(len(configuration["patch_size"])))
+    if planned:
+        known = dict(planned.get("arch_kwargs", {}))
     else:
         known = {new: configuration[old] for old, new in OLD_FIELDS.items() if old in configuration}
         base, largest = (configuration.get(key) for key in WIDTHS)
@@ -153,10 +157,14 @@ def _architecture(
             "give the plans.json that the checkpoint was trained with"
         )
     switches = ("mixer", "deep_supervision")
-    kept = {k: known[k] for k in entry.keywords if k in known and k not in switches}
+    return _block(entry, {k: known[k] for k in entry.keywords if k in known and k not in switches})
+
+
+def _block(entry: NetworkEntry, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The plans' form of a network with these arguments and those that its name implies."""
     return {
         "network_class_name": entry.class_path,
-        "arch_kwargs": {**kept, **entry.arguments},
+        "arch_kwargs": {**arguments, **entry.arguments},
         "_kw_requires_import": [],
     }
 

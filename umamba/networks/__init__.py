@@ -1,6 +1,18 @@
 """The networks: importing this package registers them all."""
 
-from umamba.networks import umamba, umamba_v1  # registers
+from umamba.networks import (  # registers
+    hymamba,
+    lightm_unet,
+    mamba_clinix,
+    msvm_unet,
+    nnmamba,
+    segmamba,
+    swin_umamba,
+    umamba,
+    umamba_v1,
+    uvm_net,
+    vm_unet,
+)
 from umamba.networks.registry import (
     NetworkEntry,
     create_network,
@@ -14,9 +26,18 @@ __all__ = [
     "NetworkEntry",
     "create_network",
     "get_entry",
+    "hymamba",
+    "lightm_unet",
     "list_networks",
+    "mamba_clinix",
+    "msvm_unet",
+    "nnmamba",
     "recognize_network",
     "register",
+    "segmamba",
+    "swin_umamba",
     "umamba",
     "umamba_v1",
+    "uvm_net",
+    "vm_unet",
 ]

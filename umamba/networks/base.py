@@ -16,9 +16,14 @@ class SegmentationNetwork(nn.Module):
     """A network from (B, input_channels, *spatial) to logits (B, num_classes, *spatial).
 
     Its keyword arguments are plain JSON values and are what the plans hold. `decoder` has
-    `deep_supervision` (a switch: when on, forward returns a list of len(strides) - 1 logits,
-    finest first) and `seg_layers`. Initialization happens in the constructor: nnU-Net would apply
-    an attribute `initialize` to every submodule, so there is none.
+    `seg_layers` and `deep_supervision`, a switch: when on, forward returns a list of logits, finest
+    first, one of each seg_layer (len(strides) - 1 at most). Initialization happens in the
+    constructor: nnU-Net would apply an attribute `initialize` to every submodule, so there is none.
+
+    deep_supervision_scales: each output's extents as shares of the image's. By default those that
+    nnU-Net's trainer computes from the strides in the plans: all stages' but the deepest's. A
+    network whose outputs skip a size has a larger stride there (4 in place of 2 and 2), one with
+    fewer outputs declares its own scales, which our trainer takes and the stock trainer ignores.
     """
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
@@ -40,6 +45,10 @@ class SegmentationNetwork(nn.Module):
         self.input_channels = input_channels
         self.num_classes = num_classes
         self.divisor = tuple(math.prod(stride[axis] for stride in strides) for axis in range(dims))
+        self.deep_supervision_scales = tuple(
+            tuple(1 / math.prod(stride[axis] for stride in strides[:n]) for axis in range(dims))
+            for n in range(1, len(strides))
+        )
 
     @classmethod
     def official_key_map(cls) -> KeyMap:

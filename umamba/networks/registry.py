@@ -50,6 +50,19 @@ class NetworkEntry:
         """The only strides the network has, or None where the planner chooses."""
         return self.cls.fixed_strides
 
+    def own_stages(self, spatial_dims: int) -> dict[str, Any]:
+        """The strides, and the widths if they have a default, of a network with fixed strides.
+
+        In 2D those of the last axes of a 3D entry.
+        """
+        assert self.fixed_strides is not None
+        strides = [list(stride[-spatial_dims:]) for stride in self.fixed_strides]
+        stages: dict[str, Any] = {"strides": strides}
+        widths = inspect.signature(self.cls).parameters.get("features_per_stage")
+        if widths is not None and widths.default is not widths.empty:
+            stages["features_per_stage"] = list(widths.default)
+        return stages
+
     @property
     def keywords(self) -> tuple[str, ...]:
         """The names of the keyword arguments that plans may give."""

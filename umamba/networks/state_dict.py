@@ -29,19 +29,23 @@ class Row:
 
 @dataclass
 class LoadReport:
-    """Own keys taken as they were or adapted; own keys missing; official keys unused."""
+    """Own keys taken as they were or adapted; own keys missing; official keys unused.
+
+    aliases: official duplicates. ignored: official keys that the network has no use for.
+    """
 
     matched: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
             f"{len(self.matched)} tensors matched, {len(self.adapted)} adapted, "
             f"{len(self.missing)} missing, {len(self.unused)} unused, "
-            f"{len(self.aliases)} duplicates left out"
+            f"{len(self.aliases)} duplicates and {len(self.ignored)} others left out"
         )
 
 
@@ -50,27 +54,43 @@ class KeyMap:
 
     aliases: pairs of patterns (duplicate, original) for tensors that the official state dict lists
     under several keys. They are left out, after a check that they equal their original.
+    ignored: patterns of official tensors that no output depends on, or that are no parameters but
+    computed. They are left out.
     """
 
-    def __init__(self, rows: Iterable[Row], aliases: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        aliases: Iterable[tuple[str, str]] = (),
+        ignored: Iterable[str] = (),
+    ) -> None:
         rows = list(rows)
         self._to_own = [(_compile(row.official), _template(row.own), row) for row in rows]
         self._to_official = [(_compile(row.own), _template(row.official), row) for row in rows]
         self._aliases = [(_compile(alias), _template(original)) for alias, original in aliases]
+        self._ignored = [_compile(pattern) for pattern in ignored]
 
     def covers(self, official_keys: Iterable[str]) -> bool:
         """Whether the map knows all of these official keys, duplicates too."""
-        return all(self._find(self._to_own, self.resolve(key)) for key in official_keys)
+        return all(
+            self.ignores(key) or self._find(self._to_own, self.resolve(key))
+            for key in official_keys
+        )
 
     def fits(self, own_keys: Iterable[str]) -> bool:
         """Whether the map knows all of these keys of ours."""
         return all(self._find(self._to_official, key) for key in own_keys)
 
+    def ignores(self, official: str) -> bool:
+        """Whether the network has no use for this official key."""
+        return any(pattern.fullmatch(official) for pattern in self._ignored)
+
     def resolve(self, official: str) -> str:
         """The official key that a duplicate repeats; a key that is no duplicate stays."""
         for pattern, template in self._aliases:
-            if match := pattern.fullmatch(official):
-                return self.resolve(match.expand(template))
+            match = pattern.fullmatch(official)
+            if match and (original := match.expand(template)) != official:
+                return self.resolve(original)
         return official
 
     def to_own(
@@ -84,6 +104,9 @@ class KeyMap:
         report = LoadReport()
         own: dict[str, Tensor] = {}
         for key, tensor in self._without_duplicates(official, report).items():
+            if self.ignores(key):
+                report.ignored.append(key)
+                continue
             found = self._find(self._to_own, key)
             if found is None or found[0] not in shapes:
                 report.unused.append(key)
@@ -144,11 +167,11 @@ class KeyMap:
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict inside a checkpoint.
 
-    Looks under `network_weights`, `state_dict` and `model`, and takes the prefixes `module.` and
-    `_orig_mod.` of wrapped networks off. ValueError if no tensors are found.
+    Looks under `network_weights`, `state_dict`, `model` and `module`, and takes the prefixes
+    `module.` and `_orig_mod.` of wrapped networks off. ValueError if no tensors are found.
     """
     weights: Any = checkpoint
-    for name in ("network_weights", "state_dict", "model"):
+    for name in ("network_weights", "state_dict", "model", "module"):
         if isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping):
             weights = weights[name]
     tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
@@ -163,22 +186,96 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             return tensors
 
 
-def mixer_rows(norm: str, mamba: str, own: str) -> list[Row]:
+def mixer_rows(norm: str, mamba: str, own: str, n_directions: int = 1) -> list[Row]:
     """The rows of a MixerLayer: the official prefixes of its norm and its Mamba, and ours."""
-    return [Row(f"{norm}{{p}}", f"{own}norm.{{p}}"), *mamba_rows(mamba, f"{own}mixer.")]
+    mixer = mamba_rows(mamba, f"{own}mixer.", n_directions)
+    return [Row(f"{norm}{{p}}", f"{own}norm.{{p}}"), *mixer]
 
 
-def mamba_rows(official: str, own: str) -> list[Row]:
-    """The rows of a Mamba-1 mixer of one direction; both prefixes end in a dot or are empty."""
-    direction = own + "directions.0."
+def projected_mixer_rows(official: str, own: str) -> list[Row]:
+    """The rows of a ProjectedMixerLayer; both prefixes end in a dot."""
     return [
-        Row(f"{official}A_log", f"{direction}A_log"),
-        Row(f"{official}D", f"{direction}D"),
-        Row(f"{official}in_proj.{{p}}", f"{own}in_proj.{{p}}"),
-        Row(f"{official}conv1d.{{p}}", f"{direction}conv_{{p}}"),
-        Row(f"{official}x_proj.weight", f"{direction}x_proj_weight"),
-        Row(f"{official}dt_proj.{{p}}", f"{direction}dt_proj_{{p}}"),
-        Row(f"{official}out_proj.{{p}}", f"{own}out_proj.{{p}}"),
+        *mixer_rows(f"{official}norm.", f"{official}mamba.", own),
+        Row(f"{official}proj.{{p}}", f"{own}proj.{{p}}"),
+        Row(f"{official}skip_scale", f"{own}skip_scale"),
+    ]
+
+
+def mamba_rows(official: str, own: str, n_directions: int = 1) -> list[Row]:
+    """The rows of a Mamba-1 mixer of 1 to 3 directions (mamba_simple and its copies v2, v3).
+
+    Both prefixes end in a dot or are empty.
+    """
+    rows = [
+        Row(f"{official}{name}.{{p}}", f"{own}{name}.{{p}}") for name in ("in_proj", "out_proj")
+    ]
+    for k, suffix in enumerate(("", "_b", "_s")[:n_directions]):  # ahead, back, across slices
+        direction = f"{own}directions.{k}."
+        rows += [
+            Row(f"{official}A{suffix}_log", f"{direction}A_log"),
+            Row(f"{official}D{suffix}", f"{direction}D"),
+            Row(f"{official}conv1d{suffix}.{{p}}", f"{direction}conv_{{p}}"),
+            Row(f"{official}x_proj{suffix}.weight", f"{direction}x_proj_weight"),
+            Row(f"{official}dt_proj{suffix}.{{p}}", f"{direction}dt_proj_{{p}}"),
+        ]
+    return rows
+
+
+def unetr_block_rows(official: str, own: str) -> list[Row]:
+    """The rows of a ResidualBlock that is MONAI's UnetResBlock; both prefixes end in a dot."""
+    return [
+        Row(f"{official}conv3.conv.weight", f"{own}shortcut.conv.weight"),
+        Row(f"{official}{{conv}}.conv.weight", f"{own}{{conv}}.weight"),
+    ]
+
+
+def mamba2_rows(official: str, own: str) -> list[Row]:
+    """The rows of a Mamba-2 mixer; both prefixes end in a dot or are empty."""
+    same = ("dt_bias", "A_log", "D", "init_states", "in_proj.{p}", "norm.weight", "out_proj.{p}")
+    rows = [Row(official + name, own + name) for name in same]
+    return [*rows, Row(f"{official}conv1d.{{p}}", f"{own}conv_{{p}}")]
+
+
+def alternating_rows(official: str, own: str) -> list[Row]:
+    """The rows of AlternatingLayers; both prefixes end in a dot or are empty."""
+    norm = "layers.{i}.norm.weight"
+    mamba = "layers.{i}.mixer."
+    return [Row(official + norm, own + norm), *mamba_rows(official + mamba, own + mamba)]
+
+
+def ss2d_rows(official: str, own: str, out_norm: str = "layer") -> list[Row]:
+    """The rows of an SS2D; both prefixes end in a dot or are empty. out_norm as in SS2D."""
+    stacked = {"adapt": lambda x: x.unflatten(0, (4, -1)), "restore": lambda x: x.flatten(0, 1)}
+    norm, conv = {"cnorm": ("out_norm.0", "out_norm.2")}.get(out_norm, ("out_norm", "out_norm.1"))
+    return [
+        Row(f"{official}x_proj_weight", f"{own}x_proj_weight"),
+        Row(f"{official}dt_projs_{{p}}", f"{own}dt_proj_{{p}}"),
+        Row(f"{official}A_logs", f"{own}A_log", **stacked),
+        Row(f"{official}Ds", f"{own}D", **stacked),
+        # Linear2d saves its weights as (out, in), a 1x1 convolution as (out, in, 1, 1)
+        Row(f"{official}in_proj.weight", f"{own}in_proj.weight", lambda x: x.flatten(1)),
+        Row(f"{official}out_proj.weight", f"{own}out_proj.weight", lambda x: x.flatten(1)),
+        Row(f"{official}conv2d.{{p}}", f"{own}conv.{{p}}"),
+        Row(f"{official}{conv}.{{p}}", f"{own}out_norm.conv.{{p}}"),
+        Row(f"{official}{norm}.{{p}}", f"{own}out_norm.norm.{{p}}"),
+    ]
+
+
+def vss_block_rows(
+    official: str, own: str, *, old: bool = False, out_norm: str = "layer"
+) -> list[Row]:
+    """The rows of a VSSBlock; both prefixes end in a dot or are empty.
+
+    old: in the spelling of VMamba's first version and of the networks built on it (`ln_1`,
+    `self_attention`). out_norm as in SS2D.
+    """
+    norm, mixer = ("ln_1", "self_attention") if old else ("norm", "op")
+    return [
+        Row(f"{official}{norm}.{{p}}", f"{own}norm.{{p}}"),
+        *ss2d_rows(f"{official}{mixer}.", f"{own}mixer.", out_norm),
+        Row(f"{official}norm2.{{p}}", f"{own}norm2.{{p}}"),
+        Row(f"{official}mlp.{{fc}}.weight", f"{own}mlp.{{fc}}.weight", lambda x: x.flatten(1)),
+        Row(f"{official}mlp.{{fc}}.bias", f"{own}mlp.{{fc}}.bias"),
     ]
 
 

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from umamba.blocks.conv import Shortcut, initialize_convolutions, residual_stage
-from umamba.blocks.mixer import MixerLayer, Tokens, check_mixer
+from umamba.blocks.mixer import MixerLayer, Tokens
 from umamba.blocks.sampling import NearestUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
@@ -73,7 +73,6 @@ class UMamba(SegmentationNetwork):
         """All sequences have one entry per stage, finest first (the decoder's: one fewer, deepest
         first). kernel_sizes: 3 everywhere by default. mixer: "scan", "none" or "conv"."""
         super().__init__(input_channels, num_classes, strides=strides)
-        check_mixer(mixer)
         dims, n_stages = len(strides[0]), len(strides)
         stages: dict[str, Any] = {
             "strides": strides,

@@ -91,8 +91,8 @@ class UMambaEncV1(UMambaV1):
         # parity: the official Enc of this version starts every residual block as its shortcut.
         for module in self.modules():
             if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.norm2.weight)
-                nn.init.zeros_(module.norm2.bias)
+                for parameter in module.norm2.parameters():
+                    nn.init.zeros_(parameter)
 
 
 # Official name, ours. A shortcut's projection sits at index 1 behind a pool (encoder), else at 0.

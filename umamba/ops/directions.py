@@ -3,7 +3,8 @@
 B batch, E d_inner, L tokens, N d_state, R dt_rank, K directions, taps = d_conv.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from umamba.ops.causal_conv import causal_conv1d_silu
+from umamba.ops.local_scan import local_scan
 from umamba.ops.selective_scan import selective_scan
 from umamba.ops.token_orders import TokenOrder, token_order
 
@@ -35,6 +37,7 @@ class DirectionParameters(NamedTuple):
 
 
 _Direction = tuple[TokenOrder, DirectionParameters]
+_Scan = Callable[..., Tensor]
 
 
 def scan_directions(
@@ -44,6 +47,7 @@ def scan_directions(
     gate: Tensor | None = None,
     merge: str | None = "sum",
     *,
+    window: int | None = None,
     stacked: bool | None = None,
 ) -> Tensor | list[Tensor]:
     """Return the scans of features (B, E, *spatial) along each order, merged, in the same shape.
@@ -54,9 +58,10 @@ def scan_directions(
     orders: names of token_orders, one for each entry of parameters. features may be (B, E, L).
     merge: "sum" and "mean" over the directions, "stack" (B, K, E, *spatial), None a list. Sums
     are taken in the order given.
-    stacked: directions that are walked the same way and whose parameters agree in shape are scanned
-    in one launch (as groups of channels); None does so on a GPU, where launches cost, and not on a
-    CPU, where copies do.
+    window: the scans see the tokens ahead, too, in windows of so many (local_scan); None: not.
+    stacked: directions that are walked the same way and agree in length and in the shapes of their
+    parameters are scanned in one launch (as groups of channels); None does so on a GPU, where
+    launches cost, and not on a CPU, where copies do.
 
     The result lies channel-last in memory; features that do, too, are not copied in raster order.
     Raises ValueError for unknown orders and for parameters or a gate that do not fit the features.
@@ -65,20 +70,25 @@ def scan_directions(
     _check(features, walked, parameters, gate, merge)
     if stacked is None:
         stacked = features.is_cuda
+    scan: _Scan = selective_scan
+    if window is not None:
+        scan = functools.partial(local_scan, window=window)
     directions = list(zip(walked, parameters, strict=True))
     results: dict[int, Tensor] = {}
-    for members in _launches(directions) if stacked else [[k] for k in range(len(directions))]:
+    spatial = tuple(features.shape[2:])
+    separate = [[k] for k in range(len(directions))]
+    for members in _launches(directions, spatial) if stacked else separate:
         if len(members) == 1:
-            outs = [_scan_one(features, *directions[members[0]], gate)]
+            outs = [_scan_one(features, *directions[members[0]], gate, scan)]
         else:
-            outs = _scan_stack(features, [directions[k] for k in members], gate)
+            outs = _scan_stack(features, [directions[k] for k in members], gate, scan)
         for k, out in zip(members, outs, strict=True):
-            results[k] = walked[k].restore(out, tuple(features.shape[2:]))
+            results[k] = walked[k].restore(out, spatial)
     return _merge([results[k] for k in range(len(walked))], merge)
 
 
 def _scan_one(
-    features: Tensor, order: TokenOrder, p: DirectionParameters, gate: Tensor | None
+    features: Tensor, order: TokenOrder, p: DirectionParameters, gate: Tensor | None, scan: _Scan
 ) -> Tensor:
     """Return the scan along one order as (B, E, L), in that order."""
     x = order.arrange(features)  # (B, E, L)
@@ -89,7 +99,7 @@ def _scan_one(
     dt, B, C = projected.split([rank, n_states, n_states], dim=-1)
     delta = functional.linear(dt, p.dt_proj_weight)  # (B, L, E)
     z = None if gate is None else order.arrange(gate)
-    return selective_scan(
+    return scan(
         *(x, delta.transpose(1, 2), -torch.exp(p.A_log), B.transpose(1, 2), C.transpose(1, 2)),
         *(p.D, z, p.delta_bias),
         delta_softplus=True,
@@ -98,7 +108,7 @@ def _scan_one(
 
 
 def _scan_stack(
-    features: Tensor, directions: Sequence[_Direction], gate: Tensor | None
+    features: Tensor, directions: Sequence[_Direction], gate: Tensor | None, scan: _Scan
 ) -> list[Tensor]:
     """Return the scans along K orders walked the same way, in one launch: K groups of channels."""
     orders, parameters = zip(*directions, strict=True)
@@ -119,7 +129,7 @@ def _scan_stack(
     dt, B, C = projected.split([rank, n_states, n_states], dim=-1)  # (B, L, K, ...)
     delta = torch.einsum("blkr,ker->blke", dt, dt_proj).flatten(2)  # (B, L, KE)
     decay = -torch.exp(torch.cat([q.A_log for q in parameters]))
-    out = selective_scan(
+    out = scan(
         *(x, delta.transpose(1, 2), decay, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)),
         _cat([q.D for q in parameters]),
         None if gate is None else arranged(gate),
@@ -141,12 +151,12 @@ def _merge(results: list[Tensor], merge: str | None) -> Tensor | list[Tensor]:
     return total / len(results) if merge == "mean" else total
 
 
-def _launches(directions: Sequence[_Direction]) -> list[list[int]]:
+def _launches(directions: Sequence[_Direction], spatial: tuple[int, ...]) -> list[list[int]]:
     """Return the directions that one launch can take together."""
     groups: dict[object, list[int]] = {}
     for k, (order, p) in enumerate(directions):
         shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in p)
-        groups.setdefault((order.reverse, shapes), []).append(k)
+        groups.setdefault((order.reverse, order.n_tokens(spatial), shapes), []).append(k)
     return list(groups.values())
 
 

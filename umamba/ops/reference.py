@@ -122,6 +122,39 @@ def backward(
     )
 
 
+def local_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, reverse: bool, window: int,
+) -> Tensor:  # fmt: skip
+    """Return out (B, D, L) of the locally bidirectional scan (LBMamba, arXiv 2506.15976).
+
+    The state of `forward`, which goes through the whole sequence, plus one that walks the other way
+    and starts anew in every `window` tokens, counted from the first one walked. A token's own input
+    counts once, and both states decay by the step of the token that receives them. Arguments as in
+    `forward`; differentiable.
+    """
+    wide = wide_type(u.dtype)
+    d = step_sizes(delta, delta_bias, delta_softplus)
+    x, channels = u.to(wide), u.shape[1]
+    B, C = (_per_channel(m, channels, wide) for m in (B, C))  # (B, D, N, L)
+    decays = torch.exp(d.unsqueeze(2) * A.to(wide).unsqueeze(-1))
+    a, b = decays.unbind(-1), ((d * x).unsqueeze(2) * B).unbind(-1)  # (B, D, N) per token
+    order = _walk(u.shape[2], reverse)
+    ahead, back = {}, {}
+    h = _initial(None, u, A)
+    for t in order:
+        ahead[t] = h = a[t] * h + b[t]
+    for start in range(0, len(order), window):
+        h = torch.zeros_like(h)
+        for t in reversed(order[start : start + window]):
+            back[t] = h = a[t] * h + b[t]
+    states = [ahead[t] + back[t] - b[t] for t in sorted(order)]
+    y = (torch.stack(states, -1) * C).sum(2) if states else torch.zeros_like(x)
+    if D is not None:
+        y = y + D.to(wide)[:, None] * x
+    return token_major(y if z is None else y * functional.silu(z.to(wide)), u.dtype)
+
+
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
     """Return silu(causal depthwise convolution) of x (B, D, L); weight (D, K), bias (D,).
 

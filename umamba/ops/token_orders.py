@@ -5,7 +5,8 @@ B batch, C channels, L tokens.
     raster             as the memory of a (z, y, x) array: the last axis runs fastest
     transposed         the first axis runs fastest (column-major; all axes in opposite order)
     axes_120           the axes in the order named: here axis 1 slowest, axis 0 fastest
-    inter_slice_5      the raster sequence cut in 5 slices; token 0 of every slice, then 1, ...
+    inter_slice_5      the raster sequence cut in 5 slices; token 0 of every slice, then 1, ...;
+                       filled up with zero tokens at its end where 5 does not divide it
     <any>_reversed     the same, read from its end
 """
 
@@ -13,6 +14,7 @@ import math
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import functional
 
 
 class TokenOrder(NamedTuple):
@@ -42,7 +44,10 @@ class TokenOrder(NamedTuple):
         shape, sequence = self._grid(tuple(features.shape[2:]))
         last = features.movedim(1, -1)  # channels innermost, so that a copy is token-major
         if self.n_slices:
-            last = last.reshape(len(last), *shape, features.shape[1])
+            last = last.flatten(1, -2)
+            missing = math.prod(shape) - last.shape[1]
+            padded = functional.pad(last, (0, 0, 0, missing)) if missing else last
+            last = padded.unflatten(1, shape)
         permuted = last.permute(0, *(axis + 1 for axis in sequence), last.ndim - 1)
         return permuted.flatten(1, -2).transpose(1, 2)
 
@@ -52,6 +57,8 @@ class TokenOrder(NamedTuple):
         last = tokens.transpose(1, 2).unflatten(1, tuple(shape[axis] for axis in sequence))
         inverse = sorted(range(len(sequence)), key=sequence.__getitem__)
         permuted = last.permute(0, *(axis + 1 for axis in inverse), last.ndim - 1)
+        if self.n_slices:
+            permuted = permuted.flatten(1, 2)[:, : math.prod(spatial)]
         return permuted.reshape(len(last), *spatial, tokens.shape[1]).movedim(-1, 1)
 
     def strides(self, spatial: tuple[int, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -60,9 +67,11 @@ class TokenOrder(NamedTuple):
         levels are (length, stride) from the slowest to the fastest, in tokens, with the fewest that
         describe the order: one for raster, two for inter-slice, for 2D and for any order of three
         axes that keeps two neighbours together. A reversed order starts at the last token and has
-        negative strides.
+        negative strides. Raises ValueError for an inter-slice order that needs zero tokens.
         """
         shape, sequence = self._grid(spatial)
+        if self.n_tokens(spatial) != math.prod(spatial):
+            raise ValueError(f"{self.name} of {spatial} has zero tokens: no strides describe it")
         steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         levels: list[tuple[int, int]] = []
         for axis in sequence:
@@ -77,16 +86,14 @@ class TokenOrder(NamedTuple):
             return 0, tuple(levels)
         return math.prod(spatial) - 1, tuple((length, -stride) for length, stride in levels)
 
+    def n_tokens(self, spatial: tuple[int, ...]) -> int:
+        """Return the length L of this order's sequence, zero tokens counted."""
+        return math.prod(self._grid(spatial)[0])
+
     def _grid(self, spatial: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shape to permute and its axes from slowest to fastest."""
         if self.n_slices:
-            length = math.prod(spatial)
-            if length % self.n_slices:
-                raise ValueError(
-                    f"{length} tokens of shape {spatial} cannot be cut in {self.n_slices} slices; "
-                    f"choose a divisor of {length} for the order {self.name}"
-                )
-            return (self.n_slices, length // self.n_slices), (1, 0)
+            return (self.n_slices, -(-math.prod(spatial) // self.n_slices)), (1, 0)
         axes = tuple(range(len(spatial)))
         if self.transposed:
             return spatial, axes[::-1]

@@ -92,7 +92,7 @@ def network_arguments(
     if entry.fixed_strides is None:
         block = {key: stock[key] for key in SHARED_ARGUMENTS if key in entry.keywords}
     else:
-        block = {"strides": strides_for_axes(entry.fixed_strides, dims)}
+        block = entry.own_stages(dims)
     block |= {**entry.arguments, **network_args}
     if "strides" in network_args:
         block["strides"] = strides_for_axes(network_args["strides"], dims)

@@ -58,9 +58,7 @@ class UMambaTrainer(nnUNetTrainer):
         self.num_epochs = recipe.num_epochs
         self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
-        # nnU-Net weighs the coarsest output with 0: with a single one the loss would be 0 / 0.
-        n_outputs = len(self.configuration_manager.pool_op_kernel_sizes) - 1
-        self.enable_deep_supervision = recipe.enable_deep_supervision and n_outputs > 1
+        self.enable_deep_supervision = recipe.enable_deep_supervision
         self.iteration = 0
         self.save_every: int = 50  # nnU-Net's, annotated
         self._progress_file = Path(self.output_folder) / "progress.jsonl"
@@ -116,6 +114,21 @@ class UMambaTrainer(nnUNetTrainer):
         elif precision == "fp32":
             self.network.forward = without_autocast(self.network.forward)
         self.print_to_log_file(f"precision: {precision}")
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        """The scales that the network declares, else those of the strides in the plans."""
+        network = self.network.module if self.is_ddp else self.network
+        declared = getattr(network, "deep_supervision_scales", None)
+        if declared is None or not self.enable_deep_supervision:
+            return super()._get_deep_supervision_scales()
+        return [list(scale) for scale in declared]
+
+    def _build_loss(self) -> torch.nn.Module:
+        """nnU-Net's loss; without deep supervision where the network has a single output."""
+        # nnU-Net weighs the coarsest output with 0: with a single one the loss would be 0 / 0.
+        scales = self._get_deep_supervision_scales()
+        self.enable_deep_supervision = scales is not None and len(scales) > 1
+        return super()._build_loss()
 
     # --- one training ------------------------------------------------------------------------
 

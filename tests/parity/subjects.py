@@ -1,0 +1,205 @@
+"""Which network or block of ours a parity case is about, and how it is built from the case."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from umamba.blocks.lbmamba import AlternatingLayers
+from umamba.blocks.mamba import Mamba
+from umamba.blocks.mamba2 import Mamba2
+from umamba.blocks.sampling import LargeKernelPatchExpand, PatchMerging
+from umamba.blocks.ss2d import SS2D, VSSBlock, ss2d_options
+from umamba.networks import get_entry, recognize_network
+from umamba.networks.msvm_unet import expand_rows, msvss_rows, msvss_stage, pointwise_rows
+from umamba.networks.nnmamba import (
+    NnMamba,
+    NnMambaClassifier,
+    NnMambaEarly,
+    NnMambaLandmark,
+    NnMambaSingle,
+    NnMambaSL,
+)
+from umamba.networks.state_dict import (
+    KeyMap,
+    Row,
+    alternating_rows,
+    mamba2_rows,
+    mamba_rows,
+    ss2d_rows,
+    vss_block_rows,
+)
+from umamba.networks.uvm_net import UVMBlock, block_rows
+from umamba.networks.vm_unet import VMUNet
+from umamba.networks.vmamba import VMambaClassifier, VMambaEncoder
+
+# Repositories whose cases of one mixer (those with a d_model) are Mamba-1, of 1 to 3 directions.
+MAMBA_1 = ("state-spaces/mamba@", "FengheTan9/MambaMIM@", "ge-xing/SegMamba@")
+
+# The networks that cases call by other names than the registry, or that are not in it.
+NETWORKS: dict[str, Any] = {
+    "lightmunet": "lightm_unet",
+    "mambaclinix": "mamba_clinix",
+    "nnmamba-cls": NnMambaClassifier,
+    "nnmamba-land": NnMambaLandmark,
+    "nnmamba-seg": NnMamba,
+    "nnmamba-seg-early": NnMambaEarly,
+    "nnmamba-seg-nnunet": NnMambaSingle,
+    "nnmamba-segsl": NnMambaSL,
+}
+
+
+class NotRegisteredError(LookupError):
+    """No network of ours answers to this case yet."""
+
+
+@dataclass
+class Subject:
+    """What a case tests: how to build it from the official arguments, its key map, how it runs."""
+
+    build: Callable[[dict[str, Any]], nn.Module]
+    key_map: KeyMap
+    run: Callable[[Any, Tensor], Tensor | list[Tensor]] = lambda network, images: network(images)
+
+
+def subject_of(case: Mapping[str, Any]) -> Subject:
+    """The network or block of ours that a case is about."""
+    config = case.get("config") or {}
+    repository = case["reference"].removeprefix("math of ")
+    if "headdim" in config:
+        return Subject(lambda c: Mamba2(**c), KeyMap(mamba2_rows("", "")))
+    if repository.startswith(MAMBA_1) and "d_model" in config:
+        return mamba_1(case)
+    if repository.startswith("cvlab-stonybrook/LBMamba@"):
+        rows = KeyMap(alternating_rows("", ""))
+        return Subject(lambda c: AlternatingLayers(**c), rows, first_mixer_and_last_layer)
+    if list(config) == ["c", "w", "h"]:
+        return uvm_block(config)
+    if case.get("builder") in BLOCKS:
+        return BLOCKS[case["builder"]](config)
+    names = [case[key] for key in ("network", "builder") if key in case]
+    if not names and "state_dict" in case:
+        fitting = recognize_network([key for key, _ in case["state_dict"]])
+        names = [name for name in fitting if get_entry(name).reference == case["reference"]]
+    wanted = (names or [case["reference"]])[0]
+    found = NETWORKS.get(wanted, wanted)
+    try:
+        network = get_entry(found).cls if isinstance(found, str) else found
+    except ValueError:
+        raise NotRegisteredError(f"{wanted} is not registered") from None
+    return Subject(lambda c: network(**network.official_arguments(c)), network.official_key_map())
+
+
+def mamba_1(case: Mapping[str, Any]) -> Subject:
+    """Mamba-1 with the directions that the case's keys show."""
+    keys = {key for key, _ in case["state_dict"]}
+    config = dict(case["config"])
+    orders = ["raster"]
+    if "A_b_log" in keys:
+        orders.append("raster_reversed")
+    if "A_s_log" in keys:
+        orders.append(f"inter_slice_{config.pop('nslices')}")
+    merge = "mean" if config.pop("if_divide_out", False) else "sum"
+    rows = mamba_rows("", "", len(orders))
+    return Subject(lambda _: Mamba(**config, orders=orders, merge=merge), KeyMap(rows))
+
+
+def first_mixer_and_last_layer(layers: AlternatingLayers, tokens: Tensor) -> list[Tensor]:
+    """The outputs of an LBMamba case."""
+    first = layers.layers[0]
+    return [first.mixer(first.norm(tokens)), layers(tokens)]
+
+
+def uvm_block(config: Mapping[str, Any]) -> Subject:
+    return Subject(lambda c: UVMBlock(c["c"], (c["w"], c["h"])), KeyMap(block_rows("", "")))
+
+
+def ss2d_v0(config: Mapping[str, Any]) -> Subject:
+    return Subject(lambda c: SS2D(**c), KeyMap(ss2d_rows("", "")))
+
+
+def vmamba_ss2d(config: Mapping[str, Any]) -> Subject:
+    options = ss2d_options(config["forward_type"])
+
+    def build(c: dict[str, Any]) -> nn.Module:
+        kept = {name: c[name] for name in ("d_state", "conv_bias") if name in c}
+        block = SS2D(c["d_model"], expand=c["ssm_ratio"], **kept, **options)
+        return channels_first(block) if c["channel_first"] else block
+
+    return Subject(build, KeyMap(ss2d_rows("", "", options["out_norm"])))
+
+
+def vss_block_v0(config: Mapping[str, Any]) -> Subject:
+    def build(c: dict[str, Any]) -> nn.Module:
+        width = c["hidden_dim"]
+        return VSSBlock(width, functools.partial(SS2D, width, d_state=c["d_state"]))
+
+    return Subject(build, KeyMap(vss_block_rows("", "", old=True)))
+
+
+def patch_merging_v0(config: Mapping[str, Any]) -> Subject:
+    return Subject(lambda c: PatchMerging(c["dim"]), KeyMap([Row("{key...}", "{key...}")]))
+
+
+def vmamba_backbone(config: Mapping[str, Any]) -> Subject:
+    def build(c: dict[str, Any]) -> nn.Module:
+        encoder = VMambaEncoder(**VMambaEncoder.official_arguments(c))
+        return VMambaClassifier(encoder, c["num_classes"])
+
+    return Subject(build, VMambaClassifier.official_key_map())
+
+
+def vm_unet_core(config: Mapping[str, Any]) -> Subject:
+    return Subject(
+        lambda c: VMUNet(**VMUNet.official_arguments(c)), VMUNet.official_key_map(prefix="")
+    )
+
+
+def msvm_msvss(config: Mapping[str, Any]) -> Subject:
+    def build(c: dict[str, Any]) -> nn.Module:
+        return channels_first(msvss_stage(c["dim"], [c["drop_path"]] * c["depth"]))
+
+    return Subject(build, KeyMap(msvss_rows("blocks.{j}.", "{j}.")))
+
+
+def msvm_lkpe(config: Mapping[str, Any]) -> Subject:
+    def build(c: dict[str, Any]) -> nn.Module:
+        return channels_first(LargeKernelPatchExpand(c["dim"], c["dim"] // 2))
+
+    return Subject(build, KeyMap(expand_rows("", "")))
+
+
+def msvm_flkpe(config: Mapping[str, Any]) -> Subject:
+    def build(c: dict[str, Any]) -> nn.Module:
+        expand = LargeKernelPatchExpand(c["dim"], c["dim"], 4)
+        return channels_first(nn.Sequential(expand, nn.Linear(c["dim"], c["num_classes"])))
+
+    return Subject(build, KeyMap([*expand_rows("", "0."), *pointwise_rows("out.", "1.")]))
+
+
+def channels_first(block: nn.Module) -> nn.Module:
+    """The block, which is channels-last, with input and output as (B, C, H, W)."""
+    block.register_forward_pre_hook(lambda module, inputs: inputs[0].movedim(1, -1))
+    block.register_forward_hook(lambda module, inputs, output: output.movedim(-1, 1))
+    return block
+
+
+# What a case's `builder` makes, where that is no registered network: a block or a part.
+BLOCKS = {
+    block.__name__: block
+    for block in (
+        ss2d_v0,
+        vmamba_ss2d,
+        vss_block_v0,
+        patch_merging_v0,
+        vmamba_backbone,
+        vm_unet_core,
+        msvm_msvss,
+        msvm_lkpe,
+        msvm_flkpe,
+    )
+}

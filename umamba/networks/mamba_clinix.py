@@ -1,0 +1,249 @@
+"""MambaClinix: a 3D U-Net with high-order convolutions at its fine stages and Mamba at its deep.
+
+    image - stem - stage 0, HGCN ------------------------- residual block - cat - stage - seg
+                      stage 1, HGCN ---------------- residual block - cat - stage - seg
+                         ...                                ...
+                         norm, HGCN -          residual block - cat - stage - seg
+                               ...                   ...
+                             stage n-1, Mamba - residual block - up
+
+    HGCN follows the first half of the stages, a Mamba layer the others.
+
+arXiv 2409.12533; equals CYB08/MambaClinix-PyTorch@ba1af65, nnunetv2/nets/MambaClinix_3d.py (no
+licence stated). Kept for the sake of checkpoints:
+- the "gates" of the high-order convolution are sums;
+- the branch of the high-order convolution starts scaled by 1e-6;
+- a LayerNorm over the channels stands in front of the last HGCN block, and of no other;
+- a Mamba layer uses one norm twice, and has a skip_scale that it does not use;
+- a block count of 2 means HGCN, of 1 a Mamba layer, and the deep half of the counts becomes 1;
+- every decoder stage has one block, whatever the plans say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from umamba.blocks.conv import ConvNormAct, ResidualBlock, initialize_convolutions
+from umamba.blocks.gating import HGCNBlock
+from umamba.blocks.mixer import ProjectedMixerLayer
+from umamba.blocks.norm import ChannelNorm
+from umamba.blocks.sampling import NearestUpsample
+from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.registry import register
+from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
+from umamba.networks.umamba import ALIASES, Counts, Encoder, thin_blocks
+
+QUIRKS = (
+    "the gates of the high-order convolution are sums",
+    "the high-order branch starts scaled by 1e-6",
+    "only the last HGCN block has a LayerNorm in front of it",
+    "a Mamba layer uses one norm twice and has a parameter without effect",
+    "every decoder stage has one block",
+)
+
+HGCN, MAMBA = 2, 1  # block counts that the official constructor reads as kinds of layer
+
+
+@register(
+    "mamba_clinix",
+    paper="arXiv:2409.12533",
+    reference="CYB08/MambaClinix-PyTorch@ba1af654b644a9c7be78cc9cff048c48164056e6",
+    licence="none stated",
+    quirks=QUIRKS,
+)
+class MambaClinix(SegmentationNetwork):
+    """Residual U-Net; HGCN blocks, then Mamba layers, follow the encoder's stages."""
+
+    spatial_dims = (3,)
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        strides: Sequence[Sequence[int]],
+        features_per_stage: Sequence[int],
+        kernel_sizes: Sequence[Sequence[int]] | None = None,
+        n_conv_per_stage: Counts = HGCN,
+        drop_path: float = 0.5,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        mixer: str = "scan",
+        deep_supervision: bool = False,
+    ) -> None:
+        """All sequences have one entry per stage, finest first. kernel_sizes: 3 everywhere by
+        default. n_conv_per_stage: 2 for HGCN, 1 for Mamba; the deep half is always Mamba.
+        drop_path: rate at the deepest stage. mixer: "scan", "none" or "conv"."""
+        super().__init__(input_channels, num_classes, strides=strides)
+        dims, n_stages = len(strides[0]), len(strides)
+        kernels = kernel_sizes or [[3] * dims] * n_stages
+        stages: dict[str, Any] = {
+            "strides": strides,
+            "features_per_stage": features_per_stage,
+            "kernel_sizes": kernels,
+        }
+        check_stages(**stages)
+        layers: list[nn.Module] = []
+        kinds = layer_kinds(n_conv_per_stage, n_stages)
+        for index, (kind, width) in enumerate(zip(kinds, features_per_stage, strict=True)):
+            if kind == HGCN:
+                rate = drop_path * index / max(n_stages - 1, 1)
+                layers.append(HGCNBlock(width, kernels[index], index + 2, drop_path=rate))
+            else:
+                layers.append(
+                    ProjectedMixerLayer(
+                        *(width, width),
+                        spatial_dims=dims,
+                        skip="outside",
+                        mixer=mixer,
+                        d_state=d_state,
+                        d_conv=d_conv,
+                        expand=expand,
+                    )
+                )
+        last_hgcn = n_stages - 1 - kinds[::-1].index(HGCN)
+        stem = ConvNormAct(input_channels, features_per_stage[0], kernels[0])
+        self.encoder = ClinixEncoder(stem, layers, last_hgcn, **stages)
+        self.decoder = ClinixDecoder(num_classes, **stages, deep_supervision=deep_supervision)
+        initialize_convolutions(self)
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
+        self.check_input(images)
+        return self.decoder(self.encoder(images))
+
+    @classmethod
+    def official_key_map(cls) -> KeyMap:
+        return KeyMap(ROWS, ALIASES)
+
+
+class ClinixEncoder(Encoder):
+    """U-Mamba's encoder of one block per stage, with a norm in front of one stage's layer."""
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        layers: Sequence[nn.Module],
+        normed_stage: int,
+        *,
+        strides: Sequence[Sequence[int]],
+        features_per_stage: Sequence[int],
+        kernel_sizes: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__(
+            stem,
+            strides=strides,
+            features_per_stage=features_per_stage,
+            kernel_sizes=kernel_sizes,
+            n_conv_per_stage=[1] * len(strides),
+            shortcut="pool",
+        )
+        self.mixers.extend(layers)
+        self.normed_stage = normed_stage
+        self.norm = ChannelNorm(features_per_stage[normed_stage], eps=1e-6)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.stem(images)
+        skips = []
+        for index, (stage, layer) in enumerate(zip(self.stages, self.mixers, strict=True)):
+            features = stage(features)
+            if index == self.normed_stage:
+                features = self.norm(features)
+            features = layer(features)
+            skips.append(features)
+        return skips
+
+
+class ClinixDecoder(UNetDecoder):
+    """U-Mamba's decoder of one block per stage, with a residual block on each of its inputs.
+
+    bottleneck: the block of the deepest input; skip_blocks: those of the others, deepest first.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        strides: Sequence[Sequence[int]],
+        features_per_stage: Sequence[int],
+        kernel_sizes: Sequence[Sequence[int]],
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            strides=strides,
+            features_per_stage=features_per_stage,
+            kernel_sizes=kernel_sizes,
+            n_conv_per_stage=[1] * (len(strides) - 1),
+            upsample=NearestUpsample,
+            shortcut="conv",
+            deep_supervision=deep_supervision,
+        )
+        inputs = zip(features_per_stage, kernel_sizes, strict=True)
+        *blocks, bottleneck = (ResidualBlock(width, width, kernel) for width, kernel in inputs)
+        self.bottleneck = bottleneck
+        self.skip_blocks = nn.ModuleList(reversed(blocks))
+
+    def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        blocks = [self.bottleneck, *self.skip_blocks]
+        refined = [block(skip) for block, skip in zip(blocks, reversed(skips), strict=True)]
+        return super().forward(refined[::-1])
+
+
+def layer_kinds(n_conv_per_stage: Counts, n_stages: int) -> list[int]:
+    """HGCN or MAMBA for each stage, from the plan's block counts by the official rule."""
+    kinds, _ = thin_blocks(n_conv_per_stage, 1, n_stages)
+    if HGCN not in kinds or set(kinds) - {HGCN, MAMBA}:
+        raise ValueError(
+            f"MambaClinix reads n_conv_per_stage as {HGCN} for an HGCN block and {MAMBA} for a "
+            f"Mamba layer, and needs an HGCN block among the first {math.ceil(n_stages / 2)} "
+            f"stages; got {n_conv_per_stage}"
+        )
+    return kinds
+
+
+# Official name, ours. A shortcut's projection sits at index 1 behind a pool, else at 0.
+ROWS = (
+    *projected_mixer_rows("encoder.encoder_layers.{s}.", "encoder.mixers.{s}."),
+    *(
+        row
+        for official, own in (
+            ("encoder.stages.{s}.blocks.0", "encoder.stages.{s}.0"),
+            ("decoder.Init_Residual", "decoder.bottleneck"),
+            ("decoder.residual_blocks.{s}", "decoder.skip_blocks.{s}"),
+        )
+        for row in (
+            Row(f"{official}.conv{{i}}.conv.{{p}}", f"{own}.conv{{i}}.{{p}}"),
+            Row(f"{official}.conv{{i}}.norm.{{p}}", f"{own}.norm{{i}}.{{p}}"),
+            Row(f"{official}.skip.1.{{layer}}.{{p}}", f"{own}.shortcut.{{layer}}.{{p}}"),
+            Row(f"{official}.skip.0.{{layer}}.{{p}}", f"{own}.shortcut.{{layer}}.{{p}}"),
+        )
+    ),
+    *(
+        Row(f"encoder.encoder_layers.{{s}}.{official}", f"encoder.mixers.{{s}}.{own}")
+        for official, own in (
+            ("transconv.conv.{p}", "reduce.{p}"),
+            ("gamma1", "scale"),
+            ("lynorm{i}.gamma", "norm{i}.weight"),
+            ("lynorm{i}.beta", "norm{i}.bias"),
+            ("hgConvs.proj_in.{p}", "high_order.in_proj.{p}"),
+            ("hgConvs.dwconv.{p}", "high_order.depthwise.{p}"),
+            ("hgConvs.reconv.{i}.{p}", "high_order.widen.{i}.{p}"),
+            ("hgConvs.proj_out.{p}", "high_order.out_proj.{p}"),
+            ("conv{i}.conv.{p}", "conv{i}.{p}"),
+        )
+    ),
+    Row("encoder.LayerNorm.gamma", "encoder.norm.weight"),
+    Row("encoder.LayerNorm.beta", "encoder.norm.bias"),
+    Row("encoder.stem.convs.0.{layer}.{p}", "encoder.stem.{layer}.{p}"),
+    Row("decoder.stages.{i}.conv3.{p}", "decoder.stages.{i}.0.shortcut.{p}"),
+    Row("decoder.stages.{i}.{layer}.{p}", "decoder.stages.{i}.0.{layer}.{p}"),
+    Row("decoder.upsample_layers.{i}.conv.{p}", "decoder.upsample.{i}.conv.{p}"),
+    Row("decoder.seg_layers.{i}.{p}", "decoder.seg_layers.{i}.{p}"),
+)

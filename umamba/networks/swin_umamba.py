@@ -1,0 +1,313 @@
+"""Swin-UMamba and Swin-UMamba-D: VMamba's encoder below a convolutional or a VSS decoder, in 2D.
+
+    Swin-UMamba
+    image - R ------------------------------------------------- up, cat, R - R - seg
+      stem (1/2) - R ------------------------------------ up, cat, R - seg
+        embed - VSS stage (1/4) - R ---------------- up, cat, R - seg
+          merge - VSS stage (1/8) - R ---------- up, cat, R - seg
+            merge - VSS stage (1/16) - R --- up, cat, R
+              merge - VSS stage (1/32) ------ up          R: two convolutions, residual
+
+    Swin-UMamba-D (the dagger of the paper)
+    image                                                expand x4 - seg
+      embed - VSS stage (1/4) ------------- expand, cat, Linear, VSS - seg
+        merge - VSS stage (1/8) -------- expand, cat, Linear, VSS - seg
+          merge - VSS stage (1/16) -- expand, cat, Linear, VSS - seg
+            merge - VSS stage (1/32) -- expand
+
+arXiv 2402.03302; equals JiarunLiu/Swin-UMamba@2c1f72e, nets/SwinUMamba.py and nets/SwinUMambaD.py
+(Apache-2.0). Kept for the sake of checkpoints:
+- Swin-UMamba's stem ends with its norm, and the deepest stage enters the decoder without a block;
+- Swin-UMamba's norms have no scale and offset, but for the stem's;
+- Swin-UMamba-D has no norm behind its deepest stage, and no map between 1/4 and the full size.
+Different: image sizes that 32 does not divide are refused (the official networks fail inside, or
+return logits of another size), and all VSS blocks compute in at least float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umamba.blocks.conv import ResidualBlock, convolution, initialize_convolutions
+from umamba.blocks.norm import InstanceNorm
+from umamba.blocks.sampling import PatchExpand, TransposedUpsample
+from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.registry import register
+from umamba.networks.state_dict import KeyMap, Row, unetr_block_rows, vss_block_rows
+from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
+
+PAPER = "arXiv:2402.03302"
+REFERENCE = "JiarunLiu/Swin-UMamba@2c1f72e1975cef6621f239117efdc954237c6952"
+QUIRKS = (
+    "the stem has no activation",
+    "the deepest stage enters the decoder without a residual block",
+    "the norms of the residual blocks have no scale and offset",
+)
+QUIRKS_D = ("the deepest stage has no norm behind it", "the last expansion is by 4 at once")
+
+KERNEL = (3, 3)
+STEM_KERNEL = (7, 7)
+
+
+@register("swin_umamba", paper=PAPER, reference=REFERENCE, licence="Apache-2.0", quirks=QUIRKS)
+class SwinUMamba(SegmentationNetwork):
+    """Stem and VMamba encoder, residual convolutions on all skips, convolutional decoder."""
+
+    spatial_dims = (2,)
+    # The last level is both the 1/16 map and the 1/32 map below it, which are equally wide.
+    fixed_strides = ((1, 1), (2, 2), (2, 2), (2, 2), (4, 4))
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        strides: Sequence[Sequence[int]] = fixed_strides,
+        features_per_stage: Sequence[int] = (48, 96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 9, 2),
+        d_state: int = 16,
+        expand: float = 2,
+        drop_path_rate: float = 0.2,
+        mixer: str = "scan",
+        deep_supervision: bool = False,
+    ) -> None:
+        """features_per_stage: the decoder's widths at the full size, 1/2, 1/4, 1/8 and 1/16; the
+        VSS stages, each at half the size, have all but the first.
+
+        strides: as fixed_strides, with as many stages as wanted. depths: VSS blocks per stage of
+        the encoder, finest first. mixer: "scan", "none" or "conv".
+        """
+        super().__init__(input_channels, num_classes, strides=strides)
+        check_topology(self, strides, [(1, 1), *[(2, 2)] * (len(strides) - 2), (4, 4)])
+        check_stages(strides=strides, features_per_stage=features_per_stage)
+        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
+        first, *widths = features_per_stage
+        stem = {
+            "conv": convolution(input_channels, first, STEM_KERNEL, 2),
+            "norm": InstanceNorm(first),
+        }
+        self.stem = nn.Sequential(OrderedDict(stem))
+        self.encoder = VMambaEncoder(
+            first,
+            features_per_stage=widths,
+            depths=depths,
+            patch=2,
+            d_state=d_state,
+            expand=expand,
+            drop_path_rate=drop_path_rate,
+            mixer=mixer,
+        )
+        self.skips = nn.ModuleList(
+            ResidualBlock(below, width, KERNEL, affine=False)
+            for below, width in pairwise((input_channels, *features_per_stage))
+        )
+        n_levels = len(features_per_stage) + 1  # with the 1/32 map
+        self.decoder = UNetDecoder(
+            num_classes,
+            features_per_stage=(*features_per_stage, features_per_stage[-1]),
+            strides=[(1, 1), *[(2, 2)] * (n_levels - 1)],
+            kernel_sizes=[KERNEL] * n_levels,
+            n_conv_per_stage=[1] * (n_levels - 2) + [2],
+            upsample=functools.partial(TransposedUpsample, bias=False),
+            shortcut="pool",
+            affine=False,
+            n_outputs=len(strides) - 1,
+            deep_supervision=deep_supervision,
+        )
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """images (B, input_channels, H, W) -> logits, or a list of them, finest first."""
+        self.check_input(images)
+        stem = self.stem(images)
+        *maps, deepest = (features.movedim(-1, 1) for features in self.encoder(stem))
+        inputs = [images, stem, *maps]
+        skips = [block(x) for block, x in zip(self.skips, inputs, strict=True)]
+        return self.decoder([*skips, deepest])
+
+    @classmethod
+    def official_key_map(cls) -> KeyMap:
+        return KeyMap([*STEM_ROWS, *ENCODER_ROWS, *CONVOLUTION_ROWS])
+
+    @classmethod
+    def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        given = {**config, **config.get("encoder", {})}
+        names = {
+            "in_chans": "input_channels",
+            "out_chans": "num_classes",
+            "feat_size": "features_per_stage",
+            "depths": "depths",
+            "deep_supervision": "deep_supervision",
+        }
+        return {own: given[official] for official, own in names.items() if official in given}
+
+
+@register("swin_umamba_d", paper=PAPER, reference=REFERENCE, licence="Apache-2.0", quirks=QUIRKS_D)
+class SwinUMambaD(SegmentationNetwork):
+    """VMamba encoder on patches of 4 x 4 pixels and a decoder of VSS blocks."""
+
+    spatial_dims = (2,)
+    fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        strides: Sequence[Sequence[int]] = fixed_strides,
+        features_per_stage: Sequence[int] = (96, 96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 9, 2),
+        depths_decoder: Sequence[int] = (2, 2, 2),
+        d_state: int = 16,
+        expand: float = 2,
+        drop_path_rate: float = 0.2,
+        drop_path_rate_decoder: float = 0.2,
+        mixer: str = "scan",
+        deep_supervision: bool = False,
+    ) -> None:
+        """features_per_stage: widths at the full size (in front of its head), 1/4, 1/8, 1/16, 1/32.
+
+        strides: as fixed_strides, with as many stages as wanted. depths, depths_decoder: VSS blocks
+        per stage, finest first in the encoder, deepest first in the decoder. drop_path_rate: of the
+        encoder's last block, rising from 0; drop_path_rate_decoder: of the decoder's first block,
+        falling to 0. mixer: "scan", "none" or "conv".
+        """
+        super().__init__(input_channels, num_classes, strides=strides)
+        check_topology(self, strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
+        check_stages(strides=strides, features_per_stage=features_per_stage)
+        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
+        check_stages(**{"strides[2:]": strides[2:]}, depths_decoder=depths_decoder)
+        self.encoder = VMambaEncoder(
+            input_channels,
+            features_per_stage=features_per_stage[1:],
+            depths=depths,
+            patch=4,
+            d_state=d_state,
+            expand=expand,
+            drop_path_rate=drop_path_rate,
+            mixer=mixer,
+        )
+        ss2d = {"d_state": d_state, "expand": expand}
+        self.decoder = VSSDecoder(
+            num_classes,
+            features_per_stage,
+            drop_path_rates(drop_path_rate_decoder, 0, depths_decoder),
+            stage=functools.partial(vss_stage, ss2d=ss2d, mlp_ratio=0, mixer=mixer),
+            deep_supervision=deep_supervision,
+        )
+        initialize_convolutions(self)
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """images (B, input_channels, H, W) -> logits, or a list of them, finest first."""
+        self.check_input(images)
+        return self.decoder(self.encoder(images))
+
+    @classmethod
+    def official_key_map(cls) -> KeyMap:
+        return KeyMap([*ENCODER_ROWS, *VSS_DECODER_ROWS])
+
+    @classmethod
+    def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        encoder, decoder = config["vss_args"], config["decoder_args"]
+        features = decoder["features_per_stage"]
+        names = ("depths", "d_state", "drop_path_rate")
+        return {
+            "input_channels": encoder["in_chans"],
+            "num_classes": decoder["num_classes"],
+            "features_per_stage": [features[0], *features],
+            "drop_path_rate_decoder": decoder["drop_path_rate"],
+            "deep_supervision": decoder["deep_supervision"],
+            **{name: encoder[name] for name in names if name in encoder},
+        }
+
+
+class VSSDecoder(nn.Module):
+    """Goes up by patch expanding and VSS blocks to 1/4, then by one expansion to the full size.
+
+    drop_path: rates of stochastic depth per stage, deepest first. stage(width, rates) builds the
+    blocks of a stage.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        features_per_stage: Sequence[int],
+        drop_path: Sequence[Sequence[float]],
+        *,
+        stage: Callable[[int, Sequence[float]], nn.Module],
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        finest, *widths = features_per_stage
+        self.expands, self.joins, self.stages, self.seg_layers = (nn.ModuleList() for _ in range(4))
+        for (below, width), rates in zip(pairwise(widths[::-1]), drop_path, strict=True):
+            self.expands.append(PatchExpand(below, width))
+            self.joins.append(nn.Linear(2 * width, width))
+            self.stages.append(stage(width, rates))
+            self.seg_layers.append(convolution(width, num_classes, [1, 1]))
+        self.expands.append(PatchExpand(widths[0], finest, factor=4))
+        self.seg_layers.append(convolution(finest, num_classes, [1, 1]))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """maps (B, H, W, C) finest first -> logits of the full size, or of all, finest first."""
+        features = maps[-1]
+        logits = []
+        for i, (join, stage) in enumerate(zip(self.joins, self.stages, strict=True)):
+            joined = torch.cat([self.expands[i](features), maps[-2 - i]], dim=-1)
+            features = stage(join(joined))
+            if self.deep_supervision:
+                logits.append(self.seg_layers[i](features.movedim(-1, 1)))
+        features = self.expands[-1](features)
+        logits.append(self.seg_layers[-1](features.movedim(-1, 1)))
+        return logits[::-1] if self.deep_supervision else logits[0]
+
+
+def check_topology(
+    network: nn.Module, strides: Sequence[Sequence[int]], topology: Sequence[Sequence[int]]
+) -> None:
+    """Raises ValueError unless the strides are those of the topology, three stages at least."""
+    given, allowed = ([list(stride) for stride in entries] for entries in (strides, topology))
+    if given != allowed or len(given) < 3:
+        raise ValueError(
+            f"{type(network).__name__} has strides like {allowed}, of 3 stages at least, "
+            f"got {given}"
+        )
+
+
+# Official name, ours. Here VMamba's downsampling stands outside its stages.
+ENCODER_ROWS = (
+    Row("vssm_encoder.downsamples.{s}.{layer}.{p}", "encoder.downsamples.{s}.{layer}.{p}"),
+    *encoder_rows("vssm_encoder.", "encoder.", old=True),
+)
+STEM_ROWS = (Row("stem.0.{p}", "stem.conv.{p}"), Row("stem.1.{p}", "stem.norm.{p}"))
+# The official convolutional decoder counts its blocks from the finest, decoder1, on.
+CONVOLUTION_ROWS = (
+    *(row for k in range(5) for row in unetr_block_rows(f"encoder{k + 1}.layer.", f"skips.{k}.")),
+    *(
+        row
+        for k in range(5)
+        for row in (
+            Row(f"decoder{6 - k}.transp_conv.conv.weight", f"decoder.upsample.{k}.conv.weight"),
+            *unetr_block_rows(f"decoder{6 - k}.conv_block.", f"decoder.stages.{k}.0."),
+        )
+    ),
+    *unetr_block_rows("decoder1.layer.", "decoder.stages.4.1."),
+    *(
+        Row(f"out_layers.{k}.conv.conv.{{p}}", f"decoder.seg_layers.{4 - k}.{{p}}")
+        for k in range(4)
+    ),
+)
+VSS_DECODER_ROWS = (
+    *vss_block_rows("decoder.stages.{s}.blocks.{b}.", "decoder.stages.{s}.{b}.", old=True),
+    Row("decoder.expand_layers.{s}.{layer}.{p}", "decoder.expands.{s}.{layer}.{p}"),
+    Row("decoder.concat_back_dim.{s}.{p}", "decoder.joins.{s}.{p}"),
+    Row("decoder.seg_layers.{s}.{p}", "decoder.seg_layers.{s}.{p}"),
+)
