@@ -88,24 +88,31 @@ def check_parameters(network: nn.Module, report: LoadReport, case: dict[str, Any
 def check_gradient(gradient: Callable[[torch.dtype], Tensor], case: dict[str, Any]) -> None:
     """Everywhere where the values come from float64, else at 97 % of the positions.
 
-    gradient(dtype): the input's. Values of float32 are compared with ours of float32. Where ReLUs
-    switch, rounding alone moves the gradient: then the tolerance is twice what it moves ours by,
-    float32 to float64.
+    gradient(dtype): the input's; ours of float64 is compared. Only where rounding is measured to
+    move ours at as many positions by more than the tolerance (ReLUs switch), ours of float32 may
+    stand in for it, and the tolerance is twice that movement.
     """
     expected = dict(case["input_gradient"])
     exact = "float64" in case.get("values_from", "") or "values_float64" in expected
     expected["values"] = expected.get("values_float64", expected["values"])
+    double = gradient(torch.float64)
     if exact:
-        assert deviations(gradient(torch.float64), expected).max() < FLOAT64_GRADIENT_TOLERANCE
+        assert deviations(double, expected).max() < FLOAT64_GRADIENT_TOLERANCE
         return
-    single = gradient(torch.float32)
-    found = np.quantile(deviations(single, expected), FLOAT32_GRADIENT_SHARE)
-    if found >= FLOAT32_GRADIENT_TOLERANCE:
-        double = gradient(torch.float64).flatten()[expected["positions"]]
-        gap = np.quantile(
-            deviations(single, {**expected, "values": double.numpy()}), FLOAT32_GRADIENT_SHARE
-        )
-        assert found < min(2 * gap, LARGEST_GRADIENT_TOLERANCE)
+    found, tolerance = typical_deviation(double, expected), FLOAT32_GRADIENT_TOLERANCE
+    if found >= tolerance:
+        single = gradient(torch.float32)
+        own = double.flatten()[expected["positions"]].numpy()
+        movement = typical_deviation(single, {**expected, "values": own})
+        if movement > tolerance:
+            found = min(found, typical_deviation(single, expected))
+            tolerance = min(2 * movement, LARGEST_GRADIENT_TOLERANCE)
+    assert found < tolerance
+
+
+def typical_deviation(tensor: Tensor, expected: dict[str, Any]) -> float:
+    """What 97 % of the recorded positions do not exceed."""
+    return float(np.quantile(deviations(tensor, expected), FLOAT32_GRADIENT_SHARE))
 
 
 def deviations(tensor: Tensor, expected: dict[str, Any]) -> np.ndarray:
