@@ -11,21 +11,25 @@ from scan_cases import make_inputs
 from torch import Tensor
 
 from umamba.ops import selective_scan as scan_file
+from umamba.ops.dispatch import takes_window
 from umamba.ops.selective_scan import selective_scan
 
 
-def test_operators_pass_torch_opcheck():
+@pytest.mark.parametrize("window", [0, 8], ids=["plain", "windows"])
+def test_operators_pass_torch_opcheck(window: int):
+    if window and not takes_window(torch.device("cpu"), torch.float32, 4, window):
+        pytest.skip("without the C library the locally bidirectional scan is two plain ones")
     inputs = make_inputs((2, 6, 70, 4, 2), dtype=torch.float32)
     tensors = [v.requires_grad_() if torch.is_tensor(v) else v for v in positional(inputs)]
-    torch.library.opcheck(scan_file._scan_forward, (*tensors, False, True))
+    torch.library.opcheck(scan_file._scan_forward, (*tensors, False, True, window))
     plain = [v.detach() if torch.is_tensor(v) else v for v in tensors]
-    out, last, states = torch.ops.umamba.selective_scan_fwd(*plain, False, True)
+    out, last, states = torch.ops.umamba.selective_scan_fwd(*plain, False, True, window)
     torch.library.opcheck(
         scan_file._scan_backward,
-        (torch.randn_like(out), torch.randn_like(last), *plain, states, False),
+        (torch.randn_like(out), torch.randn_like(last), *plain, states, False, window),
     )
     bare = positional(make_inputs((2, 6, 70, 4, 2), (), torch.float32))
-    torch.library.opcheck(scan_file._scan_forward, (*bare, False, False))
+    torch.library.opcheck(scan_file._scan_forward, (*bare, False, False, window))
 
 
 def positional(arguments: dict[str, Tensor | bool]) -> list[Tensor | bool | None]:

@@ -39,6 +39,11 @@ def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | No
     return None
 
 
+def takes_window(window: int) -> bool:
+    """Return whether forward and backward do the locally bidirectional scan in such windows."""
+    return CHUNK % window == 0
+
+
 def instruction_set() -> str | None:
     """Return the name of the instruction set in use ("v2", "v3", "v4"; "base" off x86)."""
     return _load()[2]
@@ -47,9 +52,12 @@ def instruction_set() -> str | None:
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
-    save_states: bool,
+    save_states: bool, window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return out, last_state and states as reference.forward does, and of the same shapes."""
+    """Return out, last_state and states as reference.forward does, and of the same shapes.
+
+    With a window, out is that of reference.local_scan; takes_window says which there are.
+    """
     batch, channels, length = u.shape
     n_states = A.shape[1]
     n_chunks = math.ceil(length / CHUNK)
@@ -62,7 +70,7 @@ def forward(
     dense = [_dense(x) for x in (A, D, delta_bias, initial_state)]
     arguments = _ScanForward(
         *(batch, channels, length, n_states, B.shape[1]),
-        *(delta_softplus, reverse, torch.get_num_threads()),
+        *(delta_softplus, reverse, window, torch.get_num_threads()),
         *map(_tensor, (u, delta, z, B, C, out)),
         *map(_data, (*dense, last_state, states if save_states else None)),
     )
@@ -73,7 +81,7 @@ def forward(
 def backward(
     dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
     C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-    initial_state: Tensor | None, states: Tensor, reverse: bool,
+    initial_state: Tensor | None, states: Tensor, reverse: bool, window: int = 0,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients in the order of reference.backward, None for absent inputs.
 
@@ -102,7 +110,7 @@ def backward(
         dense = [_dense(x) for x in (A, D, delta_bias, states, dlast_state)]
         arguments = _ScanBackward(
             *(batch, channels, length, n_states, n_groups),
-            *(delta_softplus, reverse, torch.get_num_threads()),
+            *(delta_softplus, reverse, window, torch.get_num_threads()),
             *map(_tensor, (u, delta, z, B, C, dout, du, ddelta, dz, dB, dC)),
             *map(_data, (*dense, dA, dD, dbias, dinitial)),
         )
@@ -166,13 +174,13 @@ def _structure(name: str, sizes: str, tensors: str, pointers: str) -> type[ctype
 # The field order is that of csrc/umamba.h.
 _ScanForward = _structure(
     "_ScanForward",
-    "B D L N G softplus reverse n_threads",
+    "B D L N G softplus reverse local_window n_threads",
     "u delta z Bm Cm out",
     "A skip bias initial last states",
 )
 _ScanBackward = _structure(
     "_ScanBackward",
-    "B D L N G softplus reverse n_threads",
+    "B D L N G softplus reverse local_window n_threads",
     "u delta z Bm Cm dout du ddelta dz dBm dCm",
     "A skip bias states dlast dA dskip dbias dinitial",
 )

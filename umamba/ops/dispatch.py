@@ -13,7 +13,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from umamba.ops import chunked, cpu, mamba_ssm_scan, reference
 
 # The priority list. Each is a module with why_unavailable, supports, forward, backward,
-# conv_forward and conv_backward.
+# conv_forward and conv_backward; where it has takes_window, forward and backward accept a window.
 BACKENDS: tuple[ModuleType, ...] = (mamba_ssm_scan, cpu, chunked, reference)
 
 VARIABLE = "UMAMBA_SCAN"
@@ -48,6 +48,18 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _asked_for.pop()
+
+
+def takes_window(device: torch.device, dtype: torch.dtype, d_state: int, window: int) -> bool:
+    """Return whether the backend for such tensors does the locally bidirectional scan itself."""
+    # Under torch.compile a size may be a symbol, of which the range makes a number.
+    return _takes_window(device, dtype, len(range(d_state)), len(range(window)))
+
+
+@torch.compiler.assume_constant_result  # a traced graph holds the answer, not the search for it
+def _takes_window(device: torch.device, dtype: torch.dtype, d_state: int, window: int) -> bool:
+    asked = getattr(choose(device, dtype, d_state), "takes_window", None)
+    return asked is not None and bool(asked(window))
 
 
 def backend_name(backend: ModuleType) -> str:

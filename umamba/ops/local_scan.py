@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import takes_window, without_autocast
 from umamba.ops.reference import step_sizes
-from umamba.ops.selective_scan import selective_scan
+from umamba.ops.selective_scan import result_type, run_scan, selective_scan
 
 # parity: the official window is the number of tokens that one thread of the CUDA kernel takes,
 # which its launch chooses by the length of the sequence.
@@ -45,13 +45,16 @@ def local_scan(
 
     window: tokens of a window, counted from the first one walked; the last may be shorter. None
     takes the official one for this length, so that the function depends on it.
-    hB is the state of a scan in the other direction whose sequences are the windows, so every
-    backend serves, and their gradients.
+    Every backend serves: hB is the state of a scan in the other direction whose sequences are the
+    windows. The C library takes windows that divide 32 in the one pass of selective_scan.
     """
     size = window_of(u.shape[-1]) if window is None else window
     if size < 1:
         raise ValueError(f"window is {size}; a window has at least one token")
-    dtype = torch.promote_types(u.dtype, delta.dtype)
+    dtype = result_type(u, delta, B, C, z)
+    if takes_window(u.device, dtype, A.shape[-1], size):
+        tensors = (u, delta, A, B, C, D, z, delta_bias)
+        return run_scan(*tensors, delta_softplus, None, reverse, size)[0]
     with without_autocast(u.device):
         wide = torch.promote_types(dtype, torch.float32)
         u, delta, B, C = (x.to(wide) for x in (u, delta, B, C))

@@ -3,12 +3,13 @@
 B batch, D channels, L tokens, N states, G groups of channels that share B and C.
 """
 
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from umamba.ops.dispatch import choose, without_autocast
+from umamba.ops.dispatch import choose, takes_window, without_autocast
 from umamba.ops.layout import CHUNK, empty_tokens
 
 
@@ -61,14 +62,23 @@ def selective_scan(
     so is the last state. Gradients flow into every tensor, from the last state too.
     Raises ValueError for shapes that do not agree, complex A, and tensors on different devices.
     """
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    out, last_state = run_scan(*tensors, delta_softplus, initial_state, reverse, window=0)
+    return (out, last_state) if return_last_state else out
+
+
+def run_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
+    window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return out and last state: of selective_scan without a window, of local_scan with one.
+
+    A window needs a backend that takes it (dispatch.takes_window).
+    """
     B, C = [x.unsqueeze(1) if x.ndim == 3 else x for x in (B, C)]
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
-
-    dtype = torch.promote_types(u.dtype, delta.dtype)
-    if z is not None:
-        dtype = torch.promote_types(dtype, z.dtype)
-    if torch.float64 in (B.dtype, C.dtype):
-        dtype = torch.float64
+    dtype = result_type(u, delta, B, C, z)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if wide == torch.float64:
         B, C = B.to(wide), C.to(wide)
@@ -79,9 +89,17 @@ def selective_scan(
         x is not None and x.requires_grad for x in (*leading, initial)
     )
     out, last_state, _ = torch.ops.umamba.selective_scan_fwd(
-        *leading, delta_softplus, initial, reverse, needs_states
+        *leading, delta_softplus, initial, reverse, needs_states, window
     )
-    return (out, last_state) if return_last_state else out
+    return out, last_state
+
+
+def result_type(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> torch.dtype:
+    """Return the type of out."""
+    dtype = torch.promote_types(u.dtype, delta.dtype)
+    if z is not None:
+        dtype = torch.promote_types(dtype, z.dtype)
+    return torch.float64 if torch.float64 in (B.dtype, C.dtype) else dtype
 
 
 def _check(
@@ -126,24 +144,34 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} and u on {u.device}; move one of them")
 
 
+def _backend(u: Tensor, A: Tensor, window: int) -> ModuleType:
+    if window and not takes_window(u.device, u.dtype, A.shape[1], window):
+        raise ValueError(
+            f"the scan backend chosen now takes no windows of {window} tokens; run the backward "
+            "where the forward ran, inside or outside of use_backend"
+        )
+    return choose(u.device, u.dtype, A.shape[1])
+
+
 @torch.library.custom_op(
     "umamba::selective_scan_fwd",
     mutates_args=(),
     schema=(
         "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
         "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, bool reverse, "
-        "bool save_states) -> (Tensor, Tensor, Tensor)"
+        "bool save_states, int window) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _scan_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, _, A, *_ = arguments
+    *plain, window = arguments
     with without_autocast(u.device):
-        return choose(u.device, u.dtype, A.shape[1]).forward(*arguments)
+        return _backend(u, A, window).forward(*(arguments if window else plain))
 
 
 @_scan_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, _, A, *_, save_states = arguments
+    u, _, A, *_, save_states, _ = arguments
     batch, channels, length = u.shape
     n_chunks = (length + CHUNK - 1) // CHUNK
     last_state = A.new_empty(batch, channels, A.shape[1])
@@ -157,21 +185,22 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     schema=(
         "(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
         "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, "
-        "Tensor states, bool reverse) -> "
+        "Tensor states, bool reverse, int window) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The backend's gradients; an operator cannot return None, so absent ones are empty tensors."""
     _, _, u, _, A, *_ = arguments
+    *plain, window = arguments
     with without_autocast(u.device):
-        gradients = choose(u.device, u.dtype, A.shape[1]).backward(*arguments)
+        gradients = _backend(u, A, window).backward(*(arguments if window else plain))
     return tuple(A.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @_scan_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    _, _, u, delta, A, B, C, D, z, delta_bias, _, initial_state, _, _ = arguments
+    _, _, u, delta, A, B, C, D, z, delta_bias, _, initial_state, *_ = arguments
 
     def tokens(x: Tensor | None) -> Tensor:
         return A.new_empty(0) if x is None else empty_tokens(x)
@@ -188,12 +217,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse, _ = inputs
+    u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, reverse, _, window = inputs
     _, _, states = output
     # Absent gradients stay None: zeros for the states would cost as much as the states.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, states)
-    ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
+    ctx.delta_softplus, ctx.reverse, ctx.window = softplus, reverse, window
 
 
 def _differentiate(ctx, dout, dlast_state, dstates):  # type: ignore[no-untyped-def]
@@ -202,12 +231,12 @@ def _differentiate(ctx, dout, dlast_state, dstates):  # type: ignore[no-untyped-
         dout = torch.zeros_like(u)
     gradients = torch.ops.umamba.selective_scan_bwd(
         *(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias),
-        *(ctx.delta_softplus, initial_state, states, ctx.reverse),
+        *(ctx.delta_softplus, initial_state, states, ctx.reverse, ctx.window),
     )
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     present = [None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)]
     *leading, dinitial = present
-    return (*leading, None, dinitial, None, None)
+    return (*leading, None, dinitial, None, None, None)
 
 
 _scan_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

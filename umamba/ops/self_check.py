@@ -12,18 +12,21 @@ from torch import Tensor
 
 from umamba.ops.causal_conv import causal_conv1d_silu
 from umamba.ops.dispatch import use_backend
+from umamba.ops.local_scan import local_scan
 from umamba.ops.selective_scan import selective_scan
 
 TOLERANCE = 5e-6  # of outputs and gradients in float32, relative to the largest value of the tensor
+WINDOW = 8  # tokens, of the locally bidirectional scan
 
 
 def scan_errors(
     backend: str, device: torch.device, *, channels: int = 20, length: int = 150
 ) -> dict[str, float]:
-    """Return the error of the output, the last state and each gradient of a float32 scan.
+    """Return the error of the output, the last state and each gradient of float32 scans.
 
     Relative to the largest value of the tensor, against the reference in float64; with all options
-    on, two groups, and the causal convolution before the scan. The sizes fit no block.
+    on, two groups, and the causal convolution before the plain scan and the locally bidirectional
+    one, whose gradients are added. The sizes fit no block.
     """
     inputs = make_inputs(2, channels, length, 16, groups=2, dtype=torch.float64)
     with use_backend("reference"):
@@ -109,8 +112,10 @@ def _results(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     weight, bias = scanned.pop("conv_weight"), scanned.pop("conv_bias")
     scanned["u"] = causal_conv1d_silu(tensors["u"], weight, bias)
     out, last_state = selective_scan(**scanned, delta_softplus=True, return_last_state=True)
-    results = [out, last_state]
+    windowed = {name: x for name, x in scanned.items() if name != "initial_state"}
+    local = local_scan(**windowed, delta_softplus=True, window=WINDOW)
+    results = [out, last_state, local]
     upstream = [torch.cos(torch.arange(x.numel())).reshape(x.shape).to(x) for x in results]
     gradients = torch.autograd.grad(results, list(tensors.values()), upstream)
     named = {f"gradient of {name}": g for name, g in zip(tensors, gradients, strict=True)}
-    return {"output": out, "last state": last_state, **named}
+    return {"output": out, "last state": last_state, "local output": local, **named}

@@ -107,6 +107,11 @@ static void backward_states(int need_y, int add, int64_t T, int64_t N, float *ro
 #undef GROUP
 }
 
+/* Likewise for a local_window; defined in scan_local.h. */
+static void local_backward_states(int need_y, int add, int64_t T, int64_t N, int64_t window, float *rows,
+                                  Rows Bc, Rows Cc, const float *A2, Rows initial, float *history,
+                                  float *carry, float *dA, float *sums, Ahead *ahead);
+
 /* From the folded sums of all groups to rows of N. */
 static void unfold_states(int64_t T, int64_t N, const float *sums, float *dB, float *dC) {
     int64_t n = 0;
@@ -151,7 +156,8 @@ typedef struct {
     float *staged_u, *staged_delta, *staged_z, *staged_dout;
 } Scratch;
 
-static int64_t lay_out(float *start, int64_t N, Scratch *w) {
+static int64_t lay_out(float *start, const ScanBackward *s, Scratch *w) {
+    const int64_t N = s->N, kept = s->local_window > 1 ? 3 : 2;
     int64_t size = 0;
 #define TAKE(name, n_floats) w->name = start + size, size += padded(n_floats)
     TAKE(staged_b, CHUNK * N);
@@ -159,7 +165,7 @@ static int64_t lay_out(float *start, int64_t N, Scratch *w) {
     TAKE(total, CHUNK * N);
     TAKE(initial, N * LANES);
     TAKE(sums, (N / BACKWARD_STATES + 2) * CHUNK * LANES);
-    TAKE(history, 2 * BACKWARD_STATES * CHUNK * LANES);
+    TAKE(history, kept * BACKWARD_STATES * CHUNK * LANES);
     TAKE(rows, N_ROWS * CHUNK * LANES);
     TAKE(staged_u, CHUNK * LANES);
     TAKE(staged_delta, CHUNK * LANES);
@@ -215,8 +221,12 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
     else
         begin_backward((int)s->softplus, gate, T, u, delta, dout, z, skip, bias, rows);
 
-    backward_states(gate, add, T, N, rows, Bc, Cc, A2, initial, w->history, carry, sums, w->sums,
-                    ahead);
+    if (s->local_window > 1)
+        local_backward_states(gate, add, T, N, s->local_window, rows, Bc, Cc, A2, initial, w->history,
+                              carry, sums, w->sums, ahead);
+    else
+        backward_states(gate, add, T, N, rows, Bc, Cc, A2, initial, w->history, carry, sums, w->sums,
+                        ahead);
 
     /* an input is not read again after its token, so its scratch may take the gradient */
     const Rows du = WRITE(du, w->staged_u), ddelta = WRITE(ddelta, w->staged_delta);
@@ -258,7 +268,7 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
     float *sums = job->sums + item * per_item * width;
     float *carry = job->carry + item * per_item * N * LANES;
     Scratch w;
-    lay_out(job->scratch + worker * job->scratch_size, N, &w);
+    lay_out(job->scratch + worker * job->scratch_size, s, &w);
 
     for (int64_t j = 0; j < n_blocks && job->last_chunk == job->split.n_chunks; j++) {
         const Block k = block_at(D, s->G, group, first + j);
@@ -323,7 +333,7 @@ static int scan_backward(const ScanBackward *s) {
     const int64_t width = (N + 2) * LANES;
     Scratch w;
     job.part_size = smaller(window, job.split.n_chunks) * CHUNK * N;
-    job.scratch_size = lay_out(NULL, N, &w);
+    job.scratch_size = lay_out(NULL, s, &w);
     job.scratch = allocate(threads * job.scratch_size);
     job.part_b = allocate(2 * job.split.n_items * job.part_size);
     job.constants = allocate(n_blocks * (2 * width + N * LANES));

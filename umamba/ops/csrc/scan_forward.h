@@ -114,6 +114,11 @@ static void forward_states(int64_t T, int64_t N, const float *d, const float *du
 #undef GROUP
 }
 
+/* Likewise for a local_window; defined in scan_local.h. */
+static void local_forward_states(int64_t T, int64_t N, int64_t window, const float *d, const float *du,
+                                 float *y, Rows Bc, Rows Cc, const float *A2, float *state,
+                                 float *decays, Ahead *ahead);
+
 typedef struct {
     const ScanForward *s;
     Split split;
@@ -140,6 +145,7 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
     float *d = staged_c + CHUNK * N, *du = d + CHUNK * LANES, *y = du + CHUNK * LANES;
     float *staged_u = y + CHUNK * LANES, *staged_delta = staged_u + CHUNK * LANES;
     float *state = staged_delta + CHUNK * LANES, *constants = state + n_blocks * N * LANES;
+    float *decays = constants + n_blocks * (N + 2) * LANES;
 
     for (int64_t j = 0; j < n_blocks; j++) {
         const Block k = block_at(D, s->G, group, first + j);
@@ -186,7 +192,10 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 begin_block(1, T, u, delta, skip, bias, d, du, y);
             else
                 begin_block(0, T, u, delta, skip, bias, d, du, y);
-            forward_states(T, N, d, du, y, Bc, Cc, A2, h, &ahead);
+            if (s->local_window > 1)
+                local_forward_states(T, N, s->local_window, d, du, y, Bc, Cc, A2, h, decays, &ahead);
+            else
+                forward_states(T, N, d, du, y, Bc, Cc, A2, h, &ahead);
 
             const Rows out = write_rows(&s->out, out_at, sign * s->out.token, k.lanes, y);
             if (s->z.data) {
@@ -220,7 +229,8 @@ static int scan_forward(const ScanForward *s) {
                                                       divide_up(total, rounds * s->n_threads))};
     const int64_t threads = smaller(s->n_threads, job.split.n_items);
     job.scratch_size = padded(2 * CHUNK * s->N + 5 * CHUNK * LANES
-                              + job.split.blocks_per_item * (2 * s->N + 2) * LANES);
+                              + job.split.blocks_per_item * (2 * s->N + 2) * LANES
+                              + s->local_window * 8 * LANES);
     job.scratch = allocate(threads * job.scratch_size);
     if (!job.scratch) return STATUS_NO_MEMORY;
     umamba_parallel(threads, job.split.n_items, forward_item, &job);

@@ -18,10 +18,11 @@ typedef struct {
 } Tensor;
 
 /* Dense float32 arrays: A (D,N), skip and bias (D), initial and last (B,D,N),
- * states (B,n_chunks,N,D) before each chunk in walk order. */
+ * states (B,n_chunks,N,D) before each chunk in walk order. local_window: tokens of a window of the
+ * locally bidirectional scan, which divide CHUNK; 0 or 1 for the plain scan. */
 typedef struct {
     int64_t B, D, L, N, G;
-    int64_t softplus, reverse, n_threads;
+    int64_t softplus, reverse, local_window, n_threads;
     Tensor u, delta, z, Bm, Cm, out;
     const float *A, *skip, *bias, *initial;
     float *last, *states;
@@ -30,7 +31,7 @@ typedef struct {
 /* dA (B,D,N), dskip and dbias (B,D) hold one part per sample; the first ends as their sum. */
 typedef struct {
     int64_t B, D, L, N, G;
-    int64_t softplus, reverse, n_threads;
+    int64_t softplus, reverse, local_window, n_threads;
     Tensor u, delta, z, Bm, Cm, dout;
     Tensor du, ddelta, dz, dBm, dCm;
     const float *A, *skip, *bias, *states, *dlast;
