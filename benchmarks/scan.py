@@ -11,6 +11,7 @@ The table is printed only if `pytest tests/ops` passes.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
@@ -27,6 +28,7 @@ from torch import Tensor
 from umamba.cli.main import keep_freed_memory
 from umamba.ops import chunked, cpu
 from umamba.ops.dispatch import use_backend
+from umamba.ops.local_scan import local_scan
 from umamba.ops.selective_scan import selective_scan
 from umamba.ops.self_check import make_inputs, scan_errors
 
@@ -63,6 +65,7 @@ def main() -> int:
         "instruction_set": cpu.instruction_set(),
         "n_states": N_STATES,
         "rows": [measure(shape, backends, args.repeats) for shape in shapes],
+        "local": [local_times(shape, list(backends), args.repeats) for shape in shapes],
         "backends": {name: properties(name) for name in backends},
     }
     print(table(facts))
@@ -108,6 +111,51 @@ def backend_calls(
         "conv_forward": lambda: backend.conv_forward(u, weight, bias, False),
         "conv_backward": lambda: backend.conv_backward(dout, u, weight, bias, False),
     }
+
+
+def local_times(shape: tuple[int, ...], backends: list[str], repeats: int) -> dict[str, Any]:
+    """The times of forward, and of forward with backward, by the public functions, as in measure.
+
+    Of the locally bidirectional scan in windows of 16 tokens on every backend; on the first also of
+    a plain scan and of the sum of two, one in each direction.
+    """
+    torch.set_num_threads(1)
+    batch, channels, length = shape
+    size = batch * channels * length * N_STATES
+    inputs = make_inputs(batch, channels, length, N_STATES, dtype=torch.float32)
+    tensors: dict[str, Any] = {
+        name: x.requires_grad_()
+        for name, x in inputs.items()
+        if name != "initial_state" and not name.startswith("conv")
+    }
+    upstream = torch.randn_like(inputs["u"]).detach()
+
+    def plain(reverse: bool = False) -> Tensor:
+        return selective_scan(**tensors, delta_softplus=True, reverse=reverse)
+
+    def local() -> Tensor:
+        return local_scan(**tensors, delta_softplus=True, window=16)
+
+    ways: dict[str, tuple[str, Callable[[], Tensor]]] = {
+        "one plain": (backends[0], plain),
+        "two plain": (backends[0], lambda: plain() + plain(reverse=True)),
+        **{f"local, {name}": (name, local) for name in backends},
+    }
+    row: dict[str, Any] = {"shape": list(shape)}
+    for what, (backend, scan) in ways.items():
+        count = repeats if backend == "cpu" else max(2, repeats // 7)
+        with use_backend(backend):
+            both = functools.partial(with_backward, scan, list(tensors.values()), upstream)
+            times = [
+                cpu_seconds(call, count) / size * 1e9 for call in (torch.no_grad()(scan), both)
+            ]
+        row[what] = dict(zip(("forward", "both"), times, strict=True))
+    return row
+
+
+def with_backward(scan: Callable[[], Tensor], tensors: list[Tensor], upstream: Tensor) -> None:
+    """Runs a scan and the gradients of all its tensors."""
+    torch.autograd.grad(scan(), tensors, upstream)
 
 
 def cpu_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -199,6 +247,15 @@ def table(facts: dict[str, Any]) -> str:
                 f"conv / scan: {fast['conv_forward'] / fast['forward']:.2f} forward, "
                 f"{fast['conv_backward'] / fast['backward']:.2f} backward"
             )
+    for row in facts["local"]:
+        lines.append(f"{','.join(map(str, row['shape'])):<14} locally bidirectional, by autograd:")
+        for what, times in row.items():
+            if what != "shape":
+                ratio = [f"{times[k] / row['one plain'][k]:.2f}" for k in ("forward", "both")]
+                lines.append(
+                    f"{'':<14} {what:<15} forward {times['forward']:.3f} ns, with backward "
+                    f"{times['both']:.3f} ns; {' and '.join(ratio)} times the plain scan"
+                )
     for name, found in facts["backends"].items():
         lines.append(
             f"{name:<8} largest error {found['worst_error']:.1e} ({found['worst_tensor']}), "

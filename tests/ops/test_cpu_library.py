@@ -20,6 +20,7 @@ REASON = cpu.why_unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 TAILS = (2, 42, 75, 13, 2)  # (B, D, L, N, G): nothing a multiple of anything
+windows = pytest.mark.parametrize("window", [0, 8], ids=["plain", "windows"])
 SETS = cpu.INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else ("base",)
 
 
@@ -42,8 +43,11 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("shape", [TAILS, (1, 64, 130, 16, 1), (1, 20, 65, 64, 1), (1, 3, 1, 1, 1)])
 @pytest.mark.parametrize("options", ["bare", "all", "all_reverse"])
-def test_every_instruction_set_gives_the_gradients_of_float64(instruction_set, shape, options):
-    inputs = make_inputs(shape, OPTIONS[options], torch.float32)
+@pytest.mark.parametrize("window", [0, 4, 16, layout.CHUNK])
+def test_every_instruction_set_gives_the_gradients_of_float64(
+    instruction_set, shape, options, window
+):
+    inputs = make_inputs(shape, OPTIONS[options], torch.float32) | {"window": window}
     found = forward_backward(inputs)
     expected = in_float64(inputs)
     for name, value in expected.items():
@@ -67,8 +71,9 @@ def test_every_instruction_set_convolves_as_torch_does(instruction_set):
 
 
 @pytest.mark.parametrize("shape", [TAILS, (1, 64, 700, 16, 1), (3, 130, 90, 8, 1)])
-def test_results_are_bit_identical_for_any_number_of_threads(threads, shape):
-    inputs = make_inputs(shape, OPTIONS["all"], torch.float32)
+@windows
+def test_results_are_bit_identical_for_any_number_of_threads(threads, shape, window):
+    inputs = make_inputs(shape, OPTIONS["all"], torch.float32) | {"window": window}
     results = []
     for n_threads in (1, 2, 3, 7, 1):
         torch.set_num_threads(n_threads)
@@ -125,8 +130,9 @@ def test_a_forked_child_computes_with_threads_of_its_own(threads):
     assert codes == [0] * 8
 
 
-def test_any_strides_give_the_bits_of_contiguous_tensors():
-    inputs = make_inputs(TAILS, OPTIONS["all"], torch.float32)
+@windows
+def test_any_strides_give_the_bits_of_contiguous_tensors(window):
+    inputs = make_inputs(TAILS, OPTIONS["all"], torch.float32) | {"window": window}
     expected = forward_backward(inputs)
     for spread in (
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # channel-last
@@ -151,8 +157,9 @@ def test_results_lie_channel_last_and_token_major():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_is_float32_rounded_at_the_border(instruction_set, dtype):
-    inputs = make_inputs(TAILS, OPTIONS["all"], dtype)
+@windows
+def test_half_precision_is_float32_rounded_at_the_border(instruction_set, dtype, window):
+    inputs = make_inputs(TAILS, OPTIONS["all"], dtype) | {"window": window}
     inputs["u"][0, 0, :3] = torch.tensor([3e-7, -6e-5, 0.0])  # float16: subnormal
     wide = {k: v.float() if torch.is_tensor(v) else v for k, v in inputs.items()}
     found, expected = forward_backward(inputs), forward_backward(wide)
@@ -162,8 +169,9 @@ def test_half_precision_is_float32_rounded_at_the_border(instruction_set, dtype)
     assert torch.equal(found["dA"], expected["dA"])
 
 
-def test_every_element_of_a_result_is_written(monkeypatch):
-    inputs = make_inputs(TAILS, OPTIONS["all"], torch.float32)
+@windows
+def test_every_element_of_a_result_is_written(monkeypatch, window):
+    inputs = make_inputs(TAILS, OPTIONS["all"], torch.float32) | {"window": window}
     expected = forward_backward(inputs)
     empty = torch.empty
 
@@ -182,9 +190,10 @@ def test_every_element_of_a_result_is_written(monkeypatch):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_nan_is_never_hidden(instruction_set):
+@windows
+def test_a_nan_is_never_hidden(instruction_set, window):
     for name in ("u", "delta", "z", "B", "A"):
-        inputs = make_inputs((1, 20, 70, 4, 1), OPTIONS["all"], torch.float32)
+        inputs = make_inputs((1, 20, 70, 4, 1), OPTIONS["all"], torch.float32) | {"window": window}
         inputs[name] = inputs[name].clone()
         inputs[name][(0,) * inputs[name].ndim] = float("nan")
         assert forward_only(inputs)[0, 0, 0].isnan(), name
@@ -281,7 +290,7 @@ def forward_only(inputs: dict) -> Tensor:
 
 def run_forward(inputs: dict, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus")
-    rest = (inputs.get("initial_state"), inputs["reverse"], save_states)
+    rest = (inputs.get("initial_state"), inputs["reverse"], save_states, inputs.get("window", 0))
     return cpu.forward(*(inputs.get(name) for name in names), *rest)
 
 
@@ -294,6 +303,7 @@ def forward_backward(inputs: dict) -> dict[str, Tensor]:
         *(inputs.get(name) for name in (*names, "initial_state")),
         states,
         inputs["reverse"],
+        inputs.get("window", 0),
     )
     order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
     found = {f"d{name}": g for name, g in zip(order, gradients, strict=True) if g is not None}
@@ -321,10 +331,18 @@ def in_float64(inputs: dict) -> dict[str, Tensor]:
     h = leaves.get("initial_state", torch.zeros(*u.shape[:2], A.shape[1], dtype=torch.float64))
     tokens, steps = u.unbind(-1), delta.unbind(-1)
     y = list(tokens)
-    order = reversed(range(len(y))) if inputs["reverse"] else range(len(y))
+    order = list(range(len(y)))[:: -1 if inputs["reverse"] else 1]
+    decays = [torch.exp(step[..., None] * A) for step in steps]
+    inflows = [(d * x)[..., None] * b for d, x, b in zip(steps, tokens, B, strict=True)]
     for t in order:
-        h = torch.exp(steps[t][..., None] * A) * h + (steps[t] * tokens[t])[..., None] * B[t]
+        h = decays[t] * h + inflows[t]
         y[t] = (h * C[t]).sum(-1)
+    size = inputs.get("window", 0)
+    for start in range(0, len(y), size) if size else ():
+        back = torch.zeros_like(h)
+        for t in reversed(order[start : start + size]):
+            y[t] = y[t] + (decays[t] * back * C[t]).sum(-1)
+            back = decays[t] * back + inflows[t]
     out = torch.stack(y, -1)
     if "D" in leaves:
         out = out + leaves["D"][:, None] * u

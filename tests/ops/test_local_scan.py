@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from scan_cases import OPTIONS, error, make_inputs
 from torch import Tensor
 
-from umamba.ops import reference
+from umamba.ops import cpu, reference
 from umamba.ops.dispatch import BACKENDS, backend_name, find_backend, use_backend
+from umamba.ops.layout import CHUNK
 from umamba.ops.local_scan import local_scan, window_of
 from umamba.ops.selective_scan import selective_scan
 
@@ -29,6 +32,13 @@ def backend(request: pytest.FixtureRequest):
         pytest.skip(f"{request.param}: {reason}")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def library() -> None:
+    reason = cpu.why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def make(shape: tuple[int, int, int, int, int], options: str, dtype: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
@@ -64,12 +74,55 @@ def test_outputs_and_gradients_equal_the_definition(
     assert max(error(actual[name], expected[name]) for name in expected) < 1e-10
 
 
+@pytest.mark.parametrize("window", [5, 8, 64], ids=lambda window: f"windows_of_{window}")
 @pytest.mark.parametrize("options", ["bare", "all", "all_reverse"])
-def test_every_backend_serves(backend: str, options: str) -> None:
+def test_every_backend_serves(backend: str, options: str, window: int) -> None:
     arguments = make((2, 20, 70, 16, 2), options, torch.float32)
     doubles = {k: v.double() if torch.is_tensor(v) else v for k, v in arguments.items()}
-    actual, expected = run(local_scan, arguments, 8), run(defined, doubles, 8)
-    assert max(error(actual[name], expected[name]) for name in expected) < 1e-5
+    actual, expected = run(local_scan, arguments, window), run(defined, doubles, window)
+    assert max(error(actual[name], expected[name]) for name in expected) < 5e-6
+
+
+def test_the_library_takes_windows_that_divide_a_chunk_in_one_pass(
+    monkeypatch: pytest.MonkeyPatch, library: None
+) -> None:
+    passes, forward = [], cpu.forward
+
+    def spy(*given: object):  # type: ignore[no-untyped-def]
+        passes.append(given[-1])
+        return forward(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "forward", spy)
+    arguments = make((1, 20, 70, 4, 1), "all", torch.float32)
+    for window in (2, 4, 8, 16, CHUNK):
+        local_scan(**arguments, window=window)
+    assert passes == [2, 4, 8, 16, CHUNK]
+    local_scan(**arguments, window=12)
+    local_scan(**make((1, 3, 9, 65, 1), "all", torch.float32), window=4)  # too many states for it
+    assert len(passes) == 7
+
+
+def test_a_backward_pass_on_another_backend_is_refused(library: None) -> None:
+    arguments = make((1, 4, 40, 4, 1), "bare", torch.float32)
+    out = local_scan(**{**arguments, "u": arguments["u"].requires_grad_()}, window=8)
+    with use_backend("chunked"), pytest.raises(ValueError, match="windows of 8 tokens"):
+        out.sum().backward()
+
+
+def test_compiles_as_one_graph_of_any_shape_with_gradients() -> None:
+    arguments = make((1, 6, 70, 4, 1), "bare", torch.float32)
+    names = ("u", "delta", "A", "B", "C")
+    inputs = [arguments[name].requires_grad_() for name in names]
+
+    def scan(u: Tensor, *rest: Tensor) -> Tensor:
+        return local_scan(u.sin(), *rest, delta_softplus=True).cos()
+
+    expected = torch.autograd.grad(scan(*inputs).sum(), inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        compiled = torch.compile(scan, backend="aot_eager", fullgraph=True, dynamic=True)
+        actual = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_the_definition_is_a_sum_over_all_tokens_before_and_those_ahead_in_the_window() -> None:
@@ -94,8 +147,10 @@ def test_windows_of_one_token_are_a_plain_scan() -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_a_token_is_seen_from_its_window_and_from_all_that_follow(reverse: bool) -> None:
-    arguments = make((1, 3, 22, 2, 1), "all_reverse" if reverse else "all")
+def test_a_token_is_seen_from_its_window_and_from_all_that_follow(
+    backend: str, reverse: bool
+) -> None:
+    arguments = make((1, 3, 22, 2, 1), "all_reverse" if reverse else "all", torch.float32)
     changed = {**arguments, "u": arguments["u"].clone()}
     changed["u"][..., 7] += 1
     before, after = (local_scan(**inputs, window=4) for inputs in (arguments, changed))

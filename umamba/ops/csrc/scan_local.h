@@ -1,10 +1,11 @@
 /* The locally bidirectional scan of LBMamba (arXiv 2506.15976): its groups of states over one chunk.
  *
- * Beside h, which goes through the sequence, a state per window walks the other way. With a_t the decay and
- * b_t the input of a token, it reaches the token before as r_t (0 at a window's last token):
- *     back_t = r_t + b_t, r_t = a_t back_(t+1); out_t takes C_t (h_t + r_t) where the plain scan takes C_t h_t.
- * Its gradient walks in the direction of h: p_t = a_(t-1) (q_(t-1) C_(t-1) + p_(t-1)), 0 at a window's first.
- * A window divides CHUNK, so none lies in two chunks; only the sequence's last may be shorter. */
+ * Beside h, which goes through the sequence, a state walks the other way in each window. With a_t the decay
+ * and b_t = step_t u_t B_t the input of a token:
+ *     r_t = a_t back_(t+1), 0 at a window's last token; back_t = r_t + b_t
+ * and h_t + r_t takes the place of h_t in the result. The gradient of back walks with h: what enters token t is
+ *     p_t = a_(t-1) (q_(t-1) C_(t-1) + p_(t-1)), 0 at a window's first token.
+ * A window divides CHUNK, so none lies in two chunks; only the last of a sequence may be shorter. */
 
 /* As forward_group; decays (window, n_states, LANES) is scratch. */
 INLINE void local_forward_group(const int n_states, int64_t T, int64_t window, const float *d,
