@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from umamba.cli import models
 from umamba.cli.main import UsageError
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*words: str) -> int:
@@ -18,29 +23,41 @@ def run(*words: str) -> int:
     return args.run(args)
 
 
-def test_list_names_the_networks_and_their_controls(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_tells_dimensions_parameters_and_origin(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list", "--json") == 0
-    names = json.loads(capsys.readouterr().out)
-    assert {"umamba_bot", "umamba_enc_v1", "umamba_enc_noscan"} <= set(names)
-    assert run("list", "--dims", "3") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"umamba_bot", "umamba_enc_v1", "segmamba"} <= set(rows)
+    assert rows["umamba_bot"]["dims"] == [2, 3]
+    assert rows["vm_unet"]["parameters"] == {"2D": 27427586}
+    assert run("list", "--dims", "3", "--controls") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:3] == ["umamba_bot", "2D,", "3D"] for line in lines)
-    assert any("control of umamba_bot" in line for line in lines)
+    assert any(line.split()[:4] == ["segmamba", "3D", "67.4", "M"] for line in lines)
+    assert any(line.startswith("segmamba_noscan ") for line in lines)
+    assert not any(line.startswith("vm_unet") for line in lines)
 
 
-def test_show_tells_origin_arguments_and_quirks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_draws_the_network_and_tells_origin_arguments_and_quirks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert run("show", "umamba-enc-noscan") == 0
     text = capsys.readouterr().out
     for word in (
         "umamba.networks.umamba.UMambaEnc",
         "bowang-lab/U-Mamba@28459e3",
         "Apache-2.0",
+        "image - stem - stage 0",
         "patch_size\n",
         "d_state = 16",
         "mixer='none'",
         "channel tokens",
     ):
         assert word in text
+
+
+def test_the_readme_shows_the_registry() -> None:
+    command = [sys.executable, "scripts/network_table.py", "--check"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_an_unknown_network_or_fold_is_a_usage_error() -> None:

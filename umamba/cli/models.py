@@ -16,6 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     add = add_command(actions, "list", run_list, run_list.__doc__).add_argument
     add("--dims", type=int, choices=(2, 3), help="only those for 2D or 3D images")
+    add("--controls", action="store_true", help="the _noscan and _convmix controls, too")
     add("--json", action="store_true", help="print JSON")
 
     add_command(actions, "show", run_show, run_show.__doc__).add_argument("name", metavar="NAME")
@@ -29,29 +30,35 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """List the registered networks."""
-    from umamba.networks import get_entry, list_networks
+    """List the registered networks, with their parameters in nnU-Net's plan for large images."""
+    from umamba.networks import list_networks
+    from umamba.planning.overview import millions, overview
 
-    names = list_networks(args.dims)
+    names = list_networks(args.dims, controls=args.controls)
+    rows = [overview(name) for name in names]
     if args.json:
-        print(json.dumps(names))
+        print(json.dumps(rows, indent=1))
         return 0
-    width = max(map(len, names))
-    for name in names:
-        entry = get_entry(name)
-        dims = ", ".join(f"{d}D" for d in entry.spatial_dims)
-        what = f"control of {entry.control_of}" if entry.control_of else entry.reference[:60]
-        print(f"{name:{width}}  {dims:6}  {what}")
+    table = [["network", "parameters", "paper", "equals", "its licence"]]
+    for row in rows:
+        parameters = ", ".join(f"{dims} {millions(n)}" for dims, n in row["parameters"].items())
+        repository, commit = row["equals"].split("@")
+        origin = f"{repository}@{commit[:7]}"
+        table.append([row["name"], parameters, row["paper"], origin, row["licence"]])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        print("  ".join(f"{cell:{n}}" for cell, n in zip(cells, widths, strict=True)).rstrip())
+    if not args.controls:
+        print("\neach also as NAME_noscan and NAME_convmix, its controls (--controls lists them)")
     return 0
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Tell where a network comes from and what it takes."""
+    """Draw a network; tell where it comes from, what was kept of it and what it takes."""
     import inspect
 
     entry = find_network(args.name)
     print(entry.name)
-    print(f"  {(inspect.getdoc(entry.cls) or '').splitlines()[0]}")
     rows = {
         "class": entry.class_path,
         "dimensions": ", ".join(f"{d}D" for d in entry.spatial_dims),
@@ -64,15 +71,13 @@ def run_show(args: argparse.Namespace) -> int:
         rows["differs by"] = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
     for label, value in rows.items():
         print(f"  {label:<11}{value}")
-    print("  arguments (of the plans' arch_kwargs)")
+    print(f"\n{inspect.getdoc(inspect.getmodule(entry.cls))}")
+    print(f"\n{inspect.getdoc(entry.cls)}")
+    print("\narguments (of the plans' arch_kwargs)")
     parameters = inspect.signature(entry.cls).parameters
     for name in entry.keywords:
         default = parameters[name].default
-        print(f"    {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
-    if entry.quirks:
-        print("  kept from the official code")
-        for quirk in entry.quirks:
-            print(f"    - {quirk}")
+        print(f"  {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
     return 0
 
 

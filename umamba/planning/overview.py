@@ -1,0 +1,69 @@
+"""What is told of each network at a glance, for `umamba models list` and the README's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from umamba.networks import get_entry, list_networks
+from umamba.networks.registry import NetworkEntry
+from umamba.planning.topology import network_arguments
+
+# What nnU-Net plans for large images of equal spacing, one channel and two classes.
+STANDARD_PATCH = {2: (512, 512), 3: (128, 128, 128)}
+STANDARD_FEATURES = {2: (32, 64, 128, 256, 512, 512, 512, 512), 3: (32, 64, 128, 256, 320, 320)}
+
+
+def standard_parameters(entry: NetworkEntry, dims: int) -> int:
+    """Parameters of a network in nnU-Net's plan for large images: 512^2, 8 stages; 128^3, 6."""
+    n_stages = len(STANDARD_FEATURES[dims])
+    stock = {
+        "features_per_stage": list(STANDARD_FEATURES[dims]),
+        "strides": [[1] * dims] + [[2] * dims] * (n_stages - 1),
+        "kernel_sizes": [[3] * dims] * n_stages,
+        "n_conv_per_stage": [2] * n_stages,
+        "n_conv_per_stage_decoder": [2] * (n_stages - 1),
+    }
+    arguments = network_arguments(entry, {}, stock, dims)
+    if "patch_size" in entry.keywords:
+        arguments["patch_size"] = list(STANDARD_PATCH[dims])
+    with torch.device("meta"):
+        network = entry.cls(1, 2, **arguments)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def overview(name: str) -> dict[str, Any]:
+    """One row: name, dimensions, parameters per dimension, paper, licence and origin."""
+    entry = get_entry(name)
+    return {
+        "name": entry.name,
+        "dims": list(entry.spatial_dims),
+        "parameters": {f"{d}D": standard_parameters(entry, d) for d in entry.spatial_dims},
+        "paper": entry.paper,
+        "licence": entry.licence,
+        "equals": entry.reference,
+        "control_of": entry.control_of,
+    }
+
+
+def markdown_table() -> str:
+    """The README's table of all networks but their controls."""
+    lines = ["| name | paper | parameters | equals | its licence |", "|---|---|---|---|---|"]
+    for row in map(overview, list_networks(controls=False)):
+        number = row["paper"].removeprefix("arXiv:")
+        repository, commit = row["equals"].split("@")
+        cells = (
+            f"`{row['name']}`",
+            f"[{number}](https://arxiv.org/abs/{number})",
+            ", ".join(f"{dims} {millions(n)}" for dims, n in row["parameters"].items()),
+            f"[{repository}](https://github.com/{repository}/tree/{commit.split(',')[0]})",
+            row["licence"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def millions(n_parameters: int) -> str:
+    """`67.4 M`."""
+    return f"{n_parameters / 1e6:.1f} M"
