@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     add = add_command(actions, "list", run_list, run_list.__doc__).add_argument
     add("--dims", type=int, choices=(2, 3), help="only those for 2D or 3D images")
-    add("--json", action="store_true", help="print JSON")
+    add("--json", action="store_true", help="print the networks' names as JSON")
 
     add_command(actions, "show", run_show, run_show.__doc__).add_argument("name", metavar="NAME")
 
@@ -29,19 +29,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """List the registered networks."""
-    from umamba.networks import get_entry, list_networks
+    """List the registered networks, and the modules that plans cannot name."""
+    from umamba.networks import get_entry, get_module, list_modules, list_networks
 
     names = list_networks(args.dims)
     if args.json:
         print(json.dumps(names))
         return 0
-    width = max(map(len, names))
+    modules = [] if args.dims else list_modules()
+    width = max(map(len, [*names, *modules]))
     for name in names:
         entry = get_entry(name)
         dims = ", ".join(f"{d}D" for d in entry.spatial_dims)
         what = f"control of {entry.control_of}" if entry.control_of else entry.reference[:60]
         print(f"{name:{width}}  {dims:6}  {what}")
+    for name in modules:
+        print(f"{name:{width}}  module  {get_module(name).reference[:60]}")
     return 0
 
 
@@ -49,25 +52,30 @@ def run_show(args: argparse.Namespace) -> int:
     """Tell where a network comes from and what it takes."""
     import inspect
 
-    entry = find_network(args.name)
+    from umamba.networks import NetworkEntry, get_module, list_modules
+
+    is_module = args.name.replace("-", "_") in list_modules()
+    entry = get_module(args.name) if is_module else find_network(args.name)
     print(entry.name)
     print(f"  {(inspect.getdoc(entry.cls) or '').splitlines()[0]}")
     rows = {
         "class": entry.class_path,
-        "dimensions": ", ".join(f"{d}D" for d in entry.spatial_dims),
         "paper": entry.paper,
         "equals": f"{entry.reference} ({entry.licence})",
-        "strides": entry.fixed_strides or "chosen by the planner",
     }
-    if entry.control_of:
-        rows["control of"] = entry.control_of
-        rows["differs by"] = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
+    if isinstance(entry, NetworkEntry):
+        rows["dimensions"] = ", ".join(f"{d}D" for d in entry.spatial_dims)
+        rows["strides"] = str(entry.fixed_strides or "chosen by the planner")
+        if entry.control_of:
+            rows["control of"] = entry.control_of
+    if entry.arguments:
+        rows["implies"] = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
     for label, value in rows.items():
         print(f"  {label:<11}{value}")
-    print("  arguments (of the plans' arch_kwargs)")
+    print(f"  arguments (of {'create_module' if is_module else 'the plans: arch_kwargs'})")
     parameters = inspect.signature(entry.cls).parameters
     for name in entry.keywords:
-        default = parameters[name].default
+        default = entry.arguments.get(name, parameters[name].default)
         print(f"    {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
     if entry.quirks:
         print("  kept from the official code")

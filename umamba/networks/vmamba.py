@@ -9,9 +9,9 @@
     convolutions for the patches and between stages. Norm, mean and head are the classifier's.
 
 arXiv 2401.10166; equals MzeroMiko/VMamba@2ed52ea, classification/models/vmamba.py (MIT). Maps are
-channels-last inside, whatever the official layout: the function is the same. These are modules, not
-networks of the registry: segmentation networks are built on them. Not here: BatchNorm, norms behind
-the branches (post_norm), gated MLPs, and the forward types xv* and m0.
+channels-last inside, whatever the official layout: the function is the same. These are modules
+without plans (`vmamba_tiny`, ...): segmentation networks are built on them. Not here: BatchNorm,
+norms behind the branches (post_norm), gated MLPs, and the forward types xv* and m0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from umamba.blocks.patch_unet import PatchEncoder
 from umamba.blocks.sampling import ConvDownsample, ConvPatchEmbed, PatchEmbed, PatchMerging
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock, initialize_linear, ss2d_options
 from umamba.networks.base import check_stages
+from umamba.networks.registry import register_module
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
 
 PATCH_EMBEDS = ("v1", "v2")
@@ -146,6 +147,16 @@ class VMambaEncoder(PatchEncoder):
         if isinstance(widths, int):
             widths = [widths * 2**i for i in range(len(own.get("depths", (2, 2, 9, 2))))]
         return {**own, "features_per_stage": widths}
+
+
+for _size, _arguments in SIZES.items():
+    register_module(
+        f"vmamba_{_size.split('_', 1)[1]}",
+        paper="arXiv:2401.10166",
+        reference="MzeroMiko/VMamba@2ed52ead062a51a64521ed3871d52914bf532876",
+        licence="MIT",
+        arguments=_arguments,
+    )(VMambaEncoder)
 
 
 class VMambaClassifier(nn.Module):
