@@ -10,6 +10,8 @@ import pytest
 from umamba.cli import models
 from umamba.cli.main import UsageError
 
+FILES = ("--checkpoint", "c", "--plans", "p", "--dataset-json", "d", "-o", "o")
+
 
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser()
@@ -22,10 +24,15 @@ def test_list_names_the_networks_and_their_controls(capsys: pytest.CaptureFixtur
     assert run("list", "--json") == 0
     names = json.loads(capsys.readouterr().out)
     assert {"umamba_bot", "umamba_enc_v1", "umamba_enc_noscan"} <= set(names)
+    assert "swin_unet" not in names
     assert run("list", "--dims", "3") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:3] == ["umamba_bot", "2D,", "3D"] for line in lines)
     assert any("control of umamba_bot" in line for line in lines)
+    assert not any("module" in line for line in lines)
+    assert run("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["swin_unet", "module"] for line in lines)
 
 
 def test_show_tells_origin_arguments_and_quirks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,14 +50,22 @@ def test_show_tells_origin_arguments_and_quirks(capsys: pytest.CaptureFixture[st
         assert word in text
 
 
+def test_show_knows_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "vmamba-tiny-0230s") == 0
+    text = capsys.readouterr().out
+    for word in ("umamba.networks.vmamba.VMambaEncoder", "MzeroMiko/VMamba@2ed52ea", "d_state = 1"):
+        assert word in text
+
+
 def test_an_unknown_network_or_fold_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="umamba_bot"):
         run("show", "umamba_bots")
-    files = ["--checkpoint", "c", "--plans", "p", "--dataset-json", "d", "-o", "o"]
+    with pytest.raises(UsageError, match="swin_unet is a module without plans"):
+        run("import", "--network", "swin_unet", *FILES)
     with pytest.raises(UsageError, match="did you mean"):
-        run("import", "--network", "umamba", *files)
+        run("import", "--network", "umamba", *FILES)
     with pytest.raises(UsageError, match="fold 'x'"):
-        run("import", "--network", "umamba_bot", *files, "-f", "x")
+        run("import", "--network", "umamba_bot", *FILES, "-f", "x")
 
 
 def test_a_missing_checkpoint_is_named() -> None:

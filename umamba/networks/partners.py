@@ -281,7 +281,6 @@ def to_windows(features: Tensor, window: int) -> Tensor:
     return squares.movedim(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-@functools.lru_cache(maxsize=16)
 def region_mask(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
     """What is added to the attention of a shifted map's windows: (windows, 1, T, T).
 

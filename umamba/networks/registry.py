@@ -165,10 +165,10 @@ def list_modules() -> list[str]:
 
 def get_entry(name: str) -> NetworkEntry:
     """The entry of a name (`-` and `_` are the same); ValueError with the nearest names."""
-    if _key(name) in _modules:
+    if (key := _key(name)) in _modules:
         raise ValueError(
-            f"{name} is a module without plans, for Python alone: "
-            f"umamba.networks.create_module({_key(name)!r}, ...) builds it"
+            f"{key} is a module without plans, for Python alone: "
+            f"umamba.networks.create_module({key!r}, ...) builds it"
         )
     return _find(_entries, "network", name)
 
