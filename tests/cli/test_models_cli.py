@@ -14,6 +14,7 @@ from umamba.cli import models
 from umamba.cli.main import UsageError
 
 ROOT = Path(__file__).parents[2]
+FILES = ("--checkpoint", "c", "--plans", "p", "--dataset-json", "d", "-o", "o")
 
 
 def run(*words: str) -> int:
@@ -29,11 +30,14 @@ def test_list_tells_dimensions_parameters_and_origin(capsys: pytest.CaptureFixtu
     assert {"umamba_bot", "umamba_enc_v1", "segmamba"} <= set(rows)
     assert rows["umamba_bot"]["dims"] == [2, 3]
     assert rows["vm_unet"]["parameters"] == {"2D": 27427586}
+    assert "swin_unet" not in rows
     assert run("list", "--dims", "3", "--controls") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:4] == ["segmamba", "3D", "67.4", "M"] for line in lines)
     assert any(line.startswith("segmamba_noscan ") for line in lines)
     assert not any(line.startswith("vm_unet") for line in lines)
+    assert run("list") == 0
+    assert "swin_unet, " in capsys.readouterr().out
 
 
 def test_show_draws_the_network_and_tells_origin_arguments_and_quirks(
@@ -60,14 +64,22 @@ def test_the_readme_shows_the_registry() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_show_knows_modules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "vmamba-tiny-0230s") == 0
+    text = capsys.readouterr().out
+    for word in ("umamba.networks.vmamba.VMambaEncoder", "MzeroMiko/VMamba@2ed52ea", "d_state = 1"):
+        assert word in text
+
+
 def test_an_unknown_network_or_fold_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="umamba_bot"):
         run("show", "umamba_bots")
-    files = ["--checkpoint", "c", "--plans", "p", "--dataset-json", "d", "-o", "o"]
+    with pytest.raises(UsageError, match="swin_unet is a module without plans"):
+        run("import", "--network", "swin_unet", *FILES)
     with pytest.raises(UsageError, match="did you mean"):
-        run("import", "--network", "umamba", *files)
+        run("import", "--network", "umamba", *FILES)
     with pytest.raises(UsageError, match="fold 'x'"):
-        run("import", "--network", "umamba_bot", *files, "-f", "x")
+        run("import", "--network", "umamba_bot", *FILES, "-f", "x")
 
 
 def test_a_missing_checkpoint_is_named() -> None:

@@ -43,7 +43,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 # Networks that take only their own strides, or fewer or more stages of the kind.
-OWN_STRIDES = ("msvm_unet", "swin_umamba", "swin_umamba_d", "vm_unet")
+OWN_STRIDES = ("mamba_unet", "msvm_unet", "swin_umamba", "swin_umamba_d", "vm_unet")
 
 # Biases in front of a norm over voxels, which have no effect: their gradients are round-off.
 NORMALIZED_BIASES = (

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
-from umamba.networks import create_network, get_entry, list_networks, recognize_network, register
+from umamba.networks import (
+    create_module,
+    create_network,
+    get_entry,
+    get_module,
+    list_modules,
+    list_networks,
+    recognize_network,
+    register,
+    register_module,
+)
 from umamba.networks.umamba import UMambaBot, UMambaEnc
 
 NETWORKS = ("umamba_bot", "umamba_bot_v1", "umamba_enc", "umamba_enc_v1")
@@ -64,3 +76,33 @@ def test_state_dicts_are_recognized_by_own_and_official_keys(name: str) -> None:
     assert recognize_network(own) == [name]
     assert recognize_network(official) == [name]
     assert recognize_network([*own, "something.else"]) == []
+
+
+@pytest.mark.parametrize("name", list_modules())
+def test_modules_are_built_but_are_no_networks(name: str) -> None:
+    entry = get_module(name)
+    assert entry.paper
+    assert entry.licence
+    assert "@" in entry.reference
+    given = {"input_channels": 1, "num_classes": 2}
+    keys = inspect.signature(entry.cls).parameters
+    with torch.device("meta"):
+        module = create_module(name, **{k: v for k, v in given.items() if k in keys})
+    assert isinstance(module, entry.cls)
+    assert name not in list_networks()
+    with pytest.raises(ValueError, match=f"{name} is a module without plans"):
+        get_entry(name.replace("_", "-"))
+    with pytest.raises(TypeError, match="n_stages"):
+        create_module(name, **{k: v for k, v in given.items() if k in keys}, n_stages=3)
+
+
+def test_the_modules_are_those_of_the_papers() -> None:
+    others = {"nnmamba_classifier", "nnmamba_landmark", "swin_unet", "unet_small"}
+    sizes = {f"vmamba_{size}" for size in ("tiny", "small", "base", "tiny_0230s", "small_0229s")}
+    assert others | sizes <= set(list_modules())
+    depths = [len(stage) for stage in create_module("vmamba_tiny_0230s").stages]
+    assert depths == [2, 2, 8, 2]
+    with pytest.raises(ValueError, match="did you mean swin_unet"):
+        get_module("swinunet")
+    with pytest.raises(AssertionError, match="twice"):
+        register_module("umamba_enc", paper="", reference="", licence="")(UMambaEnc)

@@ -15,6 +15,7 @@ from umamba.blocks.mamba2 import Mamba2
 from umamba.blocks.sampling import LargeKernelPatchExpand, PatchMerging
 from umamba.blocks.ss2d import SS2D, VSSBlock, ss2d_options
 from umamba.networks import get_entry, recognize_network
+from umamba.networks.mamba_unet import MambaUNet
 from umamba.networks.msvm_unet import expand_rows, msvss_rows, msvss_stage, pointwise_rows
 from umamba.networks.nnmamba import (
     NnMamba,
@@ -24,6 +25,7 @@ from umamba.networks.nnmamba import (
     NnMambaSingle,
     NnMambaSL,
 )
+from umamba.networks.partners import SwinUNet, UNetSmall
 from umamba.networks.state_dict import (
     KeyMap,
     Row,
@@ -50,6 +52,8 @@ NETWORKS: dict[str, Any] = {
     "nnmamba-seg-early": NnMambaEarly,
     "nnmamba-seg-nnunet": NnMambaSingle,
     "nnmamba-segsl": NnMambaSL,
+    "ssl_unet": UNetSmall,
+    "swin_unet": SwinUNet,
 }
 
 
@@ -153,10 +157,10 @@ def vmamba_backbone(config: Mapping[str, Any]) -> Subject:
     return Subject(build, VMambaClassifier.official_key_map())
 
 
-def vm_unet_core(config: Mapping[str, Any]) -> Subject:
-    return Subject(
-        lambda c: VMUNet(**VMUNet.official_arguments(c)), VMUNet.official_key_map(prefix="")
-    )
+def core_of(network: Any) -> Callable[[Mapping[str, Any]], Subject]:
+    """The module inside an official network, whose keys have no prefix."""
+    key_map = network.official_key_map(prefix="")
+    return lambda _: Subject(lambda c: network(**network.official_arguments(c)), key_map)
 
 
 def msvm_msvss(config: Mapping[str, Any]) -> Subject:
@@ -189,17 +193,21 @@ def channels_first(block: nn.Module) -> nn.Module:
 
 
 # What a case's `builder` makes, where that is no registered network: a block or a part.
-BLOCKS = {
-    block.__name__: block
-    for block in (
-        ss2d_v0,
-        vmamba_ss2d,
-        vss_block_v0,
-        patch_merging_v0,
-        vmamba_backbone,
-        vm_unet_core,
-        msvm_msvss,
-        msvm_lkpe,
-        msvm_flkpe,
-    )
+BLOCKS: dict[str, Callable[[Mapping[str, Any]], Subject]] = {
+    "mamba_unet_core": core_of(MambaUNet),
+    "swin_unet_core": core_of(SwinUNet),
+    "vm_unet_core": core_of(VMUNet),
+    **{
+        block.__name__: block
+        for block in (
+            ss2d_v0,
+            vmamba_ss2d,
+            vss_block_v0,
+            patch_merging_v0,
+            vmamba_backbone,
+            msvm_msvss,
+            msvm_lkpe,
+            msvm_flkpe,
+        )
+    },
 }

@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run_list(args: argparse.Namespace) -> int:
     """List the registered networks, with their parameters in nnU-Net's plan for large images."""
-    from umamba.networks import list_networks
+    from umamba.networks import list_modules, list_networks
     from umamba.planning.overview import millions, overview
 
     names = list_networks(args.dims, controls=args.controls)
@@ -50,6 +50,8 @@ def run_list(args: argparse.Namespace) -> int:
         print("  ".join(f"{cell:{n}}" for cell, n in zip(cells, widths, strict=True)).rstrip())
     if not args.controls:
         print("\neach also as NAME_noscan and NAME_convmix, its controls (--controls lists them)")
+    if not args.dims:
+        print(f"modules that plans cannot name: {', '.join(list_modules())}")
     return 0
 
 
@@ -57,26 +59,35 @@ def run_show(args: argparse.Namespace) -> int:
     """Draw a network; tell where it comes from, what was kept of it and what it takes."""
     import inspect
 
-    entry = find_network(args.name)
+    from umamba.networks import NetworkEntry, get_module, list_modules
+
+    is_module = args.name.replace("-", "_") in list_modules()
+    entry = get_module(args.name) if is_module else find_network(args.name)
     print(entry.name)
     rows = {
         "class": entry.class_path,
-        "dimensions": ", ".join(f"{d}D" for d in entry.spatial_dims),
         "paper": entry.paper,
         "equals": f"{entry.reference} ({entry.licence})",
-        "strides": entry.fixed_strides or "chosen by the planner",
     }
-    if entry.control_of:
-        rows["control of"] = entry.control_of
-        rows["differs by"] = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
+    if isinstance(entry, NetworkEntry):
+        rows["dimensions"] = ", ".join(f"{d}D" for d in entry.spatial_dims)
+        rows["strides"] = str(entry.fixed_strides or "chosen by the planner")
+        if entry.control_of:
+            rows["control of"] = entry.control_of
+    if entry.arguments:
+        rows["implies"] = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
     for label, value in rows.items():
         print(f"  {label:<11}{value}")
     print(f"\n{inspect.getdoc(inspect.getmodule(entry.cls))}")
     print(f"\n{inspect.getdoc(entry.cls)}")
-    print("\narguments (of the plans' arch_kwargs)")
+    if entry.quirks:
+        print("\nkept from the official code")
+        for quirk in entry.quirks:
+            print(f"- {quirk}")
+    print(f"\narguments (of {'create_module' if is_module else 'the plans: arch_kwargs'})")
     parameters = inspect.signature(entry.cls).parameters
     for name in entry.keywords:
-        default = parameters[name].default
+        default = entry.arguments.get(name, parameters[name].default)
         print(f"  {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
     return 0
 

@@ -35,7 +35,7 @@ from torch.nn import functional
 from umamba.blocks.conv import BatchNormBlock, DoubleConv, Stride, convolution
 from umamba.blocks.mixer import MixerLayer, pointwise_mixer_layer
 from umamba.networks.base import SegmentationNetwork, check_stages
-from umamba.networks.registry import register
+from umamba.networks.registry import register, register_module
 from umamba.networks.state_dict import KeyMap, Row, mamba_rows
 
 PAPER = "arXiv:2402.03526"
@@ -165,6 +165,7 @@ class NnMambaEarly(NnMamba):
         return MixerLayer(width, spatial_dims=3, residual=True, **options)
 
 
+@register_module("nnmamba_landmark", paper=PAPER, reference=REFERENCE, licence=LICENCE)
 class NnMambaLandmark(NnMambaEarly):
     """The landmark network: one heatmap per landmark, never negative; Mamba behind the stem.
 
@@ -174,6 +175,7 @@ class NnMambaLandmark(NnMambaEarly):
     placement = "stem"
 
 
+@register_module("nnmamba_classifier", paper=PAPER, reference=REFERENCE, licence=LICENCE)
 class NnMambaClassifier(nn.Module):
     """Classes of whole 3D images: the means of all stages but the stem, and two linear layers.
 

@@ -1,4 +1,4 @@
-"""The registry of networks: names, classes, where each comes from, and how to build one."""
+"""The registry of networks and of modules without plans: names, classes, origin, how to build."""
 
 from __future__ import annotations
 
@@ -8,37 +8,58 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from torch import nn
+
 from umamba.networks.base import SegmentationNetwork
 
 NetworkClass = TypeVar("NetworkClass", bound=type[SegmentationNetwork])
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+Entry = TypeVar("Entry", bound="ModuleEntry")
 
 # A network with a `mixer` argument is also registered with its scan taken out or replaced.
 CONTROLS = {"_noscan": {"mixer": "none"}, "_convmix": {"mixer": "conv"}}
 
 _entries: dict[str, NetworkEntry] = {}
+_modules: dict[str, ModuleEntry] = {}
 
 
 @dataclass(frozen=True)
-class NetworkEntry:
+class ModuleEntry:
     """What is known of one registered name.
 
-    arguments: keyword arguments that the name implies (a control's mixer); they belong into the
-    plans' arch_kwargs beside those of the plan. control_of: the name whose control this is.
+    arguments: keyword arguments that the name implies.
     """
 
     name: str
-    cls: type[SegmentationNetwork]
+    cls: type[nn.Module]
     paper: str
     reference: str
     licence: str
     quirks: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    control_of: str | None = None
 
     @property
     def class_path(self) -> str:
         """The value of `network_class_name` in the plans."""
         return f"{self.cls.__module__}.{self.cls.__qualname__}"
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """The names of the keyword arguments that plans, or callers, may give."""
+        parameters = inspect.signature(self.cls).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True)
+class NetworkEntry(ModuleEntry):
+    """What is known of one registered network.
+
+    arguments: a control's mixer; they belong into the plans' arch_kwargs beside those of the plan.
+    control_of: the name whose control this is.
+    """
+
+    cls: type[SegmentationNetwork]
+    control_of: str | None = None
 
     @property
     def spatial_dims(self) -> tuple[int, ...]:
@@ -63,12 +84,6 @@ class NetworkEntry:
             stages["features_per_stage"] = list(widths.default)
         return stages
 
-    @property
-    def keywords(self) -> tuple[str, ...]:
-        """The names of the keyword arguments that plans may give."""
-        parameters = inspect.signature(self.cls).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-
 
 def register(
     name: str, *, paper: str, reference: str, licence: str, quirks: tuple[str, ...] = ()
@@ -88,11 +103,35 @@ def register(
                 for suffix, arguments in CONTROLS.items()
             ]
         for each in entries:
-            assert each.name not in _entries, f"{each.name} is registered twice"
-            _entries[each.name] = each
+            _add(_entries, each)
         return cls
 
     return add
+
+
+def register_module(
+    name: str,
+    *,
+    paper: str,
+    reference: str,
+    licence: str,
+    arguments: Mapping[str, Any] | None = None,
+) -> Callable[[ModuleClass], ModuleClass]:
+    """Registers a module that plans do not name: it is built in Python, by `create_module`.
+
+    reference as in `register`. arguments: those that the name implies.
+    """
+
+    def add(cls: ModuleClass) -> ModuleClass:
+        _add(_modules, ModuleEntry(name, cls, paper, reference, licence, (), arguments or {}))
+        return cls
+
+    return add
+
+
+def _add(entries: dict[str, Any], entry: ModuleEntry) -> None:
+    assert entry.name not in {*_entries, *_modules}, f"{entry.name} is registered twice"
+    entries[entry.name] = entry
 
 
 def create_network(
@@ -101,6 +140,12 @@ def create_network(
     """Builds a registered network. An unknown keyword argument is a TypeError."""
     entry = get_entry(name)
     return entry.cls(input_channels, num_classes, **{**entry.arguments, **arguments})
+
+
+def create_module(name: str, **arguments: Any) -> nn.Module:
+    """Builds a registered module. An unknown keyword argument is a TypeError."""
+    entry = get_module(name)
+    return entry.cls(**{**entry.arguments, **arguments})
 
 
 def list_networks(spatial_dims: int | None = None, *, controls: bool = True) -> list[str]:
@@ -113,17 +158,40 @@ def list_networks(spatial_dims: int | None = None, *, controls: bool = True) -> 
     )
 
 
+def list_modules() -> list[str]:
+    """The names of the registered modules without plans, sorted."""
+    return sorted(_modules)
+
+
 def get_entry(name: str) -> NetworkEntry:
     """The entry of a name (`-` and `_` are the same); ValueError with the nearest names."""
-    wanted = name.strip().lower().replace("-", "_")
-    if wanted in _entries:
-        return _entries[wanted]
-    near = difflib.get_close_matches(wanted, _entries, n=3, cutoff=0.5)
+    if (key := _key(name)) in _modules:
+        raise ValueError(
+            f"{key} is a module without plans, for Python alone: "
+            f"umamba.networks.create_module({key!r}, ...) builds it"
+        )
+    return _find(_entries, "network", name)
+
+
+def get_module(name: str) -> ModuleEntry:
+    """The entry of a module without plans, as get_entry."""
+    return _find(_modules, "module", name)
+
+
+def _find(entries: dict[str, Entry], kind: str, name: str) -> Entry:
+    wanted = _key(name)
+    if wanted in entries:
+        return entries[wanted]
+    near = difflib.get_close_matches(wanted, entries, n=3, cutoff=0.5)
     raise ValueError(
-        f"no network is called {name!r}; did you mean {' or '.join(near)}?"
+        f"no {kind} is called {name!r}; did you mean {' or '.join(near)}?"
         if near
-        else f"no network is called {name!r}; registered are {', '.join(list_networks())}"
+        else f"no {kind} is called {name!r}; registered are {', '.join(sorted(entries))}"
     )
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
 
 
 def recognize_network(keys: Collection[str]) -> list[str]:

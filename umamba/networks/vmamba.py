@@ -9,9 +9,9 @@
     convolutions for the patches and between stages. Norm, mean and head are the classifier's.
 
 arXiv 2401.10166; equals MzeroMiko/VMamba@2ed52ea, classification/models/vmamba.py (MIT). Maps are
-channels-last inside, whatever the official layout: the function is the same. These are modules, not
-networks of the registry: segmentation networks are built on them. Not here: BatchNorm, norms behind
-the branches (post_norm), gated MLPs, and the forward types xv* and m0.
+channels-last inside, whatever the official layout: the function is the same. These are modules
+without plans (`vmamba_tiny`, ...): segmentation networks are built on them. Not here: BatchNorm,
+norms behind the branches (post_norm), gated MLPs, and the forward types xv* and m0.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from umamba.blocks.patch_unet import PatchEncoder
 from umamba.blocks.sampling import ConvDownsample, ConvPatchEmbed, PatchEmbed, PatchMerging
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock, initialize_linear, ss2d_options
 from umamba.networks.base import check_stages
+from umamba.networks.registry import register_module
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
 
 PATCH_EMBEDS = ("v1", "v2")
@@ -66,7 +68,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class VMambaEncoder(nn.Module):
+class VMambaEncoder(PatchEncoder):
     """Patch embedding and stages of VSS blocks, each stage at half the size of the one before."""
 
     def __init__(
@@ -92,12 +94,7 @@ class VMambaEncoder(nn.Module):
         of a patch. forward_type, patch_embed, downsample: VMamba's names of its variants.
         mlp_ratio: 0 for blocks without an MLP. drop_path_rate: of the last block, rising from 0 at
         the first. mixer: "scan", "none" or "conv"."""
-        super().__init__()
         check_stages(features_per_stage=features_per_stage, depths=depths)
-        self.features_per_stage = tuple(features_per_stage)
-        self.patch_embed = build_patch_embed(
-            patch_embed, input_channels, features_per_stage[0], patch
-        )
         stage = functools.partial(
             vss_stage,
             ss2d={
@@ -112,25 +109,16 @@ class VMambaEncoder(nn.Module):
             mixer=mixer,
         )
         rates = drop_path_rates(0, drop_path_rate, depths)
-        self.stages = nn.ModuleList(map(stage, features_per_stage, rates))
-        self.downsamples = nn.ModuleList(
-            build_downsample(downsample, above, width)
-            for above, width in itertools.pairwise(features_per_stage)
+        super().__init__(
+            build_patch_embed(patch_embed, input_channels, features_per_stage[0], patch),
+            map(stage, features_per_stage, rates),
+            (
+                build_downsample(downsample, above, width)
+                for above, width in itertools.pairwise(features_per_stage)
+            ),
         )
+        self.features_per_stage = tuple(features_per_stage)
         initialize_linear(self)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B, input_channels, H, W) -> the stages' outputs (B, H', W', C), finest first."""
-        return self.stage_maps(images)[1]
-
-    def stage_maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs and the outputs of all stages (B, H', W', C), finest first."""
-        inputs = [self.patch_embed(images)]
-        outputs = [self.stages[0](inputs[0])]
-        for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
-            inputs.append(downsample(outputs[-1]))
-            outputs.append(stage(inputs[-1]))
-        return inputs, outputs
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +147,16 @@ class VMambaEncoder(nn.Module):
         if isinstance(widths, int):
             widths = [widths * 2**i for i in range(len(own.get("depths", (2, 2, 9, 2))))]
         return {**own, "features_per_stage": widths}
+
+
+for _size, _arguments in SIZES.items():
+    register_module(
+        f"vmamba_{_size.split('_', 1)[1]}",
+        paper="arXiv:2401.10166",
+        reference="MzeroMiko/VMamba@2ed52ead062a51a64521ed3871d52914bf532876",
+        licence="MIT",
+        arguments=_arguments,
+    )(VMambaEncoder)
 
 
 class VMambaClassifier(nn.Module):
