@@ -95,18 +95,15 @@ class HyMamba(SegmentationNetwork):
         how many resolutions have logits for deep supervision, finest first. mixer: "scan", "none"
         or "conv".
         """
-        super().__init__(input_channels, num_classes, strides=strides)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=n_outputs)
         kernel_sizes = kernel_sizes or [KERNEL] * len(strides)
         check_stages(
-            strides=strides,
+            strides,
             features_per_stage=features_per_stage,
             kernel_sizes=kernel_sizes,
             n_blocks_per_stage=n_blocks_per_stage,
             expansion_per_stage=expansion_per_stage,
         )
-        if any(step != 1 for step in strides[0]):
-            raise ValueError(f"the first of HyMamba's strides must be 1, got {list(strides[0])}")
-        self.deep_supervision_scales = self.deep_supervision_scales[:n_outputs]
         self.position_grid = None if position_grid is None else tuple(position_grid)
         blocks = [
             [MedNeXtBlock(width, kernel, expansion) for _ in range(n_blocks)]

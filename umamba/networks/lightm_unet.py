@@ -72,16 +72,13 @@ class LightMUNet(SegmentationNetwork):
         """All sequences have one entry per level, finest first (the decoder's: one fewer, deepest
         first). n_conv_per_stage: residual blocks. n_groups: of the group norms. mixer: "scan",
         "none" or "conv". deep_supervision: a list of one is returned."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        if max(strides[0]) > 1:
-            raise ValueError(f"the first stride of LightMUNet is 1, got {list(strides[0])}")
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
+        check_stages(strides, features_per_stage=features_per_stage)
         if any(width % n_groups for width in features_per_stage):
             raise ValueError(
                 f"features_per_stage {list(features_per_stage)} need to be multiples of n_groups, "
                 f"{n_groups}; choose such widths or fewer groups"
             )
-        self.deep_supervision_scales = self.deep_supervision_scales[:1]
         counts = block_counts(n_conv_per_stage, n_conv_per_stage_decoder, len(strides))
         layer = functools.partial(
             ProjectedMixerLayer,
@@ -97,11 +94,6 @@ class LightMUNet(SegmentationNetwork):
         self.decoder = Decoder(
             num_classes, strides, features_per_stage, counts[1], norm, deep_supervision
         )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits (B, num_classes, *spatial)."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:

@@ -21,6 +21,7 @@ licence stated). Kept for the sake of checkpoints:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +34,10 @@ from umamba.blocks.mixer import ProjectedMixerLayer
 from umamba.blocks.norm import ChannelNorm
 from umamba.blocks.sampling import NearestUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import SegmentationNetwork
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
-from umamba.networks.umamba import ALIASES, Counts, Encoder, thin_blocks
+from umamba.networks.umamba import ALIASES, Counts, Encoder, stage_arguments, thin_blocks
 
 QUIRKS = (
     "the gates of the high-order convolution are sums",
@@ -82,13 +83,12 @@ class MambaClinix(SegmentationNetwork):
         drop_path: rate at the deepest stage. mixer: "scan", "none" or "conv"."""
         super().__init__(input_channels, num_classes, strides=strides)
         dims, n_stages = len(strides[0]), len(strides)
-        kernels = kernel_sizes or [[3] * dims] * n_stages
-        stages: dict[str, Any] = {
-            "strides": strides,
-            "features_per_stage": features_per_stage,
-            "kernel_sizes": kernels,
-        }
-        check_stages(**stages)
+        stages = stage_arguments(strides, features_per_stage, kernel_sizes)
+        kernels = stages["kernel_sizes"]
+        mamba: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        layer = functools.partial(
+            ProjectedMixerLayer, spatial_dims=dims, skip="outside", mixer=mixer, **mamba
+        )
         layers: list[nn.Module] = []
         kinds = layer_kinds(n_conv_per_stage, n_stages)
         for index, (kind, width) in enumerate(zip(kinds, features_per_stage, strict=True)):
@@ -96,27 +96,12 @@ class MambaClinix(SegmentationNetwork):
                 rate = drop_path * index / max(n_stages - 1, 1)
                 layers.append(HGCNBlock(width, kernels[index], index + 2, drop_path=rate))
             else:
-                layers.append(
-                    ProjectedMixerLayer(
-                        *(width, width),
-                        spatial_dims=dims,
-                        skip="outside",
-                        mixer=mixer,
-                        d_state=d_state,
-                        d_conv=d_conv,
-                        expand=expand,
-                    )
-                )
+                layers.append(layer(width, width))
         last_hgcn = n_stages - 1 - kinds[::-1].index(HGCN)
         stem = ConvNormAct(input_channels, features_per_stage[0], kernels[0])
         self.encoder = ClinixEncoder(stem, layers, last_hgcn, **stages)
         self.decoder = ClinixDecoder(num_classes, **stages, deep_supervision=deep_supervision)
         initialize_convolutions(self)
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:

@@ -82,17 +82,11 @@ class MSVMUNet(SegmentationNetwork):
         encoder's last block, rising from 0; drop_path_rate_decoder: of the decoder's first block,
         falling to 0. mixer: "scan", "none" or "conv".
         """
-        super().__init__(input_channels, num_classes, strides=strides)
-        self.deep_supervision_scales = ((1.0, 1.0),)
-        topology = [[1, 1], [*FINEST], *[[*DEEPER]] * (len(strides) - 2)]
-        if [list(stride) for stride in strides] != topology:
-            raise ValueError(
-                f"MSVMUNet goes down by 4 and then by 2: strides {topology} for {len(topology)} "
-                f"stages, got {[list(stride) for stride in strides]}"
-            )
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
-        check_stages(**{"strides[2:]": strides[2:]}, depths_decoder=depths_decoder)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
+        self.check_strides(strides, [(1, 1), FINEST, *[DEEPER] * (len(strides) - 2)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths)
+        check_stages(strides[2:], depths_decoder=depths_decoder)
         # parity: MSVMUNet.forward repeats gray images, and its stem has three channels.
         self.stem_channels = 3 if input_channels == 1 else input_channels
         self.encoder = VMambaEncoder(

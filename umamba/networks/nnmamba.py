@@ -82,18 +82,14 @@ class NnMamba(SegmentationNetwork):
         """Sequences have one entry per stage, finest first; features_per_stage begins with the
         width that the decoder brings to the full resolution, where the encoder has no stage.
         n_blocks_per_stage: of the encoder below its stem. mixer: "scan", "none" or "conv"."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        if len(strides) < 3 or max(strides[0]) > 1:
-            raise ValueError(
-                f"{type(self).__name__} needs three strides or more, the first of them 1, "
-                f"got {[list(stride) for stride in strides]}"
-            )
+        n_outputs = None if self.supervised else 1
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=n_outputs)
+        check_stages(strides, features_per_stage=features_per_stage)
+        if len(strides) < 3:
+            raise ValueError(f"{type(self).__name__} needs three strides or more, got {strides}")
         fewest = 2 if self.placement == "blocks" else 1
         if n_blocks_per_stage < fewest:
             raise ValueError(f"n_blocks_per_stage is {n_blocks_per_stage}, needs {fewest} or more")
-        if not self.supervised:
-            self.deep_supervision_scales = self.deep_supervision_scales[:1]
         options = {"mixer": mixer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
         layer = functools.partial(self.layer, options)
         widths = features_per_stage[1:]
@@ -103,11 +99,6 @@ class NnMamba(SegmentationNetwork):
         self.decoder = Decoder(
             num_classes, strides, features_per_stage, self.gated, self.supervised, deep_supervision
         )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def layer(cls, options: Mapping[str, Any], width: int) -> nn.Module | None:

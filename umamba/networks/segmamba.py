@@ -83,14 +83,11 @@ class SegMamba(SegmentationNetwork):
         """strides and features_per_stage have one entry per resolution, finest first; depths
         (numbers of Mamba layers) and n_slices one for each but the finest, which has no Mamba.
         n_outputs: how many resolutions have logits for deep supervision, finest first."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        if any(step != 1 for step in strides[0]):
-            raise ValueError(f"the first of SegMamba's strides must be 1, got {list(strides[0])}")
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths, n_slices=n_slices)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=n_outputs)
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths, n_slices=n_slices)
         if min(n_slices) < 1:
             raise ValueError(f"n_slices must be positive, got {list(n_slices)}")
-        self.deep_supervision_scales = self.deep_supervision_scales[:n_outputs]
         layer = functools.partial(
             MixerLayer, spatial_dims=3, mixer=mixer, residual=True, d_state=d_state, d_conv=d_conv,
             expand=expand,
@@ -108,11 +105,6 @@ class SegMamba(SegmentationNetwork):
             n_outputs=n_outputs,
             deep_supervision=deep_supervision,
         )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of n_outputs, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)

@@ -86,9 +86,9 @@ class SwinUMamba(SegmentationNetwork):
         the encoder, finest first. mixer: "scan", "none" or "conv".
         """
         super().__init__(input_channels, num_classes, strides=strides)
-        check_topology(self, strides, [(1, 1), *[(2, 2)] * (len(strides) - 2), (4, 4)])
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
+        self.check_strides(strides, [(1, 1), *[(2, 2)] * (len(strides) - 2), (4, 4)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths)
         first, *widths = features_per_stage
         stem = {
             "conv": convolution(input_channels, first, STEM_KERNEL, 2),
@@ -180,10 +180,10 @@ class SwinUMambaD(SegmentationNetwork):
         falling to 0. mixer: "scan", "none" or "conv".
         """
         super().__init__(input_channels, num_classes, strides=strides)
-        check_topology(self, strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
-        check_stages(**{"strides[2:]": strides[2:]}, depths_decoder=depths_decoder)
+        self.check_strides(strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths)
+        check_stages(strides[2:], depths_decoder=depths_decoder)
         self.encoder = VMambaEncoder(
             input_channels,
             features_per_stage=features_per_stage[1:],
@@ -203,11 +203,6 @@ class SwinUMambaD(SegmentationNetwork):
             deep_supervision=deep_supervision,
         )
         initialize_convolutions(self)
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, H, W) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -268,18 +263,6 @@ class VSSDecoder(nn.Module):
         features = self.expands[-1](features)
         logits.append(self.seg_layers[-1](features.movedim(-1, 1)))
         return logits[::-1] if self.deep_supervision else logits[0]
-
-
-def check_topology(
-    network: nn.Module, strides: Sequence[Sequence[int]], topology: Sequence[Sequence[int]]
-) -> None:
-    """Raises ValueError unless the strides are those of the topology, three stages at least."""
-    given, allowed = ([list(stride) for stride in entries] for entries in (strides, topology))
-    if given != allowed or len(given) < 3:
-        raise ValueError(
-            f"{type(network).__name__} has strides like {allowed}, of 3 stages at least, "
-            f"got {given}"
-        )
 
 
 # Official name, ours. Here VMamba's downsampling stands outside its stages.

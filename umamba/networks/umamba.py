@@ -73,22 +73,10 @@ class UMamba(SegmentationNetwork):
         """All sequences have one entry per stage, finest first (the decoder's: one fewer, deepest
         first). kernel_sizes: 3 everywhere by default. mixer: "scan", "none" or "conv"."""
         super().__init__(input_channels, num_classes, strides=strides)
-        dims, n_stages = len(strides[0]), len(strides)
-        stages: dict[str, Any] = {
-            "strides": strides,
-            "features_per_stage": features_per_stage,
-            "kernel_sizes": kernel_sizes or [[3] * dims] * n_stages,
-        }
-        check_stages(**stages)
-        layer = functools.partial(
-            MixerLayer,
-            spatial_dims=dims,
-            mixer=mixer,
-            d_state=d_state,
-            d_conv=d_conv,
-            expand=expand,
-        )
-        counts = (n_conv_per_stage, n_conv_per_stage_decoder, n_stages)
+        stages = stage_arguments(strides, features_per_stage, kernel_sizes)
+        options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        layer = functools.partial(MixerLayer, spatial_dims=len(strides[0]), mixer=mixer, **options)
+        counts = (n_conv_per_stage, n_conv_per_stage_decoder, len(strides))
         self.build(layer, stages, counts, deep_supervision)
 
     def build(
@@ -119,11 +107,6 @@ class UMamba(SegmentationNetwork):
     def add_mixers(self, layer: Callable[..., MixerLayer], stages: Mapping[str, Any]) -> None:
         """Adds the Mamba layers; layer(d_model, tokens=...) makes one."""
         raise NotImplementedError
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -253,6 +236,17 @@ class Encoder(nn.Module):
                 features = self.mixers[index](features)
             skips.append(features)
         return skips
+
+
+def stage_arguments(
+    strides: Sequence[Sequence[int]],
+    features_per_stage: Sequence[int],
+    kernel_sizes: Sequence[Sequence[int]] | None,
+) -> dict[str, Any]:
+    """What encoder and decoder both take, after a check; the kernels are 3 by default."""
+    kernels = kernel_sizes or [[3] * len(strides[0])] * len(strides)
+    check_stages(strides, features_per_stage=features_per_stage, kernel_sizes=kernels)
+    return {"strides": strides, "features_per_stage": features_per_stage, "kernel_sizes": kernels}
 
 
 def thin_blocks(encoder: Counts, decoder: Counts, n_stages: int) -> tuple[list[int], list[int]]:

@@ -92,18 +92,15 @@ class UVMNet(SegmentationNetwork):
         over, "batch" or "channels"; "none" leaves it and its mixer out. input_residual: the images
         are added to the output, which needs as many classes as channels, or one channel.
         """
-        super().__init__(input_channels, num_classes, strides=strides)
-        check_stages(strides=strides, features_per_stage=features_per_stage)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
+        check_stages(strides, features_per_stage=features_per_stage)
         check_choice("attention", attention, ATTENTIONS)
         check_choice("upsample", upsample, UPSAMPLES)
-        if tuple(strides[0]) != (1, 1):
-            raise ValueError(f"the first of UVMNet's strides must be 1, got {list(strides[0])}")
         if input_residual and input_channels not in (1, num_classes):
             raise ValueError(
                 f"UVMNet adds its {input_channels} input channels to the {num_classes} outputs, "
                 "which must be as many; for segmentation give input_residual=false"
             )
-        self.deep_supervision_scales = self.deep_supervision_scales[:1]
         # Maps are padded to the size of the skips, so that any size is taken from this one on.
         self.smallest, self.divisor = self.divisor, (1, 1)
         self.input_residual = input_residual

@@ -83,18 +83,11 @@ class VMUNet(SegmentationNetwork):
         depths, depths_decoder: VSS blocks per stage, in the encoder finest first, in the decoder
         deepest first. sigmoid: returns probabilities, as the official network does for one class.
         mixer: "scan", "none" or "conv"."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        self.deep_supervision_scales = ((1.0, 1.0),)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
         patch = strides[min(1, len(strides) - 1)][0]
-        topology = [[1, 1], [patch, patch], *[[2, 2]] * (len(strides) - 2)]
-        if [list(stride) for stride in strides] != topology:
-            raise ValueError(
-                "VMUNet's strides are 1, the side of a patch, then 2 for every further stage, e.g. "
-                f"{topology}; got {[list(stride) for stride in strides]}"
-            )
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        stages = {"strides[1:]": strides[1:], "depths": depths, "depths_decoder": depths_decoder}
-        check_stages(**stages)
+        self.check_strides(strides, [(1, 1), (patch, patch), *[(2, 2)] * (len(strides) - 2)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths, depths_decoder=depths_decoder)
         self.encoder = VMambaEncoder(
             STEM_CHANNELS if input_channels == 1 else input_channels,
             features_per_stage=features_per_stage[1:],

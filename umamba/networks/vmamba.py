@@ -93,7 +93,7 @@ class VMambaEncoder(nn.Module):
         mlp_ratio: 0 for blocks without an MLP. drop_path_rate: of the last block, rising from 0 at
         the first. mixer: "scan", "none" or "conv"."""
         super().__init__()
-        check_stages(features_per_stage=features_per_stage, depths=depths)
+        check_stages(features_per_stage, depths=depths)
         self.features_per_stage = tuple(features_per_stage)
         self.patch_embed = build_patch_embed(
             patch_embed, input_channels, features_per_stage[0], patch
