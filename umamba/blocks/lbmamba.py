@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from umamba.blocks.mamba import Mamba
 from umamba.blocks.mixer import build_mixer
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 from umamba.ops.local_scan import window_of
 from umamba.ops.token_orders import token_order
 
@@ -106,18 +106,14 @@ class AlternatingLayers(nn.Module):
         self.layers = nn.ModuleList(Layer(d_model, built) for built in mixers)
         self.ends_reversed = mixer == "scan" and depth % 2 == 1 and not restore_order
 
+    @in_float32
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, *spatial, C) -> the same shape.
-
-        Outside autocast and in at least float32, which is what comes out.
-        """
-        with without_autocast(tokens.device):
-            x = tokens.float() if tokens.dtype.itemsize < 4 else tokens
-            for layer in self.layers:
-                x = layer(x)
-            # parity: LBVim does not undo its last flip. Reversed, any order of the tokens has all
-            # axes mirrored.
-            return x.flip(tuple(range(1, x.ndim - 1))) if self.ends_reversed else x
+        """tokens (B, *spatial, C) -> the same shape, in at least float32."""
+        for layer in self.layers:
+            tokens = layer(tokens)
+        # parity: LBVim does not undo its last flip. Reversed, any order of the tokens has all axes
+        # mirrored.
+        return tokens.flip(tuple(range(1, tokens.ndim - 1))) if self.ends_reversed else tokens
 
 
 class Layer(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umamba.blocks.mamba import Mamba, uniform
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 
 MIXERS = ("scan", "none", "conv")
 
@@ -60,15 +60,16 @@ class MixerLayer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *spatial) -> the same shape."""
-        if self.norm is None or self.mixer is None:
-            return features
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            if self.tokens == "voxels":
-                mixed = self.mixer(self.norm(wide.movedim(1, -1))).movedim(-1, 1).contiguous()
-            else:
-                mixed = self.mixer(self.norm(wide.flatten(2))).reshape(features.shape)
-            return wide + mixed if self.residual else mixed
+        return features if self.mixer is None else self._mix(features)
+
+    @in_float32
+    def _mix(self, features: Tensor) -> Tensor:
+        assert self.norm is not None and self.mixer is not None
+        if self.tokens == "voxels":
+            mixed = self.mixer(self.norm(features.movedim(1, -1))).movedim(-1, 1).contiguous()
+        else:
+            mixed = self.mixer(self.norm(features.flatten(2))).reshape(features.shape)
+        return features + mixed if self.residual else mixed
 
 
 class ProjectedMixerLayer(nn.Module):
@@ -108,21 +109,23 @@ class ProjectedMixerLayer(nn.Module):
         """features (B, d_model, *spatial) -> (B, out_channels, *spatial)."""
         if self.mixer is None and self.skip == "outside":
             return features
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            mixed = tokens = wide.movedim(1, -1)
-            if self.mixer is not None:
-                mixed = self.mixer(self.norm(tokens))
-            if self.skip == "inside":
-                if self.skip_scale is not None:
-                    mixed = mixed + self.skip_scale * tokens
-                return self.proj(self.norm(mixed)).movedim(-1, 1).contiguous()
-            # parity: MambaClinix has the scale and does not use it. Without a gradient, if only
-            # of 0, training on several GPUs would stop at it.
-            assert self.skip_scale is not None
-            bias = self.proj.bias + 0 * self.skip_scale
-            mixed = functional.linear(self.norm(mixed), self.proj.weight, bias)
-            return wide + mixed.movedim(-1, 1).contiguous()
+        return self._mix(features)
+
+    @in_float32
+    def _mix(self, features: Tensor) -> Tensor:
+        mixed = tokens = features.movedim(1, -1)
+        if self.mixer is not None:
+            mixed = self.mixer(self.norm(tokens))
+        if self.skip == "inside":
+            if self.skip_scale is not None:
+                mixed = mixed + self.skip_scale * tokens
+            return self.proj(self.norm(mixed)).movedim(-1, 1).contiguous()
+        # parity: MambaClinix has the scale and does not use it. Without a gradient, if only of 0,
+        # training on several GPUs would stop at it.
+        assert self.skip_scale is not None
+        bias = self.proj.bias + 0 * self.skip_scale
+        mixed = functional.linear(self.norm(mixed), self.proj.weight, bias)
+        return features + mixed.movedim(-1, 1).contiguous()
 
 
 class ConvMixer(nn.Module):
@@ -175,18 +178,18 @@ class PointwiseMixerLayer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *spatial) -> the same shape."""
         x = functional.relu_(self.norm(self.in_conv(features)))
-        with without_autocast(x.device):
-            wide = x.float() if x.dtype.itemsize < 4 else x
-            tokens = wide.movedim(1, -1)  # (B, *spatial, C)
-            if self.four_views:
-                plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
-                mixed = (plain + reverse.flip(-1)) / 2
-            else:
-                mixed = self.mixer(tokens)
-        result = mixed.movedim(-1, 1)
+        result = self._mix(x)
         if self.out_conv is not None and self.out_norm is not None:
             result = functional.relu_(self.out_norm(self.out_conv(x + result)))
         return features + result if self.residual else result
+
+    @in_float32
+    def _mix(self, features: Tensor) -> Tensor:
+        tokens = features.movedim(1, -1)  # (B, *spatial, C)
+        if self.four_views:
+            plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
+            return ((plain + reverse.flip(-1)) / 2).movedim(-1, 1)
+        return self.mixer(tokens).movedim(-1, 1)
 
 
 def pointwise_mixer_layer(

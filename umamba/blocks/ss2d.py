@@ -17,7 +17,7 @@ from torch.nn import functional
 from umamba.blocks.mamba import spread_dt_bias, uniform
 from umamba.blocks.mixer import build_mixer
 from umamba.ops.directions import DirectionParameters, scan_directions
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 
 # The walk of each of the four parameter sets, in the official order of the sets.
 WALKS = {
@@ -218,15 +218,14 @@ class VSSBlock(nn.Module):
         self.mlp = None if mlp is None else mlp()
         self.drop_path = DropPath(drop_path)
 
+    @in_float32
     def forward(self, features: Tensor) -> Tensor:
         """features (B, *spatial, C) -> the same shape."""
-        with without_autocast(features.device):
-            x = features.float() if features.dtype.itemsize < 4 else features
-            if self.norm is not None and self.mixer is not None:
-                x = x + self.drop_path(self.mixer(self.norm(x)))
-            if self.norm2 is not None and self.mlp is not None:
-                x = x + self.drop_path(self.mlp(self.norm2(x)))
-            return x
+        if self.norm is not None and self.mixer is not None:
+            features = features + self.drop_path(self.mixer(self.norm(features)))
+        if self.norm2 is not None and self.mlp is not None:
+            features = features + self.drop_path(self.mlp(self.norm2(features)))
+        return features
 
 
 class MLP(nn.Module):

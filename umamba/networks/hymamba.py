@@ -43,7 +43,7 @@ from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, mamba_rows, unetr_block_rows
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 
 KERNEL, POINT = (3, 3, 3), (1, 1, 1)
 NORM = functools.partial(ChannelNorm, eps=1e-6)
@@ -151,16 +151,15 @@ class HyMamba(SegmentationNetwork):
         *skips, deepest = self.encoder(images)
         return self.decoder([*skips, self.mix(deepest)])
 
+    @in_float32
     def mix(self, features: Tensor) -> Tensor:
         """Adds the position table and runs the Mamba layers, outside autocast."""
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            tokens = wide.movedim(1, -1)  # (B, *grid, C)
-            table = position_table(self.position_grid or tokens.shape[1:-1], tokens)
-            tokens = tokens + table.reshape(tokens.shape[1:])
-            for layer in self.bottleneck:
-                tokens = layer(tokens)
-            return tokens.movedim(-1, 1).contiguous()
+        tokens = features.movedim(1, -1)  # (B, *grid, C)
+        table = position_table(self.position_grid or tokens.shape[1:-1], tokens)
+        tokens = tokens + table.reshape(tokens.shape[1:])
+        for layer in self.bottleneck:
+            tokens = layer(tokens)
+        return tokens.movedim(-1, 1).contiguous()
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)

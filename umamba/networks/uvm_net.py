@@ -40,7 +40,7 @@ from umamba.blocks.sampling import TransposedUpsample
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, mamba_rows
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 
 KERNEL, POINT = (3, 3), (1, 1)
 HIDDEN = 16  # channels inside the UVM block's residual convolutions
@@ -296,22 +296,21 @@ class UVMBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *shape) -> the same shape."""
         features = features + self.conv2(functional.relu_(self.conv1(features)))
-        return self.smooth(self.mix(features))
+        return self.smooth(features if self.norm is None else self.mix(features))
 
+    @in_float32
     def mix(self, features: Tensor) -> Tensor:
         """The mixers on the tokens, outside autocast, in at least float32."""
-        if self.norm is None or self.mixer_along is None or self.mixer_across is None:
-            return features
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            tokens = self.norm(wide.reshape(len(wide), -1, wide.shape[1]))  # (B, L, C)
-            across = self.mixer_along(tokens).transpose(1, 2)  # (B, C, L)
-            mixed = self.mixer_across(across).transpose(1, 2)  # (B, L, C)
-            if self.mixer_attention is not None:
-                # parity: nn.Softmax() without an axis takes the first of three, the batch.
-                axis = 0 if self.attention == "batch" else -1
-                mixed = self.mixer_attention(tokens).softmax(axis) * mixed
-            return mixed.reshape(features.shape)
+        assert self.norm is not None and self.mixer_along is not None
+        assert self.mixer_across is not None
+        tokens = self.norm(features.reshape(len(features), -1, features.shape[1]))  # (B, L, C)
+        across = self.mixer_along(tokens).transpose(1, 2)  # (B, C, L)
+        mixed = self.mixer_across(across).transpose(1, 2)  # (B, L, C)
+        if self.mixer_attention is not None:
+            # parity: nn.Softmax() without an axis takes the first of three, the batch.
+            axis = 0 if self.attention == "batch" else -1
+            mixed = self.mixer_attention(tokens).softmax(axis) * mixed
+        return mixed.reshape(features.shape)
 
 
 def resize(features: Tensor, shape: Sequence[int]) -> Tensor:
