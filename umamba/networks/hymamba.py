@@ -42,7 +42,7 @@ from umamba.blocks.ss2d import MLP, VSSBlock
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mamba_rows, unetr_block_rows
+from umamba.networks.state_dict import KeyMap, Row, mamba_rows, renamed_rows, unetr_decoder_rows
 from umamba.ops.dispatch import in_float32
 
 KERNEL, POINT = (3, 3, 3), (1, 1, 1)
@@ -288,11 +288,8 @@ def initialize_mamba_layers(layers: nn.Module) -> None:
 
 def residual_rows(official: str, own: str) -> list[Row]:
     """The rows of a residual block with biases and affine norms; both prefixes end in a dot."""
-    return [
-        Row(f"{official}conv3.{{p}}", f"{own}shortcut.conv.{{p}}"),
-        Row(f"{official}norm3.{{p}}", f"{own}shortcut.norm.{{p}}"),
-        Row(f"{official}{{layer}}.{{p}}", f"{own}{{layer}}.{{p}}"),
-    ]
+    names = {"conv3": "shortcut.conv", "norm3": "shortcut.norm", "{layer}": "{layer}"}
+    return renamed_rows(official, own, names)
 
 
 ROWS = (
@@ -310,15 +307,8 @@ ROWS = (
     *mamba_rows("mae.blocks.{j}.mamba.", "bottleneck.{j}.mixer."),
     Row("mae.blocks.{j}.norm2.{p}", "bottleneck.{j}.norm2.{p}"),
     Row("mae.blocks.{j}.mlp.{layer}.{p}", "bottleneck.{j}.mlp.{layer}.{p}"),
-    *(
-        row
-        for i, n in enumerate(range(N_STAGES, 1, -1))
-        for row in (
-            Row(f"decoder.decoder{n}.transp_conv.conv.{{p}}", f"decoder.upsample.{i}.conv.{{p}}"),
-            *unetr_block_rows(f"decoder.decoder{n}.conv_block.", f"decoder.stages.{i}.0."),
-        )
-    ),
     *residual_rows("decoder.decoder1.", f"decoder.stages.{N_STAGES - 2}.1."),
+    *unetr_decoder_rows("decoder.", N_STAGES - 1),
     Row("decoder.out.conv.{p}", f"decoder.seg_layers.{N_STAGES - 2}.{{p}}"),
 )
 

@@ -36,7 +36,7 @@ from umamba.blocks.sampling import NearestUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
+from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, projected_mixer_rows
 from umamba.networks.umamba import ALIASES, Counts, Encoder, stage_arguments, thin_blocks
 
 QUIRKS = (
@@ -193,23 +193,12 @@ def layer_kinds(n_conv_per_stage: Counts, n_stages: int) -> list[int]:
     return kinds
 
 
-# Official name, ours. A shortcut's projection sits at index 1 behind a pool, else at 0.
+# Official name, ours.
 ROWS = (
     *projected_mixer_rows("encoder.encoder_layers.{s}.", "encoder.mixers.{s}."),
-    *(
-        row
-        for official, own in (
-            ("encoder.stages.{s}.blocks.0", "encoder.stages.{s}.0"),
-            ("decoder.Init_Residual", "decoder.bottleneck"),
-            ("decoder.residual_blocks.{s}", "decoder.skip_blocks.{s}"),
-        )
-        for row in (
-            Row(f"{official}.conv{{i}}.conv.{{p}}", f"{own}.conv{{i}}.{{p}}"),
-            Row(f"{official}.conv{{i}}.norm.{{p}}", f"{own}.norm{{i}}.{{p}}"),
-            Row(f"{official}.skip.1.{{layer}}.{{p}}", f"{own}.shortcut.{{layer}}.{{p}}"),
-            Row(f"{official}.skip.0.{{layer}}.{{p}}", f"{own}.shortcut.{{layer}}.{{p}}"),
-        )
-    ),
+    *basic_block_rows("encoder.stages.{s}.blocks.0.", "encoder.stages.{s}.0."),
+    *basic_block_rows("decoder.Init_Residual.", "decoder.bottleneck."),
+    *basic_block_rows("decoder.residual_blocks.{s}.", "decoder.skip_blocks.{s}."),
     *(
         Row(f"encoder.encoder_layers.{{s}}.{official}", f"encoder.mixers.{{s}}.{own}")
         for official, own in (

@@ -32,7 +32,7 @@ from umamba.blocks.sampling import LargeKernelPatchExpand
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
+from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
 from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates
 
 QUIRKS = (
@@ -232,12 +232,9 @@ def pointwise_rows(official: str, own: str) -> list[Row]:
 
 def expand_rows(official: str, own: str) -> list[Row]:
     """The rows of a LargeKernelPatchExpand."""
-    return [
-        *pointwise_rows(f"{official}expand.0.", f"{own}expand."),
-        Row(f"{official}expand.1.{{p}}", f"{own}batch_norm.{{p}}"),
-        Row(f"{official}expand.3.{{p}}", f"{own}conv.{{p}}"),
-        Row(f"{official}norm.{{p}}", f"{own}norm.{{p}}"),
-    ]
+    names = {"expand.1": "batch_norm", "expand.3": "conv", "norm": "norm"}
+    expand = pointwise_rows(f"{official}expand.0.", f"{own}expand.")
+    return [*expand, *renamed_rows(official, own, names)]
 
 
 def msvss_rows(official: str, own: str) -> list[Row]:
@@ -248,12 +245,9 @@ def msvss_rows(official: str, own: str) -> list[Row]:
 
 # Official name, ours.
 KEY_ROWS = (
-    Row("encoder.layer0.0.{p}", "encoder.patch_embed.proj.{p}"),
-    Row("encoder.layer0.2.{p}", "encoder.patch_embed.norm.{p}"),
-    Row("encoder.layer1.0.{p}", "encoder.patch_embed.proj2.{p}"),
-    Row("encoder.layer1.2.{p}", "encoder.patch_embed.norm2.{p}"),
-    Row("encoder.downsamples.{i}.1.{p}", "encoder.downsamples.{i}.conv.{p}"),
-    Row("encoder.downsamples.{i}.3.{p}", "encoder.downsamples.{i}.post_norm.{p}"),
+    *renamed_rows("encoder.layer0.", "encoder.patch_embed.", {"0": "proj", "2": "norm"}),
+    *renamed_rows("encoder.layer1.", "encoder.patch_embed.", {"0": "proj2", "2": "norm2"}),
+    *renamed_rows(*["encoder.downsamples.{i}."] * 2, {"1": "conv", "3": "post_norm"}),
     *vss_block_rows("encoder.layers.{i}.blocks.{j}.", "encoder.stages.{i}.{j}."),
     *expand_rows("decoder.layers.{i}.up.", "decoder.upsample.{i}."),
     *pointwise_rows("decoder.layers.{i}.concat_layer.", "decoder.joins.{i}."),

@@ -36,7 +36,7 @@ from umamba.blocks.conv import BatchNormBlock, DoubleConv, Stride, convolution
 from umamba.blocks.mixer import MixerLayer, pointwise_mixer_layer
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mamba_rows
+from umamba.networks.state_dict import KeyMap, Row, double_conv_rows, mamba_rows, renamed_rows
 
 PAPER = "arXiv:2402.03526"
 REFERENCE = "lhaof/nnMamba@6fb35a3d7e9352f7b3cc83a035ef3ae0d0e8fa28"
@@ -373,12 +373,6 @@ def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def double_conv_rows(official: str, own: str) -> list[Row]:
-    """The rows of a DoubleConv."""
-    layers = {0: "conv1", 1: "norm1", 3: "conv2", 4: "norm2"}
-    return [Row(f"{official}.conv.{i}.{{p}}", f"{own}.{name}.{{p}}") for i, name in layers.items()]
-
-
 def layer_rows(placement: Placement, projects: bool) -> list[Row]:
     """The rows of the Mamba layers of a network; projects as in PointwiseMixerLayer."""
     official, own = {
@@ -388,27 +382,25 @@ def layer_rows(placement: Placement, projects: bool) -> list[Row]:
     names = {"nin": "in_conv", "norm": "norm"}
     if projects:
         names |= {"nin2": "out_conv", "norm2": "out_norm"}
-    rows = [Row(f"{official}{key}.{{p}}", f"{own}{name}.{{p}}") for key, name in names.items()]
-    return [*rows, *mamba_rows(f"{official}mamba.", f"{own}mixer.")]
+    return [*renamed_rows(official, own, names), *mamba_rows(f"{official}mamba.", f"{own}mixer.")]
 
 
 def decoder_rows(supervised: bool) -> list[Row]:
     """The rows of a decoder of the official depth: three stages and the full resolution."""
-    rows = double_conv_rows("conv8", f"decoder.seg_layers.{3 if supervised else 0}")
+    rows = double_conv_rows("conv8.conv.", f"decoder.seg_layers.{3 if supervised else 0}.")
     for i in range(3):
-        rows += double_conv_rows(f"conv{5 + i}", f"decoder.stages.{i}")
+        rows += double_conv_rows(f"conv{5 + i}.conv.", f"decoder.stages.{i}.")
         rows.append(Row(f"att{3 - i}.layer{{n}}.{{p}}", f"decoder.gates.{i}.fc{{n}}.{{p}}"))
         if supervised:
             rows.append(Row(f"ds{3 - i}_cls_conv.{{p}}", f"decoder.seg_layers.{i}.{{p}}"))
     return rows
 
 
-BLOCK, OWN_BLOCK = "layer{s}.{b}.", "encoder.stages.{s}.blocks.{b}."
+BLOCK = "layer{s}.{b}."
+BLOCK_NAMES = {"conv{i}": "conv{i}", "bn{i}": "norm{i}", "downsample.{i}": "shortcut.{i}"}
 ENCODER_ROWS = (
-    *double_conv_rows("in_conv", "encoder.stages.0"),
-    Row(BLOCK + "conv{i}.{p}", OWN_BLOCK + "conv{i}.{p}"),
-    Row(BLOCK + "bn{i}.{p}", OWN_BLOCK + "norm{i}.{p}"),
-    Row(BLOCK + "downsample.{i}.{p}", OWN_BLOCK + "shortcut.{i}.{p}"),
+    *double_conv_rows("in_conv.conv.", "encoder.stages.0."),
+    *renamed_rows(BLOCK, "encoder.stages.{s}.blocks.{b}.", BLOCK_NAMES),
 )
 
 # Every block of a stage saves the layer that they share.

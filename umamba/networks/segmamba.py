@@ -40,7 +40,14 @@ from umamba.blocks.sampling import TransposedUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mixer_rows, unetr_block_rows
+from umamba.networks.state_dict import (
+    KeyMap,
+    Row,
+    mixer_rows,
+    renamed_rows,
+    unetr_block_rows,
+    unetr_decoder_rows,
+)
 
 KERNEL = (3, 3, 3)
 POINT = (1, 1, 1)
@@ -194,35 +201,22 @@ class Stage(nn.Module):
         return features, self.project(features)
 
 
-# Official name, ours. The official decoder counts its blocks from the finest, decoder1, on.
+# Official name, ours.
 STAGE = "encoder.stages.{i}."
+GATE = {"proj": "conv1", "proj2": "conv2", "proj3": "side", "proj4": "join"}
 ROWS = (
     Row("vit.downsample_layers.{i}.{layer}.{p}", STAGE + "down.{layer}.{p}"),
-    *(
-        Row(f"vit.gscs.{{i}}.{official}.{{p}}", f"{STAGE}gate.{own}.{{p}}")
-        for official, own in zip(
-            ("proj", "proj2", "proj3", "proj4"), ("conv1", "conv2", "side", "join"), strict=True
-        )
-    ),
+    *renamed_rows("vit.gscs.{i}.", STAGE + "gate.", GATE),
     *mixer_rows(
         *("vit.stages.{i}.{j}.norm.", "vit.stages.{i}.{j}.mamba.", STAGE + "mixers.{j}."),
         n_directions=3,
     ),
-    Row("vit.mlps.{i}.fc1.{p}", STAGE + "project.1.{p}"),
-    Row("vit.mlps.{i}.fc2.{p}", STAGE + "project.3.{p}"),
+    *renamed_rows("vit.mlps.{i}.", STAGE + "project.", {"fc1": "1", "fc2": "3"}),
     *(
         row
         for k in range(5)
         for row in unetr_block_rows(f"encoder{k + 1}.layer.", f"encoder.skips.{k}.")
     ),
-    *(
-        row
-        for k in range(4)
-        for row in (
-            Row(f"decoder{5 - k}.transp_conv.conv.weight", f"decoder.upsample.{k}.conv.weight"),
-            *unetr_block_rows(f"decoder{5 - k}.conv_block.", f"decoder.stages.{k}.0."),
-        )
-    ),
-    *unetr_block_rows("decoder1.layer.", "decoder.stages.3.1."),
+    *unetr_decoder_rows("", 4),
     Row("out.conv.conv.{p}", "decoder.seg_layers.3.{p}"),
 )

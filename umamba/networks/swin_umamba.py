@@ -41,7 +41,13 @@ from umamba.blocks.sampling import PatchExpand, TransposedUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, unetr_block_rows, vss_block_rows
+from umamba.networks.state_dict import (
+    KeyMap,
+    Row,
+    unetr_block_rows,
+    unetr_decoder_rows,
+    vss_block_rows,
+)
 from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
 
 PAPER = "arXiv:2402.03302"
@@ -271,18 +277,9 @@ ENCODER_ROWS = (
     *encoder_rows("vssm_encoder.", "encoder.", old=True),
 )
 STEM_ROWS = (Row("stem.0.{p}", "stem.conv.{p}"), Row("stem.1.{p}", "stem.norm.{p}"))
-# The official convolutional decoder counts its blocks from the finest, decoder1, on.
 CONVOLUTION_ROWS = (
     *(row for k in range(5) for row in unetr_block_rows(f"encoder{k + 1}.layer.", f"skips.{k}.")),
-    *(
-        row
-        for k in range(5)
-        for row in (
-            Row(f"decoder{6 - k}.transp_conv.conv.weight", f"decoder.upsample.{k}.conv.weight"),
-            *unetr_block_rows(f"decoder{6 - k}.conv_block.", f"decoder.stages.{k}.0."),
-        )
-    ),
-    *unetr_block_rows("decoder1.layer.", "decoder.stages.4.1."),
+    *unetr_decoder_rows("", 5),
     *(
         Row(f"out_layers.{k}.conv.conv.{{p}}", f"decoder.seg_layers.{4 - k}.{{p}}")
         for k in range(4)

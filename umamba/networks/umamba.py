@@ -32,7 +32,7 @@ from umamba.blocks.sampling import NearestUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mixer_rows
+from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, mixer_rows
 
 PAPER = "arXiv:2401.04722"
 REFERENCE = "bowang-lab/U-Mamba@28459e33ca03769800dd35e23c6e62491d1925b5"
@@ -286,8 +286,7 @@ CONVOLUTION_ROWS = (
         for row in (
             Row(f"{stage}.0.conv3.{{p}}", f"{stage}.0.shortcut.{{p}}"),
             Row(f"{stage}.0.{{layer}}.{{p}}", f"{stage}.0.{{layer}}.{{p}}"),
-            Row(f"{stage}.{{b}}.conv{{i}}.conv.{{p}}", f"{stage}.{{b}}.conv{{i}}.{{p}}"),
-            Row(f"{stage}.{{b}}.conv{{i}}.norm.{{p}}", f"{stage}.{{b}}.norm{{i}}.{{p}}"),
+            *basic_block_rows(f"{stage}.{{b}}.", f"{stage}.{{b}}.", skips=()),
         )
     ),
     Row("decoder.upsample_layers.{i}.conv.{p}", "decoder.upsample.{i}.conv.{p}"),

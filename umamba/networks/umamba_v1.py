@@ -26,7 +26,7 @@ from umamba.blocks.mixer import MixerLayer
 from umamba.blocks.sampling import TransposedUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mixer_rows
+from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, mixer_rows
 from umamba.networks.umamba import (
     ALIASES,
     PAPER,
@@ -95,25 +95,11 @@ class UMambaEncV1(UMambaV1):
                     nn.init.zeros_(parameter)
 
 
-# Official name, ours. A shortcut's projection sits at index 1 behind a pool (encoder), else at 0.
+# Official name, ours.
 CONVOLUTION_ROWS = (
     Row("encoder.stem.convs.0.{layer}.{p}", "encoder.stem.{layer}.{p}"),
-    *(
-        row
-        for stage, index in (
-            ("encoder.stages.{s}", 1),
-            ("encoder.stages.{s}", 0),
-            ("decoder.stages.{s}", 0),
-        )
-        for row in (
-            Row(f"{stage}.blocks.{{b}}.conv{{i}}.conv.{{p}}", f"{stage}.{{b}}.conv{{i}}.{{p}}"),
-            Row(f"{stage}.blocks.{{b}}.conv{{i}}.norm.{{p}}", f"{stage}.{{b}}.norm{{i}}.{{p}}"),
-            Row(
-                f"{stage}.blocks.{{b}}.skip.{index}.{{layer}}.{{p}}",
-                f"{stage}.{{b}}.shortcut.{{layer}}.{{p}}",
-            ),
-        )
-    ),
+    *basic_block_rows("encoder.stages.{s}.blocks.{b}.", "encoder.stages.{s}.{b}."),
+    *basic_block_rows("decoder.stages.{s}.blocks.{b}.", "decoder.stages.{s}.{b}.", skips=(0,)),
     Row("decoder.transpconvs.{i}.{p}", "decoder.upsample.{i}.conv.{p}"),
     Row("decoder.seg_layers.{i}.{p}", "decoder.seg_layers.{i}.{p}"),
 )

@@ -39,7 +39,7 @@ from umamba.blocks.mixer import build_mixer
 from umamba.blocks.sampling import TransposedUpsample
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mamba_rows
+from umamba.networks.state_dict import KeyMap, Row, double_conv_rows, mamba_rows, renamed_rows
 from umamba.ops.dispatch import in_float32
 
 KERNEL, POINT = (3, 3), (1, 1)
@@ -333,24 +333,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def block_rows(official: str, own: str) -> list[Row]:
     """The rows of a UVM block; both prefixes end in a dot or are empty."""
+    names = {"convb.0": "conv1", "convb.2": "conv2", "smooth": "smooth", "ln": "norm"}
     return [
-        Row(f"{official}convb.0.{{p}}", f"{own}conv1.{{p}}"),
-        Row(f"{official}convb.2.{{p}}", f"{own}conv2.{{p}}"),
+        *renamed_rows(official, own, names),
         *mamba_rows(f"{official}model1.", f"{own}mixer_along."),
         *mamba_rows(f"{official}model2.", f"{own}mixer_attention."),
         *mamba_rows(f"{official}model3.", f"{own}mixer_across."),
-        Row(f"{official}smooth.{{p}}", f"{own}smooth.{{p}}"),
-        Row(f"{official}ln.{{p}}", f"{own}norm.{{p}}"),
     ]
 
 
 def stage_rows(official: str, own: str) -> list[Row]:
     """The rows of a stage, officially a DoubleConv; both prefixes end in a dot."""
-    layers = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
-    return [
-        *block_rows(f"{official}ub.", f"{own}block."),
-        *(Row(f"{official}double_conv.{i}.{{p}}", f"{own}{layers[i]}.{{p}}") for i in layers),
-    ]
+    block = block_rows(f"{official}ub.", f"{own}block.")
+    return [*block, *double_conv_rows(f"{official}double_conv.", own)]
 
 
 ROWS = (

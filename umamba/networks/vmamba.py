@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from umamba.blocks.sampling import ConvDownsample, ConvPatchEmbed, PatchEmbed, PatchMerging
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock, initialize_linear, ss2d_options
 from umamba.networks.base import check_stages
-from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
+from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
 
 PATCH_EMBEDS = ("v1", "v2")
 DOWNSAMPLES = ("v1", "v2", "v3")
@@ -241,13 +241,7 @@ def encoder_rows(
     block = (f"{official}layers.{{i}}.blocks.{{j}}.", f"{own}stages.{{i}}.{{j}}.")
     below = (f"{official}layers.{{i}}.downsample.", f"{own}downsamples.{{i}}.")
     return [
-        *(
-            Row(f"{official}patch_embed.{name}.{{p}}", f"{own}patch_embed.{ours}.{{p}}")
-            for name, ours in embed.items()
-        ),
+        *renamed_rows(f"{official}patch_embed.", f"{own}patch_embed.", embed),
         *vss_block_rows(*block, old=old, out_norm=out_norm),
-        *(
-            Row(f"{below[0]}{name}.{{p}}", f"{below[1]}{ours}.{{p}}")
-            for name, ours in downsample.items()
-        ),
+        *renamed_rows(*below, downsample),
     ]
