@@ -9,14 +9,8 @@
     blocks of two convolutions; Mamba layer: norm, Mamba, +, norm, MLP, +
 
 arXiv 2408.08070; equals FengheTan9/MambaMIM@471c2f6, models/network/hymamba.py (Apache-2.0): the
-network that is fine-tuned, without the pre-training. Kept for the sake of checkpoints:
-- Mamba scans in one direction; the parameters that the official state dict holds for the other
-  one are never used there, and are left out here;
-- the path to the deeper stages does not pass through `refine`, only the skips do;
-- the decoder's blocks have neither biases nor scales in their norms, all others have both;
-- the linear layers of the Mamba layers start xavier-uniform with zero biases, those of Mamba too,
-  so that all its step sizes start at softplus(0) = 0.69;
-- one output; `n_outputs` adds those of coarser maps for deep supervision.
+network that is fine-tuned, without the pre-training, with its QUIRKS; `n_outputs` adds the logits
+of coarser maps for deep supervision.
 Different: the official position table is made for one cubic patch, and other shapes with as many
 tokens get it in a wrong geometry (`position_grid` repeats that); here it follows the image's shape.
 Other widths, strides and numbers of stages work.
@@ -45,6 +39,14 @@ from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, mamba_rows, renamed_rows, unetr_decoder_rows
 from umamba.ops.dispatch import in_float32
 
+QUIRKS = (
+    "Mamba scans in one direction, the official parameters of the other one are left out",
+    "the path to the deeper stages does not pass through `refine`, only the skips do",
+    "the decoder's blocks have neither biases nor scales in their norms, all others have both",
+    "the linear layers of the Mamba layers, those of Mamba too, start xavier-uniform with zero "
+    "biases, so that Mamba's step sizes start at softplus(0) = 0.69",
+    "one output, no deep supervision",
+)
 KERNEL, POINT = (3, 3, 3), (1, 1, 1)
 NORM = functools.partial(ChannelNorm, eps=1e-6)
 LONGEST_WAVE = 10000  # of the position table, in voxels of the deepest map, over 2 pi
@@ -56,11 +58,7 @@ N_STAGES = 5  # of the official network, which its state dict's names count
     paper="arXiv:2408.08070",
     reference="FengheTan9/MambaMIM@471c2f6d49eff5cf9cfce1330dc5124204130de5",
     licence="Apache-2.0",
-    quirks=(
-        "Mamba scans in one direction, the official parameters of the other one are left out",
-        "Mamba's step sizes start at softplus(0)",
-        "one output, no deep supervision",
-    ),
+    quirks=QUIRKS,
 )
 class HyMamba(SegmentationNetwork):
     """3D U-Net of MedNeXt blocks with Mamba layers at the bottleneck; any divisible image size."""

@@ -8,11 +8,8 @@
     the resolution above, and max pooling. up: a 1x1 convolution and linear interpolation.
 
 arXiv 2403.05246; equals MrBlankness/LightM-UNet@6b72e27, nnunetv2/nets/LightMUNet.py (Apache-2.0),
-2D and 3D, by default as its nnU-Net trainer builds it (README: "1M" parameters; measured: 5.0 M).
-Kept for the sake of checkpoints:
-- a Mamba layer uses one norm twice, before its scan and before its projection;
-- a decoder block ends with norm and ReLU behind the sum;
-- one head: with deep supervision switched on, forward returns a list of one tensor.
+2D and 3D, by default as its nnU-Net trainer builds it (README: "1M" parameters; measured: 5.0 M),
+with its QUIRKS.
 The official code knows only halvings of all axes; other strides work here, with the same weights.
 """
 
@@ -35,9 +32,9 @@ from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
 from umamba.networks.umamba import Counts, block_counts
 
 QUIRKS = (
-    "a Mamba layer uses one norm twice",
+    "a Mamba layer uses one norm twice, before its scan and before its projection",
     "a decoder block ends with norm and ReLU behind the sum",
-    "one head, so no deep supervision",
+    "one head: with deep supervision switched on, forward returns a list of one tensor",
 )
 
 

@@ -10,13 +10,7 @@
     HGCN follows the first half of the stages, a Mamba layer the others.
 
 arXiv 2409.12533; equals CYB08/MambaClinix-PyTorch@ba1af65, nnunetv2/nets/MambaClinix_3d.py (no
-licence stated). Kept for the sake of checkpoints:
-- the "gates" of the high-order convolution are sums;
-- the branch of the high-order convolution starts scaled by 1e-6;
-- a LayerNorm over the channels stands in front of the last HGCN block, and of no other;
-- a Mamba layer uses one norm twice, and has a skip_scale that it does not use;
-- a block count of 2 means HGCN, of 1 a Mamba layer, and the deep half of the counts becomes 1;
-- every decoder stage has one block, whatever the plans say.
+licence stated), with its QUIRKS.
 """
 
 from __future__ import annotations
@@ -41,10 +35,11 @@ from umamba.networks.umamba import ALIASES, Counts, Encoder, stage_arguments, th
 
 QUIRKS = (
     "the gates of the high-order convolution are sums",
-    "the high-order branch starts scaled by 1e-6",
-    "only the last HGCN block has a LayerNorm in front of it",
-    "a Mamba layer uses one norm twice and has a parameter without effect",
-    "every decoder stage has one block",
+    "the branch of the high-order convolution starts scaled by 1e-6",
+    "a LayerNorm over the channels stands in front of the last HGCN block, and of no other",
+    "a Mamba layer uses one norm twice, and has a skip_scale without effect",
+    "a block count of 2 means HGCN, of 1 a Mamba layer, and the deep half of the counts becomes 1",
+    "every decoder stage has one block, whatever the plans say",
 )
 
 HGCN, MAMBA = 2, 1  # block counts that the official constructor reads as kinds of layer

@@ -5,13 +5,8 @@
                 down (1/16) - VSS stage 3 - cat - MS-VSS - expand
                   down (1/32) - VSS stage 4 - expand
 
-arXiv 2408.13735; equals gndlwch2w/msvm-unet@abb1a8e, model/ (no licence file). Maps are
-channels-last. Kept for the sake of checkpoints:
-- a single input channel is repeated to three, for which the stem is made;
-- d_state, expand and mlp_ratio are the encoder's; the decoder's blocks have 1, 1 and 4 whatever
-  the encoder has;
-- one output: with deep supervision on, a list of it alone;
-- BatchNorm in the expanding layers: a single image of 32 x 32 cannot be trained on.
+arXiv 2408.13735; equals gndlwch2w/msvm-unet@abb1a8e, model/ (no licence file), with
+its QUIRKS. Maps are channels-last.
 """
 
 from __future__ import annotations
@@ -36,10 +31,10 @@ from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
 from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates
 
 QUIRKS = (
-    "a single input channel is repeated to three",
-    "the decoder's blocks keep d_state 1, expand 1 and mlp_ratio 4",
+    "a single input channel is repeated to three, for which the stem is made",
+    "the decoder's blocks keep d_state 1, expand 1 and mlp_ratio 4, whatever the encoder has",
     "one output, no deep supervision",
-    "BatchNorm in the expanding layers",
+    "BatchNorm in the expanding layers: a single image of 32 x 32 cannot be trained on",
 )
 FINEST, DEEPER = (4, 4), (2, 2)  # strides of the first and of the other encoder stages
 DROP_PATH_RATES = {"tiny_0230s": 0.2, "small_0229s": 0.3}  # of the official encoders

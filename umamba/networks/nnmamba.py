@@ -15,11 +15,9 @@ arXiv 2402.03526; lhaof/nnMamba@6fb35a3 (no licence file) holds several networks
     NnMambaEarly       nnunet/training/network_training nnMambaSeg: Mamba layers behind the stages
     NnMambaLandmark    the same file's nnMambaLand: one Mamba layer, behind the stem
     NnMambaClassifier  nnMamba4cls.py nnMambaEncoder: classes of a whole image
-Kept for the sake of checkpoints:
-- the logits of the full resolution go through batch norm and ReLU, so they are never negative;
-- the encoder has no stage, and so no skip, of the full resolution.
-Sizes that 16 does not divide are refused; some of them the official code takes and returns another
-size. Its limits to 32 channels (deep supervision) or at least 16 (gates) are gone.
+Their QUIRKS are kept. Sizes that 16 does not divide are refused; some of them the official code
+takes and returns another size. Its limits to 32 channels (deep supervision) or at least 16 (gates)
+are gone.
 """
 
 from __future__ import annotations

@@ -11,13 +11,7 @@
     three scans: voxels in raster order, backwards, and slice by slice (the first voxel of every
     slice, then the second, ...), where a slice is one of n_slices equal parts of the sequence.
 
-arXiv 2401.13560; equals ge-xing/SegMamba@cff3597, model_segmamba/segmamba.py. Kept for the sake of
-checkpoints:
-- instance norms have no scale and no offset, so that biases before them have no effect;
-- the gated convolution adds its branches, nothing is multiplied;
-- the number of slices belongs to the stage (64, 32, 16, 8), not to the image: a slice is a plane of
-  the first axis only where that axis is 128 voxels long;
-- the skip of each stage is as wide as the next stage.
+arXiv 2401.13560; equals ge-xing/SegMamba@cff3597, model_segmamba/segmamba.py, with its QUIRKS.
 Added: other widths, strides and numbers of stages; sequences that the slices do not divide (the
 official network fails there), filled up with zero tokens for the third scan; more than the one
 output, for deep supervision.
@@ -49,6 +43,13 @@ from umamba.networks.state_dict import (
     unetr_decoder_rows,
 )
 
+QUIRKS = (
+    "instance norms have no scale and no offset, so that biases before them have no effect",
+    "the gated convolution adds its branches, nothing is multiplied",
+    "the numbers of slices are the stages' (64, 32, 16, 8), whatever the image's shape: a slice is "
+    "a plane of the first axis only where that axis is 128 voxels long",
+    "the skip of each stage is as wide as the next stage",
+)
 KERNEL = (3, 3, 3)
 POINT = (1, 1, 1)
 STEM_KERNEL = (7, 7, 7)
@@ -59,11 +60,7 @@ STEM_KERNEL = (7, 7, 7)
     paper="arXiv:2401.13560",
     reference="ge-xing/SegMamba@cff35970e0c542ad940b5701267f1ac888298b06",
     licence="no licence file",
-    quirks=(
-        "instance norms have no scale and no offset",
-        "the gated convolution adds its branches, nothing is multiplied",
-        "the numbers of slices are the stages', whatever the image's shape",
-    ),
+    quirks=QUIRKS,
 )
 class SegMamba(SegmentationNetwork):
     """3D U-Net with tri-orientated Mamba layers in the encoder; any divisible image size."""

@@ -16,10 +16,7 @@
             merge - VSS stage (1/32) -- expand
 
 arXiv 2402.03302; equals JiarunLiu/Swin-UMamba@2c1f72e, nets/SwinUMamba.py and nets/SwinUMambaD.py
-(Apache-2.0). Kept for the sake of checkpoints:
-- Swin-UMamba's stem ends with its norm, and the deepest stage enters the decoder without a block;
-- Swin-UMamba's norms have no scale and offset, but for the stem's;
-- Swin-UMamba-D has no norm behind its deepest stage, and no map between 1/4 and the full size.
+(Apache-2.0), with their QUIRKS.
 Different: image sizes that 32 does not divide are refused (the official networks fail inside, or
 return logits of another size), and all VSS blocks compute in at least float32.
 """
@@ -53,7 +50,7 @@ from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows,
 PAPER = "arXiv:2402.03302"
 REFERENCE = "JiarunLiu/Swin-UMamba@2c1f72e1975cef6621f239117efdc954237c6952"
 QUIRKS = (
-    "the stem has no activation",
+    "the stem ends with its norm, without an activation",
     "the deepest stage enters the decoder without a residual block",
     "the norms of the residual blocks have no scale and offset",
 )

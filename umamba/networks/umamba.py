@@ -8,13 +8,7 @@
     Enc: a Mamba layer behind the encoder's stages; its output is the skip and the next input.
 
 arXiv 2401.04722; equals bowang-lab/U-Mamba@28459e3, nets/UMamba{Bot,Enc}_{2d,3d}.py (Apache-2.0).
-The version behind the published tables is in umamba_v1.py. Kept for the sake of checkpoints:
-- the Mamba layer replaces its input; the paper's drawing shows a residual, the code has none;
-- in 2D the last decoder stage does not see the skip of the full resolution;
-- the deep half of the encoder's stages and the shallow half of the decoder's get one block,
-  whatever the plans say (`thin_blocks`);
-- Enc turns to channel tokens where a feature map has at most as many voxels as channels, which
-  ties its weights to the planned patch.
+The official QUIRKS are kept. The version behind the published tables is in umamba_v1.py.
 """
 
 from __future__ import annotations
@@ -37,11 +31,16 @@ from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, mixer_rows
 PAPER = "arXiv:2401.04722"
 REFERENCE = "bowang-lab/U-Mamba@28459e33ca03769800dd35e23c6e62491d1925b5"
 QUIRKS = (
-    "the Mamba layer has no residual",
+    "the Mamba layer replaces its input: the paper draws a residual, the code has none",
     "in 2D the last decoder stage does not see the skip of the full resolution",
-    "the deep encoder stages and the shallow decoder stages get one block each",
+    "the deep half of the encoder's stages and the shallow half of the decoder's get one block, "
+    "whatever the plans say",
 )
-ENC_QUIRKS = (*QUIRKS, "channel tokens tie the weights to the planned patch size")
+ENC_QUIRKS = (
+    *QUIRKS,
+    "where a map has at most as many voxels as channels, channel tokens tie the weights to the "
+    "planned patch size",
+)
 
 Counts = Sequence[int] | int
 

@@ -10,7 +10,7 @@
 arXiv 2401.04722; equals bowang-lab/U-Mamba@530739b, nets/UMamba{Bot,Enc}.py (Apache-2.0), one
 class for 2D and 3D. Against the current version: transposed convolutions, average-pooled
 shortcuts, a stem of one convolution, all skips joined, block counts as planned, any image size.
-Kept: the Mamba layer replaces its input, without a residual. The official Bot leaves its Mamba
+Kept: QUIRKS. The official Bot leaves its Mamba
 under autocast; here every mixer computes in float32.
 """
 
@@ -39,7 +39,7 @@ from umamba.networks.umamba import (
 )
 
 REFERENCE = "bowang-lab/U-Mamba@530739b"
-QUIRKS = ("the Mamba layer has no residual",)
+QUIRKS = ("the Mamba layer replaces its input, without a residual",)
 
 
 class UMambaV1(UMamba):

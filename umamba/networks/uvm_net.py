@@ -12,14 +12,7 @@
 arXiv 2402.04139; equals zzr-idam/UVM-Net@d3d70d8, Ultra/ (no licence file), a network for image
 restoration: 3 channels in and out, and the image is added to the output. Its use for segmentation
 is our adaptation: give input_residual=False, attention="channels" and a small inner_size.
-Kept for the sake of checkpoints:
-- a token of the UVM block is not a pixel: it is C consecutive values of the (C, H, W) array, thus
-  a run of pixels of one channel;
-- the softmax runs over the batch. For a batch of 1 it is 1 everywhere and the mixer before it gets
-  no gradient; in larger batches the results depend on the other images (attention="batch");
-- Mamba always sees maps of inner_size, 64 x 64, to which the deep levels are enlarged; the width
-  of the Mamba across is their number of pixels, 4096, hence a billion parameters.
-Different: every mixer computes in at least float32.
+The official QUIRKS are kept. Different: every mixer computes in at least float32.
 """
 
 from __future__ import annotations
@@ -42,6 +35,16 @@ from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, double_conv_rows, mamba_rows, renamed_rows
 from umamba.ops.dispatch import in_float32
 
+QUIRKS = (
+    "a network for image restoration: the image is added to the output",
+    "a token of the UVM block is not a pixel: it is C consecutive values of the (C, H, W) array, "
+    "thus a run of pixels of one channel",
+    "the softmax runs over the batch: for a batch of 1 it is 1 everywhere and the mixer before it "
+    "gets no gradient, in larger batches the results depend on the other images",
+    "Mamba always sees maps of inner_size, 64 x 64, to which the deep levels are enlarged; the "
+    "Mamba across is as wide as they have pixels, 4096, hence a billion parameters",
+    "one output, no deep supervision",
+)
 KERNEL, POINT = (3, 3), (1, 1)
 HIDDEN = 16  # channels inside the UVM block's residual convolutions
 N_LEVELS = 5  # of the official network, which its state dict's names count
@@ -54,13 +57,7 @@ UPSAMPLES = ("bilinear", "transposed")
     paper="arXiv:2402.04139",
     reference="zzr-idam/UVM-Net@d3d70d8730daa9b1997afbe3c078cdf549d3c721",
     licence="no licence file",
-    quirks=(
-        "a network for image restoration: the image is added to the output",
-        "a token is a run of pixels of one channel",
-        "the softmax runs over the batch",
-        "Mamba always sees maps of inner_size",
-        "one output, no deep supervision",
-    ),
+    quirks=QUIRKS,
 )
 class UVMNet(SegmentationNetwork):
     """2D U-Net with UVM blocks; any image size from 16 x 16 (the product of the strides) on."""

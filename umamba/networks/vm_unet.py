@@ -9,13 +9,7 @@
 
     A skip is the input of its stage; the decoder's deepest stage takes the encoder's output.
 
-arXiv 2402.02491; equals JCruan519/VM-UNet@43c495b, models/vmunet (Apache-2.0). Kept for the sake of
-checkpoints:
-- the embedding, the input of stage 0, is no skip;
-- skips are added, not concatenated;
-- there is no norm behind the encoder and none in front of the head;
-- images of one channel are repeated to three, for which the stem was trained;
-- one output: under deep supervision a list of it alone.
+arXiv 2402.02491; equals JCruan519/VM-UNet@43c495b, models/vmunet (Apache-2.0), with its QUIRKS.
 Different: the published numbers of blocks are the defaults (the official defaults, 2-2-9-2 and
 2-9-2-2, were never trained); a single class gives a logit, and a probability only with `sigmoid`;
 image sizes that 32 does not divide are refused (the official network fails inside, or returns
@@ -40,10 +34,10 @@ from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
 from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
 
 QUIRKS = (
-    "the embedding is no skip",
-    "skips are the inputs of their stages, added before the expansion",
+    "the embedding, the input of stage 0, is no skip",
+    "skips are the inputs of their stages, added before the expansion, not concatenated",
     "there is no norm behind the encoder and none in front of the head",
-    "images of one channel are repeated to three",
+    "images of one channel are repeated to three, for which the stem was trained",
     "one output, no deep supervision",
 )
 STEM_CHANNELS = 3  # of images of one channel
