@@ -31,9 +31,8 @@ from torch.nn import functional
 from umamba.blocks.conv import ResidualBlock, convolution
 from umamba.blocks.mamba import Direction, Mamba
 from umamba.blocks.norm import ChannelNorm
-from umamba.blocks.sampling import TransposedUpsample
 from umamba.blocks.ss2d import MLP, VSSBlock
-from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.blocks.unet_decoder import unetr_decoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, mamba_rows, renamed_rows, unetr_decoder_rows
@@ -125,15 +124,11 @@ class HyMamba(SegmentationNetwork):
             for _ in range(n_mamba_layers)
         )
         first, *widths = features_per_stage
-        decoder = UNetDecoder(
+        decoder = unetr_decoder(
             num_classes,
-            features_per_stage=[*widths, widths[-1]],
-            strides=strides,
-            kernel_sizes=[KERNEL] * len(strides),
-            n_conv_per_stage=[1] * len(widths),
-            upsample=functools.partial(TransposedUpsample, bias=False),
-            shortcut="pool",
-            affine=False,
+            [*widths, widths[-1]],
+            strides,
+            last_blocks=1,
             n_outputs=n_outputs,
             deep_supervision=deep_supervision,
         )

@@ -94,8 +94,19 @@ class MambaClinix(SegmentationNetwork):
                 layers.append(layer(width, width))
         last_hgcn = n_stages - 1 - kinds[::-1].index(HGCN)
         stem = ConvNormAct(input_channels, features_per_stage[0], kernels[0])
-        self.encoder = ClinixEncoder(stem, layers, last_hgcn, **stages)
-        self.decoder = ClinixDecoder(num_classes, **stages, deep_supervision=deep_supervision)
+        counts = [1] * n_stages
+        encoder = ClinixEncoder(stem, **stages, n_conv_per_stage=counts, shortcut="pool")
+        encoder.add_layers(layers, last_hgcn, features_per_stage[last_hgcn])
+        decoder = ClinixDecoder(
+            num_classes,
+            **stages,
+            n_conv_per_stage=counts[1:],
+            upsample=NearestUpsample,
+            shortcut="conv",
+            deep_supervision=deep_supervision,
+        )
+        decoder.add_blocks(features_per_stage, kernels)
+        self.encoder, self.decoder = encoder, decoder
         initialize_convolutions(self)
 
     @classmethod
@@ -104,70 +115,27 @@ class MambaClinix(SegmentationNetwork):
 
 
 class ClinixEncoder(Encoder):
-    """U-Mamba's encoder of one block per stage, with a norm in front of one stage's layer."""
+    """U-Mamba's encoder with a norm in front of one stage's layer."""
 
-    def __init__(
-        self,
-        stem: nn.Module,
-        layers: Sequence[nn.Module],
-        normed_stage: int,
-        *,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Sequence[int]],
-    ) -> None:
-        super().__init__(
-            stem,
-            strides=strides,
-            features_per_stage=features_per_stage,
-            kernel_sizes=kernel_sizes,
-            n_conv_per_stage=[1] * len(strides),
-            shortcut="pool",
-        )
+    def add_layers(self, layers: Sequence[nn.Module], normed_stage: int, width: int) -> None:
+        """A layer for each stage; width: of the stage whose layer has the norm."""
         self.mixers.extend(layers)
         self.normed_stage = normed_stage
-        self.norm = ChannelNorm(features_per_stage[normed_stage], eps=1e-6)
+        self.norm = ChannelNorm(width, eps=1e-6)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        features = self.stem(images)
-        skips = []
-        for index, (stage, layer) in enumerate(zip(self.stages, self.mixers, strict=True)):
-            features = stage(features)
-            if index == self.normed_stage:
-                features = self.norm(features)
-            features = layer(features)
-            skips.append(features)
-        return skips
+    def mix(self, index: int, features: Tensor) -> Tensor:
+        if index == self.normed_stage:
+            features = self.norm(features)
+        return super().mix(index, features)
 
 
 class ClinixDecoder(UNetDecoder):
-    """U-Mamba's decoder of one block per stage, with a residual block on each of its inputs.
+    """U-Mamba's decoder with a residual block on each of its inputs."""
 
-    bottleneck: the block of the deepest input; skip_blocks: those of the others, deepest first.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Sequence[int]],
-        deep_supervision: bool,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            strides=strides,
-            features_per_stage=features_per_stage,
-            kernel_sizes=kernel_sizes,
-            n_conv_per_stage=[1] * (len(strides) - 1),
-            upsample=NearestUpsample,
-            shortcut="conv",
-            deep_supervision=deep_supervision,
-        )
-        inputs = zip(features_per_stage, kernel_sizes, strict=True)
-        *blocks, bottleneck = (ResidualBlock(width, width, kernel) for width, kernel in inputs)
-        self.bottleneck = bottleneck
+    def add_blocks(self, widths: Sequence[int], kernel_sizes: Sequence[Sequence[int]]) -> None:
+        """bottleneck: the block of the deepest input; skip_blocks: the others', deepest first."""
+        inputs = zip(widths, kernel_sizes, strict=True)
+        *blocks, self.bottleneck = (ResidualBlock(width, width, kernel) for width, kernel in inputs)
         self.skip_blocks = nn.ModuleList(reversed(blocks))
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:

@@ -25,6 +25,7 @@ from umamba.blocks.conv import convolution
 from umamba.blocks.mamba import uniform
 from umamba.blocks.sampling import LargeKernelPatchExpand
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock
+from umamba.blocks.unet_decoder import go_up
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
@@ -176,10 +177,7 @@ class Decoder(nn.Module):
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """skips channels-last, finest first -> logits (B, num_classes, H, W)."""
-        *skips, features = skips
-        layers = zip(self.upsample, self.joins, self.stages, reversed(skips), strict=True)
-        for upsample, join, stage, skip in layers:
-            features = stage(join(torch.cat([upsample(features), skip], dim=-1)))
+        features = go_up(skips, self.upsample, self.joins, self.stages)[-1]
         logits = self.seg_layers[0](self.last_upsample(features).movedim(-1, 1))
         return [logits] if self.deep_supervision else logits
 

@@ -30,8 +30,7 @@ from umamba.blocks.conv import ResidualBlock, convolution
 from umamba.blocks.gating import GatedSpatialConv
 from umamba.blocks.mixer import MixerLayer
 from umamba.blocks.norm import InstanceNorm
-from umamba.blocks.sampling import TransposedUpsample
-from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.blocks.unet_decoder import unetr_decoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import (
@@ -97,18 +96,8 @@ class SegMamba(SegmentationNetwork):
             expand=expand,
         )  # fmt: skip
         self.encoder = Encoder(input_channels, strides, features_per_stage, depths, n_slices, layer)
-        self.decoder = UNetDecoder(
-            num_classes,
-            features_per_stage=features_per_stage,
-            strides=strides,
-            kernel_sizes=[KERNEL] * len(strides),
-            n_conv_per_stage=[1] * (len(strides) - 2) + [2],
-            upsample=functools.partial(TransposedUpsample, bias=False),
-            shortcut="pool",
-            affine=False,
-            n_outputs=n_outputs,
-            deep_supervision=deep_supervision,
-        )
+        outputs: Any = {"n_outputs": n_outputs, "deep_supervision": deep_supervision}
+        self.decoder = unetr_decoder(num_classes, features_per_stage, strides, **outputs)
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)

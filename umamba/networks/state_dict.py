@@ -287,9 +287,8 @@ def ss2d_rows(official: str, own: str, out_norm: str = "layer") -> list[Row]:
         # Linear2d saves its weights as (out, in), a 1x1 convolution as (out, in, 1, 1)
         Row(f"{official}in_proj.weight", f"{own}in_proj.weight", lambda x: x.flatten(1)),
         Row(f"{official}out_proj.weight", f"{own}out_proj.weight", lambda x: x.flatten(1)),
-        Row(f"{official}conv2d.{{p}}", f"{own}conv.{{p}}"),
-        Row(f"{official}{conv}.{{p}}", f"{own}out_norm.conv.{{p}}"),
-        Row(f"{official}{norm}.{{p}}", f"{own}out_norm.norm.{{p}}"),
+        *renamed_rows(official, own, {"conv2d": "conv", conv: "out_norm.conv"}),
+        *renamed_rows(official, own, {norm: "out_norm.norm"}),
     ]
 
 

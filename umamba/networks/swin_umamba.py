@@ -29,13 +29,12 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from umamba.blocks.conv import ResidualBlock, convolution, initialize_convolutions
 from umamba.blocks.norm import InstanceNorm
-from umamba.blocks.sampling import PatchExpand, TransposedUpsample
-from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.blocks.sampling import PatchExpand
+from umamba.blocks.unet_decoder import go_up, unetr_decoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import (
@@ -113,15 +112,10 @@ class SwinUMamba(SegmentationNetwork):
             for below, width in pairwise((input_channels, *features_per_stage))
         )
         n_levels = len(features_per_stage) + 1  # with the 1/32 map
-        self.decoder = UNetDecoder(
+        self.decoder = unetr_decoder(
             num_classes,
-            features_per_stage=(*features_per_stage, features_per_stage[-1]),
-            strides=[(1, 1), *[(2, 2)] * (n_levels - 1)],
-            kernel_sizes=[KERNEL] * n_levels,
-            n_conv_per_stage=[1] * (n_levels - 2) + [2],
-            upsample=functools.partial(TransposedUpsample, bias=False),
-            shortcut="pool",
-            affine=False,
+            (*features_per_stage, features_per_stage[-1]),
+            [(1, 1), *[(2, 2)] * (n_levels - 1)],
             n_outputs=len(strides) - 1,
             deep_supervision=deep_supervision,
         )
@@ -256,16 +250,13 @@ class VSSDecoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """maps (B, H, W, C) finest first -> logits of the full size, or of all, finest first."""
-        features = maps[-1]
-        logits = []
-        for i, (join, stage) in enumerate(zip(self.joins, self.stages, strict=True)):
-            joined = torch.cat([self.expands[i](features), maps[-2 - i]], dim=-1)
-            features = stage(join(joined))
-            if self.deep_supervision:
-                logits.append(self.seg_layers[i](features.movedim(-1, 1)))
-        features = self.expands[-1](features)
-        logits.append(self.seg_layers[-1](features.movedim(-1, 1)))
-        return logits[::-1] if self.deep_supervision else logits[0]
+        *expands, last_expand = self.expands
+        _, *coarse = found = go_up(maps, expands, self.joins, self.stages)
+        finest = self.seg_layers[-1](last_expand(found[-1]).movedim(-1, 1))
+        if not self.deep_supervision:
+            return finest
+        heads = zip(self.seg_layers[:-1], coarse, strict=True)
+        return [finest, *[head(features.movedim(-1, 1)) for head, features in heads][::-1]]
 
 
 # Official name, ours. Here VMamba's downsampling stands outside its stages.

@@ -230,11 +230,13 @@ class Encoder(nn.Module):
         features = self.stem(images)
         skips = []
         for index, stage in enumerate(self.stages):
-            features = stage(features)
-            if len(self.mixers):
-                features = self.mixers[index](features)
+            features = self.mix(index, stage(features))
             skips.append(features)
         return skips
+
+    def mix(self, index: int, features: Tensor) -> Tensor:
+        """What follows the stage of this index, on its feature map."""
+        return self.mixers[index](features) if len(self.mixers) else features
 
 
 def stage_arguments(
