@@ -160,18 +160,34 @@ class PointwiseMixerLayer(nn.Module):
     four_views: the mixer also takes the map with its channels in reversed order, what comes out is
     reversed back, and the result is the mean of both. projects: the mixer's input is added, and
     1x1 convolution, batch norm and ReLU follow. residual: the layer's input is added.
-    Only the mixer computes in at least float32. (nnMamba; 3D)
+    mixer: as in MixerLayer, but not "none", where the whole layer goes. Only the mixer computes in
+    at least float32. (nnMamba; 3D)
     """
 
     def __init__(
-        self, width: int, mixer: nn.Module, *, four_views: bool, projects: bool, residual: bool
+        self,
+        width: int,
+        *,
+        mixer: str = "scan",
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        four_views: bool = False,
+        projects: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
+        build = functools.partial(Mamba, width, d_state=d_state, d_conv=d_conv, expand=expand)
+        if four_views:
+            both = ("raster", "raster_reversed")
+            build = functools.partial(build, orders=both, merge="mean", tied=True)
+        built = build_mixer(mixer, build, width, axes=3)
+        assert built is not None
         self.four_views = four_views
         self.residual = residual
         self.in_conv = nn.Conv3d(width, width, 1, bias=False)
         self.norm = nn.BatchNorm3d(width)
-        self.mixer = mixer
+        self.mixer = built
         self.out_conv = nn.Conv3d(width, width, 1, bias=False) if projects else None
         self.out_norm = nn.BatchNorm3d(width) if projects else None
 
@@ -190,32 +206,6 @@ class PointwiseMixerLayer(nn.Module):
             plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
             return ((plain + reverse.flip(-1)) / 2).movedim(-1, 1)
         return self.mixer(tokens).movedim(-1, 1)
-
-
-def pointwise_mixer_layer(
-    width: int,
-    *,
-    mixer: str,
-    d_state: int,
-    d_conv: int,
-    expand: float,
-    four_views: bool = False,
-    projects: bool = False,
-    residual: bool = False,
-) -> PointwiseMixerLayer | None:
-    """A PointwiseMixerLayer, or None for mixer "none": its convolutions go with the mixer.
-
-    four_views: Mamba walks the tokens both ways with one set of parameters.
-    """
-    build = functools.partial(Mamba, width, d_state=d_state, d_conv=d_conv, expand=expand)
-    if four_views:
-        both = ("raster", "raster_reversed")
-        build = functools.partial(build, orders=both, merge="mean", tied=True)
-    built = build_mixer(mixer, build, width, axes=3)
-    if built is None:
-        return None
-    options = {"four_views": four_views, "projects": projects, "residual": residual}
-    return PointwiseMixerLayer(width, built, **options)
 
 
 def build_mixer(

@@ -198,7 +198,7 @@ class VSSBlock(nn.Module):
     """x + drop(mixer(norm(x))), then, where there is an MLP, x + drop(mlp(norm2(x))).
 
     Runs outside autocast in at least float32. mixer as in MixerLayer. mlp: builds the module that
-    maps (B, *spatial, C) to itself.
+    maps (B, *spatial, C) to itself. norm: builds a norm of so many channels.
     """
 
     def __init__(
@@ -210,11 +210,12 @@ class VSSBlock(nn.Module):
         mixer: str = "scan",
         drop_path: float = 0.0,
         mlp: Callable[[], nn.Module] | None = None,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
         self.mixer = build_mixer(mixer, build, d_model, axes=spatial_dims)
-        self.norm = None if self.mixer is None else nn.LayerNorm(d_model)
-        self.norm2 = None if mlp is None else nn.LayerNorm(d_model)
+        self.norm = None if self.mixer is None else norm(d_model)
+        self.norm2 = None if mlp is None else norm(d_model)
         self.mlp = None if mlp is None else mlp()
         self.drop_path = DropPath(drop_path)
 

@@ -1,6 +1,6 @@
 """The networks: importing this package registers them all."""
 
-from umamba.networks import (  # registers
+from umamba.networks import (  # noqa: F401  these register
     hymamba,
     lightm_unet,
     mamba_clinix,
@@ -26,18 +26,7 @@ __all__ = [
     "NetworkEntry",
     "create_network",
     "get_entry",
-    "hymamba",
-    "lightm_unet",
     "list_networks",
-    "mamba_clinix",
-    "msvm_unet",
-    "nnmamba",
     "recognize_network",
     "register",
-    "segmamba",
-    "swin_umamba",
-    "umamba",
-    "umamba_v1",
-    "uvm_net",
-    "vm_unet",
 ]

@@ -29,7 +29,7 @@ class SegmentationNetwork(nn.Module):
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
     fixed_strides: ClassVar[tuple[tuple[int, ...], ...] | None] = None
 
-    encoder: nn.Module
+    encoder: Any  # a module, or several
     decoder: nn.Module
 
     def __init__(

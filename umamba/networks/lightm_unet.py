@@ -16,7 +16,8 @@ The official code knows only halvings of all axes; other strides work here, with
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +88,15 @@ class LightMUNet(SegmentationNetwork):
             expand=expand,
         )
         norm = functools.partial(nn.GroupNorm, n_groups)
-        self.encoder = Encoder(input_channels, strides, features_per_stage, counts[0], layer, norm)
+        width = features_per_stage[0]
+        stem = depthwise_separable(input_channels, width, [3] * len(strides[0]))
+        levels: list[nn.Module] = []
+        for features, stride, n_blocks in zip(features_per_stage, strides, counts[0], strict=True):
+            down = downsample(layer(width, features), stride) if levels else nn.Identity()
+            blocks = (MambaBlock(features, layer, norm) for _ in range(n_blocks))
+            levels.append(nn.Sequential(down, *blocks))
+            width = features
+        self.encoder = Encoder(stem, levels)
         self.decoder = Decoder(
             num_classes, strides, features_per_stage, counts[1], norm, deep_supervision
         )
@@ -111,31 +120,12 @@ class LightMUNet(SegmentationNetwork):
 
 
 class Encoder(nn.Module):
-    """Stem and levels; every level but the first begins with the way down to it.
+    """Stem and levels; every level but the first begins with the way down to it."""
 
-    layer(in_channels, out_channels) builds a Mamba layer, norm(channels) a norm.
-    """
-
-    def __init__(
-        self,
-        input_channels: int,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        n_conv_per_stage: Sequence[int],
-        layer: Callable[[int, int], nn.Module],
-        norm: Callable[[int], nn.Module],
-    ) -> None:
+    def __init__(self, stem: nn.Module, levels: Iterable[nn.Module]) -> None:
         super().__init__()
-        width = features_per_stage[0]
-        self.stem = DepthwiseSeparableConv(input_channels, width, [3] * len(strides[0]))
-        self.stages = nn.ModuleList()
-        for features, stride, n_blocks in zip(
-            features_per_stage, strides, n_conv_per_stage, strict=True
-        ):
-            down = Downsample(layer(width, features), stride) if len(self.stages) else nn.Identity()
-            blocks = (MambaBlock(features, layer, norm) for _ in range(n_blocks))
-            self.stages.append(nn.Sequential(down, *blocks))
-            width = features
+        self.stem = stem
+        self.stages = nn.ModuleList(levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, input_channels, *spatial) -> the feature maps of all levels, finest first."""
@@ -172,7 +162,7 @@ class Decoder(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         width = features_per_stage[0]
         self.norm = norm(width)
-        head = DepthwiseSeparableConv(width, num_classes, [1] * dims, bias=True)
+        head = depthwise_separable(width, num_classes, [1] * dims, bias=True)
         self.seg_layers = nn.ModuleList([head])
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -214,7 +204,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.norm1 = norm(n_channels)
-        self.conv = DepthwiseSeparableConv(n_channels, n_channels, kernel_size)
+        self.conv = depthwise_separable(n_channels, n_channels, kernel_size)
         self.norm2 = norm(n_channels)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -224,36 +214,19 @@ class ConvBlock(nn.Module):
         return functional.relu_(self.norm2(x))
 
 
-class Downsample(nn.Module):
+def downsample(layer: nn.Module, stride: Sequence[int]) -> nn.Sequential:
     """A Mamba layer to the new width, then max pooling by the stride."""
-
-    def __init__(self, layer: nn.Module, stride: Sequence[int]) -> None:
-        super().__init__()
-        self.layer = layer
-        self.stride = tuple(stride)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, C, *spatial) -> (B, out_channels, *spatial / stride)."""
-        pool = functional.max_pool2d if len(self.stride) == 2 else functional.max_pool3d
-        return pool(self.layer(features), self.stride, self.stride)
+    pool = {2: nn.MaxPool2d, 3: nn.MaxPool3d}[len(stride)]
+    return nn.Sequential(OrderedDict(layer=layer, pool=pool(tuple(stride))))
 
 
-class DepthwiseSeparableConv(nn.Module):
+def depthwise_separable(
+    in_channels: int, out_channels: int, kernel_size: Sequence[int], bias: bool = False
+) -> nn.Sequential:
     """A convolution of each channel by itself, and a 1x1 convolution to the new width."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], bias: bool = False
-    ) -> None:
-        super().__init__()
-        point = [1] * len(kernel_size)
-        self.depthwise = convolution(
-            in_channels, in_channels, kernel_size, groups=in_channels, bias=bias
-        )
-        self.pointwise = convolution(in_channels, out_channels, point, bias=bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial)."""
-        return self.pointwise(self.depthwise(features))
+    depthwise = convolution(in_channels, in_channels, kernel_size, groups=in_channels, bias=bias)
+    pointwise = convolution(in_channels, out_channels, [1] * len(kernel_size), bias=bias)
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
 
 
 # Official name, ours.

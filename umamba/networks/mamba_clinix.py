@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class MambaClinix(SegmentationNetwork):
         stages = stage_arguments(strides, features_per_stage, kernel_sizes)
         kernels = stages["kernel_sizes"]
         mamba: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
-        layer = functools.partial(
+        layer: Callable[..., nn.Module] = functools.partial(
             ProjectedMixerLayer, spatial_dims=dims, skip="outside", mixer=mixer, **mamba
         )
         layers: list[nn.Module] = []

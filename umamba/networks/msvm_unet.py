@@ -71,13 +71,7 @@ class MSVMUNet(SegmentationNetwork):
         mixer: str = "scan",
         deep_supervision: bool = False,
     ) -> None:
-        """features_per_stage: widths at the full size (in front of the head), 1/4, 1/8, 1/16, 1/32.
-
-        strides: as fixed_strides, with as many stages as wanted. depths, depths_decoder: VSS blocks
-        per stage, finest first in the encoder, deepest first in the decoder. drop_path_rate: of the
-        encoder's last block, rising from 0; drop_path_rate_decoder: of the decoder's first block,
-        falling to 0. mixer: "scan", "none" or "conv".
-        """
+        """Arguments as SwinUMambaD's; mlp_ratio: as VMambaEncoder's, of the encoder alone."""
         super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
         self.check_strides(strides, [(1, 1), FINEST, *[DEEPER] * (len(strides) - 2)])
         check_stages(strides, features_per_stage=features_per_stage)
@@ -236,11 +230,12 @@ def msvss_rows(official: str, own: str) -> list[Row]:
     return [*vss_block_rows(official, own), kernels]
 
 
+DOWNSAMPLE = "encoder.downsamples.{i}."
 # Official name, ours.
 KEY_ROWS = (
     *renamed_rows("encoder.layer0.", "encoder.patch_embed.", {"0": "proj", "2": "norm"}),
     *renamed_rows("encoder.layer1.", "encoder.patch_embed.", {"0": "proj2", "2": "norm2"}),
-    *renamed_rows(*["encoder.downsamples.{i}."] * 2, {"1": "conv", "3": "post_norm"}),
+    *renamed_rows(DOWNSAMPLE, DOWNSAMPLE, {"1": "conv", "3": "post_norm"}),
     *vss_block_rows("encoder.layers.{i}.blocks.{j}.", "encoder.stages.{i}.{j}."),
     *expand_rows("decoder.layers.{i}.up.", "decoder.upsample.{i}."),
     *pointwise_rows("decoder.layers.{i}.concat_layer.", "decoder.joins.{i}."),

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umamba.blocks.conv import BatchNormBlock, DoubleConv, Stride, convolution
-from umamba.blocks.mixer import MixerLayer, pointwise_mixer_layer
+from umamba.blocks.mixer import MixerLayer, PointwiseMixerLayer
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, double_conv_rows, mamba_rows, renamed_rows
@@ -102,7 +102,9 @@ class NnMamba(SegmentationNetwork):
     def layer(cls, options: Mapping[str, Any], width: int) -> nn.Module | None:
         """A Mamba layer of this network, None without a mixer; options: the constructor's."""
         views = cls.four_views
-        return pointwise_mixer_layer(width, four_views=views, projects=views, **options)
+        if options["mixer"] == "none":
+            return None
+        return PointwiseMixerLayer(width, four_views=views, projects=views, **options)
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -185,9 +187,11 @@ class NnMambaClassifier(nn.Module):
         super().__init__()
         self.input_channels = input_channels
         options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
-        layer = functools.partial(
-            pointwise_mixer_layer, mixer=mixer, projects=True, residual=True, **options
-        )
+        options |= {"mixer": mixer, "projects": True, "residual": True}
+
+        def layer(width: int) -> nn.Module | None:
+            return None if mixer == "none" else PointwiseMixerLayer(width, **options)
+
         strides = [2] * len(features_per_stage)
         self.encoder = Encoder(
             input_channels, strides, features_per_stage, n_blocks_per_stage, layer, "stem"
@@ -283,7 +287,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         self.supervised = supervised
-        self.strides = [tuple(map(float, stride)) for stride in strides[:0:-1]]  # deepest first
+        self.upsample = nn.ModuleList(
+            nn.Upsample(scale_factor=tuple(map(float, stride)), mode="trilinear")
+            for stride in strides[:0:-1]  # deepest first
+        )
         self.gates = nn.ModuleList()
         self.stages = nn.ModuleList()
         self.seg_layers = nn.ModuleList()
@@ -301,11 +308,11 @@ class Decoder(nn.Module):
         features = skips[-1]
         logits = []
         for i, (gate, stage) in enumerate(zip(self.gates, self.stages, strict=True)):
-            upsampled = upsample(features, self.strides[i])
+            upsampled = self.upsample[i](features)
             features = stage(torch.cat([upsampled, gate(skips[-2 - i])], dim=1))
             if self.deep_supervision and self.supervised:
                 logits.append(self.seg_layers[i](features))
-        logits.append(self.seg_layers[-1](upsample(features, self.strides[-1])))
+        logits.append(self.seg_layers[-1](self.upsample[-1](features)))
         return logits[::-1] if self.deep_supervision else logits[0]
 
 
@@ -354,11 +361,6 @@ class ChannelGate(nn.Module):
 def voxel_means(features: Tensor) -> Tensor:
     """(B, C, *spatial) -> the means (B, C) over the voxels."""
     return features.flatten(2).mean(2)
-
-
-def upsample(features: Tensor, stride: tuple[float, ...]) -> Tensor:
-    """(B, C, *spatial) -> (B, C, *spatial * stride) by trilinear interpolation."""
-    return functional.interpolate(features, scale_factor=stride, mode="trilinear")
 
 
 def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

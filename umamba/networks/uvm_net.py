@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -105,7 +106,9 @@ class UVMNet(SegmentationNetwork):
         block = functools.partial(
             UVMBlock, shape=tuple(inner_size), attention=attention, mixer=mixer, options=options
         )
-        self.encoder = Encoder(input_channels, strides, features_per_stage, block)
+        steps = pairwise((input_channels, *features_per_stage))
+        stages = (Stage(below, width, width, block) for below, width in steps)
+        self.encoder = Encoder(stages, strides)
         self.decoder = Decoder(
             num_classes,
             strides,
@@ -157,20 +160,10 @@ class UVMNet(SegmentationNetwork):
 class Encoder(nn.Module):
     """Stages, with max-pooling by the stride in front of all but the first."""
 
-    def __init__(
-        self,
-        input_channels: int,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        block: Callable[[int], UVMBlock],
-    ) -> None:
+    def __init__(self, stages: Iterable[nn.Module], strides: Sequence[Sequence[int]]) -> None:
         super().__init__()
         self.strides = tuple(map(tuple, strides))
-        self.stages = nn.ModuleList()
-        below = input_channels
-        for width in features_per_stage:
-            self.stages.append(Stage(below, width, width, block))
-            below = width
+        self.stages = nn.ModuleList(stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, input_channels, H, W) -> the maps of all stages, finest first."""
@@ -207,7 +200,9 @@ class Decoder(nn.Module):
                 self.upsample.append(TransposedUpsample(below, skip, stride))
                 joined, middle, width = 2 * skip, skip, skip
             else:
-                self.upsample.append(BilinearUpsample(stride))
+                scale = tuple(map(float, stride))
+                bilinear = nn.Upsample(scale_factor=scale, mode="bilinear", align_corners=True)
+                self.upsample.append(bilinear)
                 joined, middle = skip + below, (skip + below) // 2
                 width = features_per_stage[max(stage - 1, 0)]
             self.stages.append(Stage(joined, middle, width, block))
@@ -221,19 +216,6 @@ class Decoder(nn.Module):
             features = pad_to(upsample(features), skip)
             features = stage(torch.cat([skip, features], dim=1))
         return self.seg_layers[0](features)
-
-
-class BilinearUpsample(nn.Module):
-    """Bilinear interpolation by the stride, corners on corners."""
-
-    def __init__(self, stride: tuple[int, ...]) -> None:
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, C, H, W) -> (B, C, H * stride, W * stride)."""
-        rows, columns = features.shape[2:]
-        return resize(features, (rows * self.stride[0], columns * self.stride[1]))
 
 
 class Stage(nn.Module):
