@@ -102,31 +102,23 @@ class HyMamba(SegmentationNetwork):
             expansion_per_stage=expansion_per_stage,
         )
         self.position_grid = None if position_grid is None else tuple(position_grid)
+        sizes = zip(features_per_stage, kernel_sizes, expansion_per_stage, strict=True)
         blocks = [
-            [MedNeXtBlock(width, kernel, expansion) for _ in range(n_blocks)]
-            for width, kernel, expansion, n_blocks in zip(
-                *(features_per_stage, kernel_sizes, expansion_per_stage, n_blocks_per_stage),
-                strict=True,
-            )
+            [MedNeXtBlock(*size) for _ in range(n_blocks)]
+            for size, n_blocks in zip(sizes, n_blocks_per_stage, strict=True)
         ]
         self.encoder = Encoder(input_channels, strides, features_per_stage, blocks)
-        mamba = functools.partial(
-            Mamba, features_per_stage[-1], d_state=d_state, d_conv=d_conv, expand=expand
-        )
+        first, *widths = features_per_stage
+        deepest = widths[-1]
+        mamba = functools.partial(Mamba, deepest, d_state=d_state, d_conv=d_conv, expand=expand)
+        mlp = functools.partial(MLP, deepest, 2)
         self.bottleneck = nn.ModuleList(
-            VSSBlock(
-                features_per_stage[-1],
-                mamba,
-                spatial_dims=3,
-                mixer=mixer,
-                mlp=functools.partial(MLP, features_per_stage[-1], 2),
-            )
+            VSSBlock(deepest, mamba, spatial_dims=3, mixer=mixer, mlp=mlp)
             for _ in range(n_mamba_layers)
         )
-        first, *widths = features_per_stage
         decoder = unetr_decoder(
             num_classes,
-            [*widths, widths[-1]],
+            [*widths, deepest],
             strides,
             last_blocks=1,
             n_outputs=n_outputs,
@@ -253,13 +245,9 @@ def position_table(grid: Sequence[int], like: Tensor) -> Tensor:
     n_waves = like.shape[-1] // (2 * len(grid))
     waves = torch.arange(n_waves, dtype=like.dtype, device=like.device) / max(n_waves, 1)
     frequencies = LONGEST_WAVE**-waves
-    parts = []
-    for axis, size in enumerate(grid):
-        index = torch.arange(size, dtype=like.dtype, device=like.device)
-        shape = [size if other == axis else 1 for other in range(len(grid))]
-        angles = (index[:, None] * frequencies).view(*shape, n_waves).expand(*grid, n_waves)
-        parts += [angles.sin(), angles.cos()]
-    table = torch.cat(parts, dim=-1)
+    lines = (torch.arange(size, dtype=like.dtype, device=like.device) for size in grid)
+    angles = [index[..., None] * frequencies for index in torch.meshgrid(*lines, indexing="ij")]
+    table = torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=-1)
     return functional.pad(table, (0, like.shape[-1] - table.shape[-1]))
 
 

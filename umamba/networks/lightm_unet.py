@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from umamba.blocks.sampling import LinearUpsample
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
-from umamba.networks.umamba import Counts, block_counts
+from umamba.networks.umamba import Counts, Encoder, block_counts
 
 QUIRKS = (
     "a Mamba layer uses one norm twice, before its scan and before its projection",
@@ -117,24 +117,6 @@ class LightMUNet(SegmentationNetwork):
             "n_conv_per_stage": blocks,
             "n_conv_per_stage_decoder": list(config.get("blocks_up", (1, 1, 1))),
         }
-
-
-class Encoder(nn.Module):
-    """Stem and levels; every level but the first begins with the way down to it."""
-
-    def __init__(self, stem: nn.Module, levels: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.stem = stem
-        self.stages = nn.ModuleList(levels)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B, input_channels, *spatial) -> the feature maps of all levels, finest first."""
-        features = self.stem(images)
-        skips = []
-        for stage in self.stages:
-            features = stage(features)
-            skips.append(features)
-        return skips
 
 
 class Decoder(nn.Module):

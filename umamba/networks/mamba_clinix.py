@@ -31,7 +31,14 @@ from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, projected_mixer_rows
-from umamba.networks.umamba import ALIASES, Counts, Encoder, stage_arguments, thin_blocks
+from umamba.networks.umamba import (
+    ALIASES,
+    Counts,
+    Encoder,
+    residual_stages,
+    stage_arguments,
+    thin_blocks,
+)
 
 QUIRKS = (
     "the gates of the high-order convolution are sums",
@@ -95,7 +102,7 @@ class MambaClinix(SegmentationNetwork):
         last_hgcn = n_stages - 1 - kinds[::-1].index(HGCN)
         stem = ConvNormAct(input_channels, features_per_stage[0], kernels[0])
         counts = [1] * n_stages
-        encoder = ClinixEncoder(stem, **stages, n_conv_per_stage=counts, shortcut="pool")
+        encoder = ClinixEncoder(stem, residual_stages(counts, "pool", **stages))
         encoder.add_layers(layers, last_hgcn, features_per_stage[last_hgcn])
         decoder = ClinixDecoder(
             num_classes,

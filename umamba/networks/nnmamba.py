@@ -23,7 +23,7 @@ are gone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -246,11 +246,12 @@ class Encoder(nn.Module):
             has_layer = (i == 0) == (placement == "stem")
             made = layer(width) if has_layer else None
             inside, behind = (made, None) if placement == "blocks" else (None, made)
-            self.stages.append(
-                DoubleConv(below, width, KERNEL, stride)
-                if i == 0
-                else ResidualStage(below, width, stride, n_blocks, inside)
-            )
+            if i == 0:
+                self.stages.append(DoubleConv(below, width, KERNEL, stride))
+            else:
+                first = BatchNormBlock(below, width, KERNEL, stride)
+                others = (BatchNormBlock(width, width, KERNEL) for _ in range(n_blocks - 1))
+                self.stages.append(ResidualStage([first, *others], inside))
             self.mixers.append(behind or nn.Identity())
             below = width
 
@@ -317,20 +318,11 @@ class Decoder(nn.Module):
 
 
 class ResidualStage(nn.Module):
-    """A strided residual block and n_blocks - 1 others, which share one mixer_layer."""
+    """Residual blocks, the first of them strided; the others share one mixer_layer."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: Stride,
-        n_blocks: int,
-        mixer_layer: nn.Module | None,
-    ) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], mixer_layer: nn.Module | None) -> None:
         super().__init__()
-        first = BatchNormBlock(in_channels, width, KERNEL, stride)
-        others = (BatchNormBlock(width, width, KERNEL) for _ in range(n_blocks - 1))
-        self.blocks = nn.ModuleList([first, *others])
+        self.blocks = nn.ModuleList(blocks)
         self.mixer_layer = mixer_layer
 
     def forward(self, features: Tensor) -> Tensor:

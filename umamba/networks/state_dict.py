@@ -261,20 +261,6 @@ def double_conv_rows(official: str, own: str) -> list[Row]:
     return renamed_rows(official, own, names)
 
 
-def mamba2_rows(official: str, own: str) -> list[Row]:
-    """The rows of a Mamba-2 mixer; both prefixes end in a dot or are empty."""
-    same = ("dt_bias", "A_log", "D", "init_states", "in_proj.{p}", "norm.weight", "out_proj.{p}")
-    rows = [Row(official + name, own + name) for name in same]
-    return [*rows, Row(f"{official}conv1d.{{p}}", f"{own}conv_{{p}}")]
-
-
-def alternating_rows(official: str, own: str) -> list[Row]:
-    """The rows of AlternatingLayers; both prefixes end in a dot or are empty."""
-    norm = "layers.{i}.norm.weight"
-    mamba = "layers.{i}.mixer."
-    return [Row(official + norm, own + norm), *mamba_rows(official + mamba, own + mamba)]
-
-
 def ss2d_rows(official: str, own: str, out_norm: str = "layer") -> list[Row]:
     """The rows of an SS2D; both prefixes end in a dot or are empty. out_norm as in SS2D."""
     stacked = {"adapt": lambda x: x.unflatten(0, (4, -1)), "restore": lambda x: x.flatten(0, 1)}

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class UMamba(SegmentationNetwork):
         encoder_blocks, decoder_blocks = thin_blocks(*counts)
         width, kernel = stages["features_per_stage"][0], stages["kernel_sizes"][0]
         stem = residual_stage(self.input_channels, width, kernel, 1, encoder_blocks[0], "conv")
-        self.encoder = Encoder(stem, **stages, n_conv_per_stage=encoder_blocks, shortcut="conv")
+        self.encoder = Encoder(stem, residual_stages(encoder_blocks, "conv", **stages))
         self.add_mixers(layer, stages)
         self.decoder = UNetDecoder(
             self.num_classes,
@@ -203,27 +204,13 @@ class UMambaEnc(UMamba):
 
 
 class Encoder(nn.Module):
-    """Stem and strided residual stages; a layer of `mixers`, where there is one, follows each."""
+    """Stem and stages; a layer of `mixers`, where there is one, follows each stage."""
 
-    def __init__(
-        self,
-        stem: nn.Module,
-        *,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Sequence[int]],
-        n_conv_per_stage: Sequence[int],
-        shortcut: Shortcut,
-    ) -> None:
+    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module]) -> None:
         super().__init__()
         self.stem = stem
-        self.stages = nn.ModuleList()
+        self.stages = nn.ModuleList(stages)
         self.mixers = nn.ModuleList()
-        width = features_per_stage[0]
-        stages = zip(features_per_stage, kernel_sizes, strides, n_conv_per_stage, strict=True)
-        for features, kernel, stride, n_blocks in stages:
-            self.stages.append(residual_stage(width, features, kernel, stride, n_blocks, shortcut))
-            width = features
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, input_channels, *spatial) -> the feature maps of all stages, finest first."""
@@ -237,6 +224,21 @@ class Encoder(nn.Module):
     def mix(self, index: int, features: Tensor) -> Tensor:
         """What follows the stage of this index, on its feature map."""
         return self.mixers[index](features) if len(self.mixers) else features
+
+
+def residual_stages(
+    n_conv_per_stage: Sequence[int],
+    shortcut: Shortcut,
+    *,
+    strides: Sequence[Sequence[int]],
+    features_per_stage: Sequence[int],
+    kernel_sizes: Sequence[Sequence[int]],
+) -> Iterator[nn.Module]:
+    """The strided stages of an encoder of residual blocks."""
+    widths = pairwise((features_per_stage[0], *features_per_stage))
+    stages = zip(widths, kernel_sizes, strides, n_conv_per_stage, strict=True)
+    for (below, width), kernel, stride, n_blocks in stages:
+        yield residual_stage(below, width, kernel, stride, n_blocks, shortcut)
 
 
 def stage_arguments(

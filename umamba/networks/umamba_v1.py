@@ -36,6 +36,7 @@ from umamba.networks.umamba import (
     UMambaBot,
     UMambaEnc,
     block_counts,
+    residual_stages,
 )
 
 REFERENCE = "bowang-lab/U-Mamba@530739b"
@@ -55,7 +56,7 @@ class UMambaV1(UMamba):
         encoder_blocks, decoder_blocks = block_counts(*counts)
         width, kernel = stages["features_per_stage"][0], stages["kernel_sizes"][0]
         stem = ConvNormAct(self.input_channels, width, kernel)
-        self.encoder = Encoder(stem, **stages, n_conv_per_stage=encoder_blocks, shortcut="pool")
+        self.encoder = Encoder(stem, residual_stages(encoder_blocks, "pool", **stages))
         self.decoder = UNetDecoder(
             self.num_classes,
             **stages,
