@@ -14,7 +14,6 @@ from umamba.blocks.mixer import (
     PointwiseMixerLayer,
     ProjectedMixerLayer,
     count_parameters,
-    pointwise_mixer_layer,
 )
 
 
@@ -242,10 +241,7 @@ def test_a_pointwise_layer_mixes_in_float32_under_autocast() -> None:
 
 
 def pointwise_layer(four_views: bool = False, projects: bool = False) -> PointwiseMixerLayer:
-    layer = pointwise_mixer_layer(
-        6, mixer="scan", d_state=16, d_conv=4, expand=2, four_views=four_views, projects=projects
-    )
-    assert layer is not None
+    layer = PointwiseMixerLayer(6, four_views=four_views, projects=projects)
     for key, value in layer.state_dict().items():
         if "norm" in key and value.is_floating_point():
             value.uniform_(0.5, 1.5)

@@ -167,6 +167,10 @@ def test_wrong_channels_and_wrong_dimensions_are_refused(name: str, dims: int) -
             network(torch.zeros(shape))
     with pytest.raises(ValueError, match="strides"):
         build(name, dims, strides=[[1] * dims, [2]])
+    if get_entry(name).fixed_strides is not None:
+        strides = [[2] * dims, *strides_of(name, dims)[1:]]
+        with pytest.raises(ValueError, match=r"first of .* strides must be 1, got \[2"):
+            build(name, dims, strides=strides)
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)

@@ -152,8 +152,7 @@ def test_a_mednext_block_is_its_equation() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strides": [[2, 2, 2]] * 5}, "the first of HyMamba's strides must be 1"),
-        ({"n_blocks_per_stage": [1, 1]}, "n_blocks_per_stage has 2 entries where strides has 5"),
+        ({"n_blocks_per_stage": [1, 1]}, "n_blocks_per_stage has 2 entries, needs 5"),
         ({"n_outputs": 5}, "n_outputs is 5; choose 1 to 4"),
     ],
 )

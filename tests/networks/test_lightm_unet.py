@@ -98,11 +98,6 @@ def test_widths_that_the_groups_do_not_divide_are_refused() -> None:
         create_network("lightm_unet", 1, 2, **{**FLAT, "n_groups": 8})
 
 
-def test_a_first_stride_other_than_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"first stride .* got \[1, 2, 2\]"):
-        create_network("lightm_unet", 1, 2, **{**FLAT, "strides": [[1, 2, 2]] * 3})
-
-
 def test_numbers_that_do_not_fit_the_levels_are_refused() -> None:
     with pytest.raises(ValueError, match="features_per_stage has 2 entries"):
         create_network("lightm_unet", 1, 2, **{**FLAT, "features_per_stage": [6, 9]})

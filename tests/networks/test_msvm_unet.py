@@ -58,9 +58,9 @@ def test_other_numbers_of_stages_and_uneven_widths_work(n_stages: int) -> None:
         network(torch.zeros(1, 2, 3 * size, 5 * size // 2))
 
 
-@pytest.mark.parametrize("strides", [[[1, 1], [2, 2], [2, 2]], [[4, 4], [2, 2]], [[1, 1]]])
+@pytest.mark.parametrize("strides", [[[1, 1], [2, 2], [2, 2]], [[1, 1]]])
 def test_strides_that_the_network_does_not_have_are_refused(strides: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match=r"strides \[\[1, 1\], \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"strides like \[\[1, 1\], \[4, 4\]"):
         MSVMUNet(1, 2, **{**small(3), "strides": strides})
 
 

@@ -77,8 +77,6 @@ def test_other_strides_and_wrong_depths_are_refused(name: str) -> None:
     create_network(name, 1, 2, **SMALL, strides=fixed)
     with pytest.raises(ValueError, match=r"has strides like \[\[1, 1\], .*got .*\[2, 4\]\]"):
         create_network(name, 1, 2, **SMALL, strides=[*fixed[:-1], [2, 4]])
-    with pytest.raises(ValueError, match="of 3 stages at least"):
-        create_network(name, 1, 2, strides=[[1, 1], [4, 4]])
     with pytest.raises(ValueError, match="depths has 3 entries"):
         create_network(name, 1, 2, **{**SMALL, "depths": [1, 1, 1]})
     with pytest.raises(ValueError, match="features_per_stage has 4 entries"):
@@ -89,15 +87,19 @@ def test_other_strides_and_wrong_depths_are_refused(name: str) -> None:
     ("name", "strides", "shapes"),
     [
         ("swin_umamba", [[1, 1], [2, 2], [4, 4]], [(8, 24), (4, 12)]),
+        ("swin_umamba", [[1, 1], [4, 4]], [(8, 24)]),
         ("swin_umamba_d", [[1, 1], [4, 4], [2, 2]], [(8, 24), (2, 6)]),
+        ("swin_umamba_d", [[1, 1], [4, 4]], [(8, 24)]),
     ],
 )
 def test_there_may_be_other_numbers_of_stages(
     name: str, strides: list[list[int]], shapes: list[tuple[int, int]]
 ) -> None:
-    arguments: dict[str, Any] = {"features_per_stage": [4, 6, 8], "depths": [1, 2]}
+    n_stages = len(strides)
+    arguments: dict[str, Any] = {"features_per_stage": [4, 6, 8][:n_stages]}
+    arguments["depths"] = [1, 2][: n_stages - 1]
     if name == "swin_umamba_d":
-        arguments["depths_decoder"] = [1]
+        arguments["depths_decoder"] = [1][: n_stages - 2]
     network = create_network(name, 1, 2, strides=strides, **arguments, deep_supervision=True)
     with torch.no_grad():
         outputs = network(torch.randn(1, 1, 8, 24))

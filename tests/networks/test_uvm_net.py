@@ -142,8 +142,7 @@ def test_without_mixers_the_block_is_its_convolutions() -> None:
     [
         ({"attention": "heads"}, "attention is 'heads'; choose one of 'batch', 'channels', 'none'"),
         ({"upsample": "nearest"}, "upsample is 'nearest'; choose one of 'bilinear', 'transposed'"),
-        ({"strides": [[2, 2]] * 5}, "the first of UVMNet's strides must be 1"),
-        ({"strides": [[1, 1]] * 4}, "features_per_stage has 5 entries where strides has 4"),
+        ({"strides": [[1, 1]] * 4}, "features_per_stage has 5 entries, needs 4"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:

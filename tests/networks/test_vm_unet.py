@@ -49,9 +49,8 @@ def test_fewer_stages_and_other_patches_take_the_sizes_that_their_strides_say() 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strides": [[1, 1], [4, 2], [2, 2], [2, 2], [2, 2]]}, r"VMUNet's strides are 1"),
-        ({"strides": [[2, 2], [2, 2], [2, 2], [2, 2], [2, 2]]}, r"VMUNet's strides are 1"),
-        ({"strides": [[1, 1]]}, r"VMUNet's strides are 1|features_per_stage has 5"),
+        ({"strides": [[1, 1], [4, 2], [2, 2], [2, 2], [2, 2]]}, "VMUNet has strides like"),
+        ({"strides": [[1, 1]]}, "VMUNet has strides like"),
         ({"features_per_stage": [4, 8, 16]}, "features_per_stage has 3 entries"),
         ({"depths": [1, 1, 1]}, "depths has 3 entries"),
         ({"depths_decoder": [1, 1, 1]}, "depths_decoder has 3 entries"),

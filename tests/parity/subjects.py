@@ -29,8 +29,6 @@ from umamba.networks.partners import SwinUNet, UNetSmall
 from umamba.networks.state_dict import (
     KeyMap,
     Row,
-    alternating_rows,
-    mamba2_rows,
     mamba_rows,
     ss2d_rows,
     vss_block_rows,
@@ -110,6 +108,20 @@ def mamba_1(case: Mapping[str, Any]) -> Subject:
     merge = "mean" if config.pop("if_divide_out", False) else "sum"
     rows = mamba_rows("", "", len(orders))
     return Subject(lambda _: Mamba(**config, orders=orders, merge=merge), KeyMap(rows))
+
+
+def mamba2_rows(official: str, own: str) -> list[Row]:
+    """The rows of a Mamba-2 mixer; both prefixes end in a dot or are empty."""
+    same = ("dt_bias", "A_log", "D", "init_states", "in_proj.{p}", "norm.weight", "out_proj.{p}")
+    rows = [Row(official + name, own + name) for name in same]
+    return [*rows, Row(f"{official}conv1d.{{p}}", f"{own}conv_{{p}}")]
+
+
+def alternating_rows(official: str, own: str) -> list[Row]:
+    """The rows of AlternatingLayers; both prefixes end in a dot or are empty."""
+    norm = "layers.{i}.norm.weight"
+    mamba = "layers.{i}.mixer."
+    return [Row(official + norm, own + norm), *mamba_rows(official + mamba, own + mamba)]
 
 
 def first_mixer_and_last_layer(layers: AlternatingLayers, tokens: Tensor) -> list[Tensor]:

@@ -123,11 +123,39 @@ def residual_stage(
     return nn.Sequential(first, *(block(out_channels, out_channels) for _ in range(n_blocks - 1)))
 
 
-class BatchNormBlock(nn.Module):
-    """Two convolutions with batch norms, plus another branch where given, plus a shortcut; ReLU.
+class DoubleConv(nn.Module):
+    """Convolution, batch norm, ReLU, twice; the first convolution has the stride."""
 
-    Convolutions have no bias. With a stride (1 is one) the shortcut is a 1x1 convolution and a
-    batch norm, without one the identity (ResNet's basic block).
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        stride: Stride = 1,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        dims = len(kernel_size)
+        self.conv1 = convolution(in_channels, out_channels, kernel_size, stride, bias=bias)
+        self.norm1 = batch_norm(out_channels, dims)
+        self.conv2 = convolution(out_channels, out_channels, kernel_size, bias=bias)
+        self.norm2 = batch_norm(out_channels, dims)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial / stride)."""
+        return functional.relu_(self.convolve(features))
+
+    def convolve(self, features: Tensor) -> Tensor:
+        """All but the last ReLU."""
+        return self.norm2(self.conv2(functional.relu_(self.norm1(self.conv1(features)))))
+
+
+class BatchNormBlock(DoubleConv):
+    """A DoubleConv without biases, plus another branch where given, plus a shortcut; ReLU.
+
+    With a stride (1 is one) the shortcut is a 1x1 convolution and a batch norm, without one the
+    identity (ResNet's basic block).
     """
 
     def __init__(
@@ -137,46 +165,20 @@ class BatchNormBlock(nn.Module):
         kernel_size: Sequence[int],
         stride: Stride | None = None,
     ) -> None:
-        super().__init__()
-        dims = len(kernel_size)
-        self.conv1 = convolution(in_channels, out_channels, kernel_size, stride or 1, bias=False)
-        self.norm1 = batch_norm(out_channels, dims)
-        self.conv2 = convolution(out_channels, out_channels, kernel_size, bias=False)
-        self.norm2 = batch_norm(out_channels, dims)
+        super().__init__(in_channels, out_channels, kernel_size, stride or 1, bias=False)
         self.shortcut = nn.Sequential()  # the identity
         if stride is not None:
-            point = convolution(in_channels, out_channels, [1] * dims, stride, bias=False)
-            self.shortcut = nn.Sequential(point, batch_norm(out_channels, dims))
+            point = convolution(
+                in_channels, out_channels, [1] * len(kernel_size), stride, bias=False
+            )
+            self.shortcut = nn.Sequential(point, batch_norm(out_channels, len(kernel_size)))
 
     def forward(self, features: Tensor, branch: Tensor | None = None) -> Tensor:
-        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial / stride).
-
-        branch: of the result's shape.
-        """
-        result = functional.relu_(self.norm1(self.conv1(features)))
-        result = self.norm2(self.conv2(result))
+        """features as DoubleConv's; branch: of the result's shape."""
+        result = self.convolve(features)
         if branch is not None:
             result = result.add_(branch)
         return functional.relu_(result.add_(self.shortcut(features)))
-
-
-class DoubleConv(nn.Module):
-    """Convolution with bias, batch norm, ReLU, twice; the first convolution has the stride."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Stride = 1
-    ) -> None:
-        super().__init__()
-        dims = len(kernel_size)
-        self.conv1 = convolution(in_channels, out_channels, kernel_size, stride)
-        self.norm1 = batch_norm(out_channels, dims)
-        self.conv2 = convolution(out_channels, out_channels, kernel_size)
-        self.norm2 = batch_norm(out_channels, dims)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial / stride)."""
-        features = functional.relu_(self.norm1(self.conv1(features)))
-        return functional.relu_(self.norm2(self.conv2(features)))
 
 
 def batch_norm(n_channels: int, spatial_dims: int) -> nn.BatchNorm2d | nn.BatchNorm3d:

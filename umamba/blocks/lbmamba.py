@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from umamba.blocks.mamba import Mamba
-from umamba.blocks.mixer import build_mixer
-from umamba.ops.dispatch import without_autocast
+from umamba.blocks.ss2d import VSSBlock
 from umamba.ops.local_scan import window_of
 from umamba.ops.token_orders import token_order
 
@@ -99,37 +98,18 @@ class AlternatingLayers(nn.Module):
                 window=window,
             )
 
-        mixers = [
-            build_mixer(mixer, functools.partial(build, walks[k % 2]), d_model, spatial_dims)
-            for k in range(depth)
-        ]
-        self.layers = nn.ModuleList(Layer(d_model, built) for built in mixers)
+        norm = functools.partial(nn.RMSNorm, eps=1e-5)
+        layer = functools.partial(
+            VSSBlock, d_model, spatial_dims=spatial_dims, mixer=mixer, norm=norm
+        )
+        builders = [functools.partial(build, walk) for walk in walks]
+        self.layers = nn.ModuleList(layer(builders[k % 2]) for k in range(depth))
         self.ends_reversed = mixer == "scan" and depth % 2 == 1 and not restore_order
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, *spatial, C) -> the same shape.
-
-        Outside autocast and in at least float32, which is what comes out.
-        """
-        with without_autocast(tokens.device):
-            x = tokens.float() if tokens.dtype.itemsize < 4 else tokens
-            for layer in self.layers:
-                x = layer(x)
-            # parity: LBVim does not undo its last flip. Reversed, any order of the tokens has all
-            # axes mirrored.
-            return x.flip(tuple(range(1, x.ndim - 1))) if self.ends_reversed else x
-
-
-class Layer(nn.Module):
-    """x + mixer(RMSNorm(x)), x itself without a mixer."""
-
-    def __init__(self, d_model: int, mixer: nn.Module | None) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.norm = None if mixer is None else nn.RMSNorm(d_model, eps=1e-5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, *spatial, C) -> the same shape."""
-        if self.mixer is None or self.norm is None:
-            return tokens
-        return tokens + self.mixer(self.norm(tokens))
+        """tokens (B, *spatial, C) -> the same shape, in at least float32."""
+        for layer in self.layers:
+            tokens = layer(tokens)
+        # parity: LBVim does not undo its last flip. Reversed, any order of the tokens has all axes
+        # mirrored.
+        return tokens.flip(tuple(range(1, tokens.ndim - 1))) if self.ends_reversed else tokens

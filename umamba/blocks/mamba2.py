@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from umamba.blocks.mamba import DT_FLOOR, DT_MAX, DT_MIN, spread_dt_bias, uniform
 from umamba.ops.causal_conv import causal_conv1d_silu
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 from umamba.ops.ssd import CHUNK, ssd_scan
 
 
@@ -88,20 +88,16 @@ class Mamba2(nn.Module):
         )
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
+    @in_float32
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, *spatial, C) -> the same shape; *spatial may be one axis (a sequence).
-
-        Outside autocast and in at least float32, which is what comes out.
-        """
-        with without_autocast(tokens.device):
-            wide = tokens.float() if tokens.dtype.itemsize < 4 else tokens
-            projected = self.in_proj(wide.flatten(1, -2))
-            mlp_gate, mlp, gate, convolved, dt = projected.split(self.projected, -1)  # (B, L, ...)
-            mixed = self._scan(convolved, dt)
-            mixed = mixed * functional.silu(gate) if self.norm is None else self.norm(mixed, gate)
-            if mlp.shape[-1]:
-                mixed = torch.cat([functional.silu(mlp_gate) * mlp, mixed], -1)
-            return self.out_proj(mixed).reshape(tokens.shape)
+        """tokens (B, *spatial, C) -> the same shape, in at least float32."""
+        projected = self.in_proj(tokens.flatten(1, -2))
+        mlp_gate, mlp, gate, convolved, dt = projected.split(self.projected, -1)  # (B, L, ...)
+        mixed = self._scan(convolved, dt)
+        mixed = mixed * functional.silu(gate) if self.norm is None else self.norm(mixed, gate)
+        if mlp.shape[-1]:
+            mixed = torch.cat([functional.silu(mlp_gate) * mlp, mixed], -1)
+        return self.out_proj(mixed).reshape(tokens.shape)
 
     def _scan(self, convolved: Tensor, dt: Tensor) -> Tensor:
         """convolved (B, L, d_ssm + 2GN), dt (B, L, H) -> (B, L, d_ssm)."""

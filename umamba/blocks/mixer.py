@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umamba.blocks.mamba import Mamba, uniform
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 
 MIXERS = ("scan", "none", "conv")
 
@@ -60,15 +60,16 @@ class MixerLayer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *spatial) -> the same shape."""
-        if self.norm is None or self.mixer is None:
-            return features
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            if self.tokens == "voxels":
-                mixed = self.mixer(self.norm(wide.movedim(1, -1))).movedim(-1, 1).contiguous()
-            else:
-                mixed = self.mixer(self.norm(wide.flatten(2))).reshape(features.shape)
-            return wide + mixed if self.residual else mixed
+        return features if self.mixer is None else self._mix(features)
+
+    @in_float32
+    def _mix(self, features: Tensor) -> Tensor:
+        assert self.norm is not None and self.mixer is not None
+        if self.tokens == "voxels":
+            mixed = self.mixer(self.norm(features.movedim(1, -1))).movedim(-1, 1).contiguous()
+        else:
+            mixed = self.mixer(self.norm(features.flatten(2))).reshape(features.shape)
+        return features + mixed if self.residual else mixed
 
 
 class ProjectedMixerLayer(nn.Module):
@@ -108,21 +109,23 @@ class ProjectedMixerLayer(nn.Module):
         """features (B, d_model, *spatial) -> (B, out_channels, *spatial)."""
         if self.mixer is None and self.skip == "outside":
             return features
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            mixed = tokens = wide.movedim(1, -1)
-            if self.mixer is not None:
-                mixed = self.mixer(self.norm(tokens))
-            if self.skip == "inside":
-                if self.skip_scale is not None:
-                    mixed = mixed + self.skip_scale * tokens
-                return self.proj(self.norm(mixed)).movedim(-1, 1).contiguous()
-            # parity: MambaClinix has the scale and does not use it. Without a gradient, if only
-            # of 0, training on several GPUs would stop at it.
-            assert self.skip_scale is not None
-            bias = self.proj.bias + 0 * self.skip_scale
-            mixed = functional.linear(self.norm(mixed), self.proj.weight, bias)
-            return wide + mixed.movedim(-1, 1).contiguous()
+        return self._mix(features)
+
+    @in_float32
+    def _mix(self, features: Tensor) -> Tensor:
+        mixed = tokens = features.movedim(1, -1)
+        if self.mixer is not None:
+            mixed = self.mixer(self.norm(tokens))
+        if self.skip == "inside":
+            if self.skip_scale is not None:
+                mixed = mixed + self.skip_scale * tokens
+            return self.proj(self.norm(mixed)).movedim(-1, 1).contiguous()
+        # parity: MambaClinix has the scale and does not use it. Without a gradient, if only of 0,
+        # training on several GPUs would stop at it.
+        assert self.skip_scale is not None
+        bias = self.proj.bias + 0 * self.skip_scale
+        mixed = functional.linear(self.norm(mixed), self.proj.weight, bias)
+        return features + mixed.movedim(-1, 1).contiguous()
 
 
 class ConvMixer(nn.Module):
@@ -157,62 +160,52 @@ class PointwiseMixerLayer(nn.Module):
     four_views: the mixer also takes the map with its channels in reversed order, what comes out is
     reversed back, and the result is the mean of both. projects: the mixer's input is added, and
     1x1 convolution, batch norm and ReLU follow. residual: the layer's input is added.
-    Only the mixer computes in at least float32. (nnMamba; 3D)
+    mixer: as in MixerLayer, but not "none", where the whole layer goes. Only the mixer computes in
+    at least float32. (nnMamba; 3D)
     """
 
     def __init__(
-        self, width: int, mixer: nn.Module, *, four_views: bool, projects: bool, residual: bool
+        self,
+        width: int,
+        *,
+        mixer: str = "scan",
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        four_views: bool = False,
+        projects: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
+        build = functools.partial(Mamba, width, d_state=d_state, d_conv=d_conv, expand=expand)
+        if four_views:
+            both = ("raster", "raster_reversed")
+            build = functools.partial(build, orders=both, merge="mean", tied=True)
+        built = build_mixer(mixer, build, width, axes=3)
+        assert built is not None
         self.four_views = four_views
         self.residual = residual
         self.in_conv = nn.Conv3d(width, width, 1, bias=False)
         self.norm = nn.BatchNorm3d(width)
-        self.mixer = mixer
+        self.mixer = built
         self.out_conv = nn.Conv3d(width, width, 1, bias=False) if projects else None
         self.out_norm = nn.BatchNorm3d(width) if projects else None
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *spatial) -> the same shape."""
         x = functional.relu_(self.norm(self.in_conv(features)))
-        with without_autocast(x.device):
-            wide = x.float() if x.dtype.itemsize < 4 else x
-            tokens = wide.movedim(1, -1)  # (B, *spatial, C)
-            if self.four_views:
-                plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
-                mixed = (plain + reverse.flip(-1)) / 2
-            else:
-                mixed = self.mixer(tokens)
-        result = mixed.movedim(-1, 1)
+        result = self._mix(x)
         if self.out_conv is not None and self.out_norm is not None:
             result = functional.relu_(self.out_norm(self.out_conv(x + result)))
         return features + result if self.residual else result
 
-
-def pointwise_mixer_layer(
-    width: int,
-    *,
-    mixer: str,
-    d_state: int,
-    d_conv: int,
-    expand: float,
-    four_views: bool = False,
-    projects: bool = False,
-    residual: bool = False,
-) -> PointwiseMixerLayer | None:
-    """A PointwiseMixerLayer, or None for mixer "none": its convolutions go with the mixer.
-
-    four_views: Mamba walks the tokens both ways with one set of parameters.
-    """
-    build = functools.partial(Mamba, width, d_state=d_state, d_conv=d_conv, expand=expand)
-    if four_views:
-        both = ("raster", "raster_reversed")
-        build = functools.partial(build, orders=both, merge="mean", tied=True)
-    built = build_mixer(mixer, build, width, axes=3)
-    if built is None:
-        return None
-    options = {"four_views": four_views, "projects": projects, "residual": residual}
-    return PointwiseMixerLayer(width, built, **options)
+    @in_float32
+    def _mix(self, features: Tensor) -> Tensor:
+        tokens = features.movedim(1, -1)  # (B, *spatial, C)
+        if self.four_views:
+            plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
+            return ((plain + reverse.flip(-1)) / 2).movedim(-1, 1)
+        return self.mixer(tokens).movedim(-1, 1)
 
 
 def build_mixer(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from umamba.blocks.conv import convolution
 from umamba.blocks.sampling import PatchExpand
+from umamba.blocks.unet_decoder import go_up
 
 
 class PatchEncoder(nn.Module):
@@ -74,10 +74,8 @@ class PatchDecoder(nn.Module):
 
     def forward(self, features: Tensor, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """features (B, H, W, C) of the deepest stage; skips finest first -> logits."""
-        features = self.norm(features)
-        layers = zip(self.expands, self.joins[1:], self.stages[1:], skips[::-1], strict=True)
-        for expand, join, stage, skip in layers:
-            features = stage(join(torch.cat([expand(features), skip], dim=-1)))
+        maps = [*skips, self.norm(features)]
+        features = go_up(maps, self.expands, self.joins[1:], self.stages[1:])[-1]
         features = self.final_up(self.norm_up(features))
         logits = self.seg_layers[0](features.movedim(-1, 1))
         return [logits] if self.deep_supervision else logits

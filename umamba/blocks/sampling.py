@@ -13,34 +13,29 @@ from umamba.blocks.conv import convolution
 
 
 class NearestUpsample(nn.Module):
-    """Nearest interpolation by the stride and a 1x1 convolution with bias."""
+    """Nearest interpolation by the stride and a 1x1 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: Sequence[int], *, bias: bool = True
+    ) -> None:
         super().__init__()
+        self.mode = "nearest"
         self.stride = tuple(float(s) for s in stride)
-        self.conv = convolution(in_channels, out_channels, [1] * len(stride))
+        self.conv = convolution(in_channels, out_channels, [1] * len(stride), bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, in_channels, *spatial) -> (B, out_channels, *spatial * stride)."""
         # A 1x1 convolution commutes with repetition: convolving first is the same function for a
-        # fraction (1 / prod(stride)) of the work. parity: the official layer interpolates first.
-        return functional.interpolate(self.conv(features), scale_factor=self.stride, mode="nearest")
+        # fraction (1 / prod(stride)) of the work. parity: U-Mamba's layer interpolates first.
+        return functional.interpolate(self.conv(features), scale_factor=self.stride, mode=self.mode)
 
 
-class LinearUpsample(nn.Module):
+class LinearUpsample(NearestUpsample):
     """A 1x1 convolution without bias and bi- or trilinear interpolation by the stride."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int]) -> None:
-        super().__init__()
-        self.stride = tuple(float(s) for s in stride)
+        super().__init__(in_channels, out_channels, stride, bias=False)
         self.mode = {2: "bilinear", 3: "trilinear"}[len(stride)]
-        self.conv = convolution(in_channels, out_channels, [1] * len(stride), bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial * stride)."""
-        return functional.interpolate(
-            self.conv(features), scale_factor=self.stride, mode=self.mode, align_corners=False
-        )
 
 
 class TransposedUpsample(nn.Module):

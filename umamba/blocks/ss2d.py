@@ -17,7 +17,7 @@ from torch.nn import functional
 from umamba.blocks.mamba import spread_dt_bias, uniform
 from umamba.blocks.mixer import build_mixer
 from umamba.ops.directions import DirectionParameters, scan_directions
-from umamba.ops.dispatch import without_autocast
+from umamba.ops.dispatch import in_float32
 
 # The walk of each of the four parameter sets, in the official order of the sets.
 WALKS = {
@@ -198,7 +198,7 @@ class VSSBlock(nn.Module):
     """x + drop(mixer(norm(x))), then, where there is an MLP, x + drop(mlp(norm2(x))).
 
     Runs outside autocast in at least float32. mixer as in MixerLayer. mlp: builds the module that
-    maps (B, *spatial, C) to itself.
+    maps (B, *spatial, C) to itself. norm: builds a norm of so many channels.
     """
 
     def __init__(
@@ -210,23 +210,23 @@ class VSSBlock(nn.Module):
         mixer: str = "scan",
         drop_path: float = 0.0,
         mlp: Callable[[], nn.Module] | None = None,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
         self.mixer = build_mixer(mixer, build, d_model, axes=spatial_dims)
-        self.norm = None if self.mixer is None else nn.LayerNorm(d_model)
-        self.norm2 = None if mlp is None else nn.LayerNorm(d_model)
+        self.norm = None if self.mixer is None else norm(d_model)
+        self.norm2 = None if mlp is None else norm(d_model)
         self.mlp = None if mlp is None else mlp()
         self.drop_path = DropPath(drop_path)
 
+    @in_float32
     def forward(self, features: Tensor) -> Tensor:
         """features (B, *spatial, C) -> the same shape."""
-        with without_autocast(features.device):
-            x = features.float() if features.dtype.itemsize < 4 else features
-            if self.norm is not None and self.mixer is not None:
-                x = x + self.drop_path(self.mixer(self.norm(x)))
-            if self.norm2 is not None and self.mlp is not None:
-                x = x + self.drop_path(self.mlp(self.norm2(x)))
-            return x
+        if self.norm is not None and self.mixer is not None:
+            features = features + self.drop_path(self.mixer(self.norm(features)))
+        if self.norm2 is not None and self.mlp is not None:
+            features = features + self.drop_path(self.mlp(self.norm2(features)))
+        return features
 
 
 class MLP(nn.Module):

@@ -1,13 +1,15 @@
-"""The decoder of the residual U-Nets: skips of all stages to deep-supervised logits."""
+"""The ways up in a U-Net: skips of all stages to deep-supervised logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from umamba.blocks.conv import Shortcut, convolution, residual_stage
+from umamba.blocks.sampling import TransposedUpsample
 
 
 class UNetDecoder(nn.Module):
@@ -15,8 +17,7 @@ class UNetDecoder(nn.Module):
 
     `upsample(in_channels, out_channels, stride)` builds the layer that goes up. With
     `joins_full_resolution=False` the last stage does not see the skip of the full resolution.
-    `affine` as in ResidualBlock. MONAI's UNETR decoder is shortcut "pool", affine=False, a
-    TransposedUpsample without bias, one block per stage and two at the full resolution.
+    `affine` as in ResidualBlock.
     `deep_supervision` may be switched at any time (nnU-Net's trainer does). `n_outputs`: only the
     finest so many stages have a layer in seg_layers; by default all.
     """
@@ -71,3 +72,47 @@ class UNetDecoder(nn.Module):
             if i == last or (self.deep_supervision and i >= self.first_output):
                 logits.append(self.seg_layers[i](features))
         return logits[::-1] if self.deep_supervision else logits[0]
+
+
+def unetr_decoder(
+    num_classes: int,
+    features_per_stage: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    *,
+    last_blocks: int = 2,
+    n_outputs: int,
+    deep_supervision: bool,
+) -> UNetDecoder:
+    """MONAI's UNETR decoder: blocks of kernel 3, without biases and without scales in their norms.
+
+    last_blocks: residual blocks of the full resolution; the other stages have one each.
+    """
+    return UNetDecoder(
+        num_classes,
+        features_per_stage=features_per_stage,
+        strides=strides,
+        kernel_sizes=[[3] * len(strides[0])] * len(strides),
+        n_conv_per_stage=[1] * (len(strides) - 2) + [last_blocks],
+        upsample=functools.partial(TransposedUpsample, bias=False),
+        shortcut="pool",
+        affine=False,
+        n_outputs=n_outputs,
+        deep_supervision=deep_supervision,
+    )
+
+
+def go_up(
+    maps: Sequence[Tensor],
+    expands: Iterable[nn.Module],
+    joins: Iterable[nn.Module],
+    stages: Iterable[nn.Module],
+) -> list[Tensor]:
+    """Stage by stage: expand, concatenate [expanded, skip], linear layer, blocks.
+
+    maps: channels-last, finest first. Returns the deepest of them, then each stage's.
+    """
+    *skips, deepest = maps
+    found = [deepest]
+    for expand, join, stage, skip in zip(expands, joins, stages, reversed(skips), strict=True):
+        found.append(stage(join(torch.cat([expand(found[-1]), skip], dim=-1))))
+    return found

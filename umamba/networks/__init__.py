@@ -1,6 +1,6 @@
 """The networks: importing this package registers them all."""
 
-from umamba.networks import (  # registers
+from umamba.networks import (  # noqa: F401  these register
     hymamba,
     lightm_unet,
     mamba_clinix,
@@ -37,23 +37,9 @@ __all__ = [
     "create_network",
     "get_entry",
     "get_module",
-    "hymamba",
-    "lightm_unet",
     "list_modules",
     "list_networks",
-    "mamba_clinix",
-    "mamba_unet",
-    "msvm_unet",
-    "nnmamba",
-    "partners",
     "recognize_network",
     "register",
     "register_module",
-    "segmamba",
-    "swin_umamba",
-    "umamba",
-    "umamba_v1",
-    "uvm_net",
-    "vm_unet",
-    "vmamba",
 ]

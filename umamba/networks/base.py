@@ -29,11 +29,18 @@ class SegmentationNetwork(nn.Module):
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
     fixed_strides: ClassVar[tuple[tuple[int, ...], ...] | None] = None
 
+    encoder: Any  # a module, or several
     decoder: nn.Module
 
     def __init__(
-        self, input_channels: int, num_classes: int, *, strides: Sequence[Sequence[int]]
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        strides: Sequence[Sequence[int]],
+        n_outputs: int | None = None,
     ) -> None:
+        """n_outputs: logits under deep supervision, by default one of each stage but the last."""
         super().__init__()
         dims = len(strides[0])
         if dims not in self.spatial_dims or any(len(stride) != dims for stride in strides):
@@ -42,13 +49,22 @@ class SegmentationNetwork(nn.Module):
                 f"{type(self).__name__} is {supported}: strides need that many values per stage, "
                 f"got {[list(stride) for stride in strides]}"
             )
+        if self.fixed_strides is not None and max(strides[0]) > 1:
+            raise ValueError(
+                f"the first of {type(self).__name__}'s strides must be 1, got {list(strides[0])}"
+            )
         self.input_channels = input_channels
         self.num_classes = num_classes
         self.divisor = tuple(math.prod(stride[axis] for stride in strides) for axis in range(dims))
         self.deep_supervision_scales = tuple(
             tuple(1 / math.prod(stride[axis] for stride in strides[:n]) for axis in range(dims))
             for n in range(1, len(strides))
-        )
+        )[:n_outputs]
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
+        self.check_input(images)
+        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -77,13 +93,17 @@ class SegmentationNetwork(nn.Module):
                 f"the next larger valid shape is {larger}"
             )
 
+    def check_strides(
+        self, strides: Sequence[Sequence[int]], allowed: Sequence[Sequence[int]]
+    ) -> None:
+        """Raises ValueError unless the strides are the only ones that the network has."""
+        given, wanted = ([list(stride) for stride in entries] for entries in (strides, allowed))
+        if given != wanted:
+            raise ValueError(f"{type(self).__name__} has strides like {wanted}, got {given}")
 
-def check_stages(**per_stage: Sequence[Any]) -> None:
-    """Raises ValueError unless all arguments have as many entries as the first."""
-    (first, values), *others = per_stage.items()
-    for name, other in others:
-        if len(other) != len(values):
-            raise ValueError(
-                f"{name} has {len(other)} entries where {first} has {len(values)}: "
-                "both need one per stage"
-            )
+
+def check_stages(stages: Sequence[Any], **per_stage: Sequence[Any]) -> None:
+    """Raises ValueError unless each argument has one entry per stage."""
+    for name, values in per_stage.items():
+        if len(values) != len(stages):
+            raise ValueError(f"{name} has {len(values)} entries, needs {len(stages)}: one a stage")

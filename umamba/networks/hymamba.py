@@ -9,14 +9,8 @@
     blocks of two convolutions; Mamba layer: norm, Mamba, +, norm, MLP, +
 
 arXiv 2408.08070; equals FengheTan9/MambaMIM@471c2f6, models/network/hymamba.py (Apache-2.0): the
-network that is fine-tuned, without the pre-training. Kept for the sake of checkpoints:
-- Mamba scans in one direction; the parameters that the official state dict holds for the other
-  one are never used there, and are left out here;
-- the path to the deeper stages does not pass through `refine`, only the skips do;
-- the decoder's blocks have neither biases nor scales in their norms, all others have both;
-- the linear layers of the Mamba layers start xavier-uniform with zero biases, those of Mamba too,
-  so that all its step sizes start at softplus(0) = 0.69;
-- one output; `n_outputs` adds those of coarser maps for deep supervision.
+network that is fine-tuned, without the pre-training, with its QUIRKS; `n_outputs` adds the logits
+of coarser maps for deep supervision.
 Different: the official position table is made for one cubic patch, and other shapes with as many
 tokens get it in a wrong geometry (`position_grid` repeats that); here it follows the image's shape.
 Other widths, strides and numbers of stages work.
@@ -37,14 +31,21 @@ from torch.nn import functional
 from umamba.blocks.conv import ResidualBlock, convolution
 from umamba.blocks.mamba import Direction, Mamba
 from umamba.blocks.norm import ChannelNorm
-from umamba.blocks.sampling import TransposedUpsample
 from umamba.blocks.ss2d import MLP, VSSBlock
-from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.blocks.unet_decoder import unetr_decoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mamba_rows, unetr_block_rows
-from umamba.ops.dispatch import without_autocast
+from umamba.networks.state_dict import KeyMap, Row, mamba_rows, renamed_rows, unetr_decoder_rows
+from umamba.ops.dispatch import in_float32
 
+QUIRKS = (
+    "Mamba scans in one direction, the official parameters of the other one are left out",
+    "the path to the deeper stages does not pass through `refine`, only the skips do",
+    "the decoder's blocks have neither biases nor scales in their norms, all others have both",
+    "the linear layers of the Mamba layers, those of Mamba too, start xavier-uniform with zero "
+    "biases, so that Mamba's step sizes start at softplus(0) = 0.69",
+    "one output, no deep supervision",
+)
 KERNEL, POINT = (3, 3, 3), (1, 1, 1)
 NORM = functools.partial(ChannelNorm, eps=1e-6)
 LONGEST_WAVE = 10000  # of the position table, in voxels of the deepest map, over 2 pi
@@ -56,11 +57,7 @@ N_STAGES = 5  # of the official network, which its state dict's names count
     paper="arXiv:2408.08070",
     reference="FengheTan9/MambaMIM@471c2f6d49eff5cf9cfce1330dc5124204130de5",
     licence="Apache-2.0",
-    quirks=(
-        "Mamba scans in one direction, the official parameters of the other one are left out",
-        "Mamba's step sizes start at softplus(0)",
-        "one output, no deep supervision",
-    ),
+    quirks=QUIRKS,
 )
 class HyMamba(SegmentationNetwork):
     """3D U-Net of MedNeXt blocks with Mamba layers at the bottleneck; any divisible image size."""
@@ -95,50 +92,35 @@ class HyMamba(SegmentationNetwork):
         how many resolutions have logits for deep supervision, finest first. mixer: "scan", "none"
         or "conv".
         """
-        super().__init__(input_channels, num_classes, strides=strides)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=n_outputs)
         kernel_sizes = kernel_sizes or [KERNEL] * len(strides)
         check_stages(
-            strides=strides,
+            strides,
             features_per_stage=features_per_stage,
             kernel_sizes=kernel_sizes,
             n_blocks_per_stage=n_blocks_per_stage,
             expansion_per_stage=expansion_per_stage,
         )
-        if any(step != 1 for step in strides[0]):
-            raise ValueError(f"the first of HyMamba's strides must be 1, got {list(strides[0])}")
-        self.deep_supervision_scales = self.deep_supervision_scales[:n_outputs]
         self.position_grid = None if position_grid is None else tuple(position_grid)
+        sizes = zip(features_per_stage, kernel_sizes, expansion_per_stage, strict=True)
         blocks = [
-            [MedNeXtBlock(width, kernel, expansion) for _ in range(n_blocks)]
-            for width, kernel, expansion, n_blocks in zip(
-                *(features_per_stage, kernel_sizes, expansion_per_stage, n_blocks_per_stage),
-                strict=True,
-            )
+            [MedNeXtBlock(*size) for _ in range(n_blocks)]
+            for size, n_blocks in zip(sizes, n_blocks_per_stage, strict=True)
         ]
         self.encoder = Encoder(input_channels, strides, features_per_stage, blocks)
-        mamba = functools.partial(
-            Mamba, features_per_stage[-1], d_state=d_state, d_conv=d_conv, expand=expand
-        )
+        first, *widths = features_per_stage
+        deepest = widths[-1]
+        mamba = functools.partial(Mamba, deepest, d_state=d_state, d_conv=d_conv, expand=expand)
+        mlp = functools.partial(MLP, deepest, 2)
         self.bottleneck = nn.ModuleList(
-            VSSBlock(
-                features_per_stage[-1],
-                mamba,
-                spatial_dims=3,
-                mixer=mixer,
-                mlp=functools.partial(MLP, features_per_stage[-1], 2),
-            )
+            VSSBlock(deepest, mamba, spatial_dims=3, mixer=mixer, mlp=mlp)
             for _ in range(n_mamba_layers)
         )
-        first, *widths = features_per_stage
-        decoder = UNetDecoder(
+        decoder = unetr_decoder(
             num_classes,
-            features_per_stage=[*widths, widths[-1]],
-            strides=strides,
-            kernel_sizes=[KERNEL] * len(strides),
-            n_conv_per_stage=[1] * len(widths),
-            upsample=functools.partial(TransposedUpsample, bias=False),
-            shortcut="pool",
-            affine=False,
+            [*widths, deepest],
+            strides,
+            last_blocks=1,
             n_outputs=n_outputs,
             deep_supervision=deep_supervision,
         )
@@ -154,16 +136,15 @@ class HyMamba(SegmentationNetwork):
         *skips, deepest = self.encoder(images)
         return self.decoder([*skips, self.mix(deepest)])
 
+    @in_float32
     def mix(self, features: Tensor) -> Tensor:
         """Adds the position table and runs the Mamba layers, outside autocast."""
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            tokens = wide.movedim(1, -1)  # (B, *grid, C)
-            table = position_table(self.position_grid or tokens.shape[1:-1], tokens)
-            tokens = tokens + table.reshape(tokens.shape[1:])
-            for layer in self.bottleneck:
-                tokens = layer(tokens)
-            return tokens.movedim(-1, 1).contiguous()
+        tokens = features.movedim(1, -1)  # (B, *grid, C)
+        table = position_table(self.position_grid or tokens.shape[1:-1], tokens)
+        tokens = tokens + table.reshape(tokens.shape[1:])
+        for layer in self.bottleneck:
+            tokens = layer(tokens)
+        return tokens.movedim(-1, 1).contiguous()
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)
@@ -264,13 +245,9 @@ def position_table(grid: Sequence[int], like: Tensor) -> Tensor:
     n_waves = like.shape[-1] // (2 * len(grid))
     waves = torch.arange(n_waves, dtype=like.dtype, device=like.device) / max(n_waves, 1)
     frequencies = LONGEST_WAVE**-waves
-    parts = []
-    for axis, size in enumerate(grid):
-        index = torch.arange(size, dtype=like.dtype, device=like.device)
-        shape = [size if other == axis else 1 for other in range(len(grid))]
-        angles = (index[:, None] * frequencies).view(*shape, n_waves).expand(*grid, n_waves)
-        parts += [angles.sin(), angles.cos()]
-    table = torch.cat(parts, dim=-1)
+    lines = (torch.arange(size, dtype=like.dtype, device=like.device) for size in grid)
+    angles = [index[..., None] * frequencies for index in torch.meshgrid(*lines, indexing="ij")]
+    table = torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=-1)
     return functional.pad(table, (0, like.shape[-1] - table.shape[-1]))
 
 
@@ -292,11 +269,8 @@ def initialize_mamba_layers(layers: nn.Module) -> None:
 
 def residual_rows(official: str, own: str) -> list[Row]:
     """The rows of a residual block with biases and affine norms; both prefixes end in a dot."""
-    return [
-        Row(f"{official}conv3.{{p}}", f"{own}shortcut.conv.{{p}}"),
-        Row(f"{official}norm3.{{p}}", f"{own}shortcut.norm.{{p}}"),
-        Row(f"{official}{{layer}}.{{p}}", f"{own}{{layer}}.{{p}}"),
-    ]
+    names = {"conv3": "shortcut.conv", "norm3": "shortcut.norm", "{layer}": "{layer}"}
+    return renamed_rows(official, own, names)
 
 
 ROWS = (
@@ -314,15 +288,8 @@ ROWS = (
     *mamba_rows("mae.blocks.{j}.mamba.", "bottleneck.{j}.mixer."),
     Row("mae.blocks.{j}.norm2.{p}", "bottleneck.{j}.norm2.{p}"),
     Row("mae.blocks.{j}.mlp.{layer}.{p}", "bottleneck.{j}.mlp.{layer}.{p}"),
-    *(
-        row
-        for i, n in enumerate(range(N_STAGES, 1, -1))
-        for row in (
-            Row(f"decoder.decoder{n}.transp_conv.conv.{{p}}", f"decoder.upsample.{i}.conv.{{p}}"),
-            *unetr_block_rows(f"decoder.decoder{n}.conv_block.", f"decoder.stages.{i}.0."),
-        )
-    ),
     *residual_rows("decoder.decoder1.", f"decoder.stages.{N_STAGES - 2}.1."),
+    *unetr_decoder_rows("decoder.", N_STAGES - 1),
     Row("decoder.out.conv.{p}", f"decoder.seg_layers.{N_STAGES - 2}.{{p}}"),
 )
 

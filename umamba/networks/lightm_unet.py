@@ -8,17 +8,15 @@
     the resolution above, and max pooling. up: a 1x1 convolution and linear interpolation.
 
 arXiv 2403.05246; equals MrBlankness/LightM-UNet@6b72e27, nnunetv2/nets/LightMUNet.py (Apache-2.0),
-2D and 3D, by default as its nnU-Net trainer builds it (README: "1M" parameters; measured: 5.0 M).
-Kept for the sake of checkpoints:
-- a Mamba layer uses one norm twice, before its scan and before its projection;
-- a decoder block ends with norm and ReLU behind the sum;
-- one head: with deep supervision switched on, forward returns a list of one tensor.
+2D and 3D, by default as its nnU-Net trainer builds it (README: "1M" parameters; measured: 5.0 M),
+with its QUIRKS.
 The official code knows only halvings of all axes; other strides work here, with the same weights.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,12 +30,12 @@ from umamba.blocks.sampling import LinearUpsample
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
-from umamba.networks.umamba import Counts, block_counts
+from umamba.networks.umamba import Counts, Encoder, block_counts
 
 QUIRKS = (
-    "a Mamba layer uses one norm twice",
+    "a Mamba layer uses one norm twice, before its scan and before its projection",
     "a decoder block ends with norm and ReLU behind the sum",
-    "one head, so no deep supervision",
+    "one head: with deep supervision switched on, forward returns a list of one tensor",
 )
 
 
@@ -72,16 +70,13 @@ class LightMUNet(SegmentationNetwork):
         """All sequences have one entry per level, finest first (the decoder's: one fewer, deepest
         first). n_conv_per_stage: residual blocks. n_groups: of the group norms. mixer: "scan",
         "none" or "conv". deep_supervision: a list of one is returned."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        if max(strides[0]) > 1:
-            raise ValueError(f"the first stride of LightMUNet is 1, got {list(strides[0])}")
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
+        check_stages(strides, features_per_stage=features_per_stage)
         if any(width % n_groups for width in features_per_stage):
             raise ValueError(
                 f"features_per_stage {list(features_per_stage)} need to be multiples of n_groups, "
                 f"{n_groups}; choose such widths or fewer groups"
             )
-        self.deep_supervision_scales = self.deep_supervision_scales[:1]
         counts = block_counts(n_conv_per_stage, n_conv_per_stage_decoder, len(strides))
         layer = functools.partial(
             ProjectedMixerLayer,
@@ -93,15 +88,18 @@ class LightMUNet(SegmentationNetwork):
             expand=expand,
         )
         norm = functools.partial(nn.GroupNorm, n_groups)
-        self.encoder = Encoder(input_channels, strides, features_per_stage, counts[0], layer, norm)
+        width = features_per_stage[0]
+        stem = depthwise_separable(input_channels, width, [3] * len(strides[0]))
+        levels: list[nn.Module] = []
+        for features, stride, n_blocks in zip(features_per_stage, strides, counts[0], strict=True):
+            down = downsample(layer(width, features), stride) if levels else nn.Identity()
+            blocks = (MambaBlock(features, layer, norm) for _ in range(n_blocks))
+            levels.append(nn.Sequential(down, *blocks))
+            width = features
+        self.encoder = Encoder(stem, levels)
         self.decoder = Decoder(
             num_classes, strides, features_per_stage, counts[1], norm, deep_supervision
         )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits (B, num_classes, *spatial)."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -119,43 +117,6 @@ class LightMUNet(SegmentationNetwork):
             "n_conv_per_stage": blocks,
             "n_conv_per_stage_decoder": list(config.get("blocks_up", (1, 1, 1))),
         }
-
-
-class Encoder(nn.Module):
-    """Stem and levels; every level but the first begins with the way down to it.
-
-    layer(in_channels, out_channels) builds a Mamba layer, norm(channels) a norm.
-    """
-
-    def __init__(
-        self,
-        input_channels: int,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        n_conv_per_stage: Sequence[int],
-        layer: Callable[[int, int], nn.Module],
-        norm: Callable[[int], nn.Module],
-    ) -> None:
-        super().__init__()
-        width = features_per_stage[0]
-        self.stem = DepthwiseSeparableConv(input_channels, width, [3] * len(strides[0]))
-        self.stages = nn.ModuleList()
-        for features, stride, n_blocks in zip(
-            features_per_stage, strides, n_conv_per_stage, strict=True
-        ):
-            down = Downsample(layer(width, features), stride) if len(self.stages) else nn.Identity()
-            blocks = (MambaBlock(features, layer, norm) for _ in range(n_blocks))
-            self.stages.append(nn.Sequential(down, *blocks))
-            width = features
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B, input_channels, *spatial) -> the feature maps of all levels, finest first."""
-        features = self.stem(images)
-        skips = []
-        for stage in self.stages:
-            features = stage(features)
-            skips.append(features)
-        return skips
 
 
 class Decoder(nn.Module):
@@ -183,7 +144,7 @@ class Decoder(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         width = features_per_stage[0]
         self.norm = norm(width)
-        head = DepthwiseSeparableConv(width, num_classes, [1] * dims, bias=True)
+        head = depthwise_separable(width, num_classes, [1] * dims, bias=True)
         self.seg_layers = nn.ModuleList([head])
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -225,7 +186,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.norm1 = norm(n_channels)
-        self.conv = DepthwiseSeparableConv(n_channels, n_channels, kernel_size)
+        self.conv = depthwise_separable(n_channels, n_channels, kernel_size)
         self.norm2 = norm(n_channels)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -235,36 +196,19 @@ class ConvBlock(nn.Module):
         return functional.relu_(self.norm2(x))
 
 
-class Downsample(nn.Module):
+def downsample(layer: nn.Module, stride: Sequence[int]) -> nn.Sequential:
     """A Mamba layer to the new width, then max pooling by the stride."""
-
-    def __init__(self, layer: nn.Module, stride: Sequence[int]) -> None:
-        super().__init__()
-        self.layer = layer
-        self.stride = tuple(stride)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, C, *spatial) -> (B, out_channels, *spatial / stride)."""
-        pool = functional.max_pool2d if len(self.stride) == 2 else functional.max_pool3d
-        return pool(self.layer(features), self.stride, self.stride)
+    pool = {2: nn.MaxPool2d, 3: nn.MaxPool3d}[len(stride)]
+    return nn.Sequential(OrderedDict(layer=layer, pool=pool(tuple(stride))))
 
 
-class DepthwiseSeparableConv(nn.Module):
+def depthwise_separable(
+    in_channels: int, out_channels: int, kernel_size: Sequence[int], bias: bool = False
+) -> nn.Sequential:
     """A convolution of each channel by itself, and a 1x1 convolution to the new width."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], bias: bool = False
-    ) -> None:
-        super().__init__()
-        point = [1] * len(kernel_size)
-        self.depthwise = convolution(
-            in_channels, in_channels, kernel_size, groups=in_channels, bias=bias
-        )
-        self.pointwise = convolution(in_channels, out_channels, point, bias=bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, in_channels, *spatial) -> (B, out_channels, *spatial)."""
-        return self.pointwise(self.depthwise(features))
+    depthwise = convolution(in_channels, in_channels, kernel_size, groups=in_channels, bias=bias)
+    pointwise = convolution(in_channels, out_channels, [1] * len(kernel_size), bias=bias)
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
 
 
 # Official name, ours.

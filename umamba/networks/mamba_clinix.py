@@ -10,19 +10,14 @@
     HGCN follows the first half of the stages, a Mamba layer the others.
 
 arXiv 2409.12533; equals CYB08/MambaClinix-PyTorch@ba1af65, nnunetv2/nets/MambaClinix_3d.py (no
-licence stated). Kept for the sake of checkpoints:
-- the "gates" of the high-order convolution are sums;
-- the branch of the high-order convolution starts scaled by 1e-6;
-- a LayerNorm over the channels stands in front of the last HGCN block, and of no other;
-- a Mamba layer uses one norm twice, and has a skip_scale that it does not use;
-- a block count of 2 means HGCN, of 1 a Mamba layer, and the deep half of the counts becomes 1;
-- every decoder stage has one block, whatever the plans say.
+licence stated), with its QUIRKS.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,17 +28,25 @@ from umamba.blocks.mixer import ProjectedMixerLayer
 from umamba.blocks.norm import ChannelNorm
 from umamba.blocks.sampling import NearestUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import SegmentationNetwork
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
-from umamba.networks.umamba import ALIASES, Counts, Encoder, thin_blocks
+from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, projected_mixer_rows
+from umamba.networks.umamba import (
+    ALIASES,
+    Counts,
+    Encoder,
+    residual_stages,
+    stage_arguments,
+    thin_blocks,
+)
 
 QUIRKS = (
     "the gates of the high-order convolution are sums",
-    "the high-order branch starts scaled by 1e-6",
-    "only the last HGCN block has a LayerNorm in front of it",
-    "a Mamba layer uses one norm twice and has a parameter without effect",
-    "every decoder stage has one block",
+    "the branch of the high-order convolution starts scaled by 1e-6",
+    "a LayerNorm over the channels stands in front of the last HGCN block, and of no other",
+    "a Mamba layer uses one norm twice, and has a skip_scale without effect",
+    "a block count of 2 means HGCN, of 1 a Mamba layer, and the deep half of the counts becomes 1",
+    "every decoder stage has one block, whatever the plans say",
 )
 
 HGCN, MAMBA = 2, 1  # block counts that the official constructor reads as kinds of layer
@@ -82,13 +85,12 @@ class MambaClinix(SegmentationNetwork):
         drop_path: rate at the deepest stage. mixer: "scan", "none" or "conv"."""
         super().__init__(input_channels, num_classes, strides=strides)
         dims, n_stages = len(strides[0]), len(strides)
-        kernels = kernel_sizes or [[3] * dims] * n_stages
-        stages: dict[str, Any] = {
-            "strides": strides,
-            "features_per_stage": features_per_stage,
-            "kernel_sizes": kernels,
-        }
-        check_stages(**stages)
+        stages = stage_arguments(strides, features_per_stage, kernel_sizes)
+        kernels = stages["kernel_sizes"]
+        mamba: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        layer: Callable[..., nn.Module] = functools.partial(
+            ProjectedMixerLayer, spatial_dims=dims, skip="outside", mixer=mixer, **mamba
+        )
         layers: list[nn.Module] = []
         kinds = layer_kinds(n_conv_per_stage, n_stages)
         for index, (kind, width) in enumerate(zip(kinds, features_per_stage, strict=True)):
@@ -96,27 +98,23 @@ class MambaClinix(SegmentationNetwork):
                 rate = drop_path * index / max(n_stages - 1, 1)
                 layers.append(HGCNBlock(width, kernels[index], index + 2, drop_path=rate))
             else:
-                layers.append(
-                    ProjectedMixerLayer(
-                        *(width, width),
-                        spatial_dims=dims,
-                        skip="outside",
-                        mixer=mixer,
-                        d_state=d_state,
-                        d_conv=d_conv,
-                        expand=expand,
-                    )
-                )
+                layers.append(layer(width, width))
         last_hgcn = n_stages - 1 - kinds[::-1].index(HGCN)
         stem = ConvNormAct(input_channels, features_per_stage[0], kernels[0])
-        self.encoder = ClinixEncoder(stem, layers, last_hgcn, **stages)
-        self.decoder = ClinixDecoder(num_classes, **stages, deep_supervision=deep_supervision)
+        counts = [1] * n_stages
+        encoder = ClinixEncoder(stem, residual_stages(counts, "pool", **stages))
+        encoder.add_layers(layers, last_hgcn, features_per_stage[last_hgcn])
+        decoder = ClinixDecoder(
+            num_classes,
+            **stages,
+            n_conv_per_stage=counts[1:],
+            upsample=NearestUpsample,
+            shortcut="conv",
+            deep_supervision=deep_supervision,
+        )
+        decoder.add_blocks(features_per_stage, kernels)
+        self.encoder, self.decoder = encoder, decoder
         initialize_convolutions(self)
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -124,70 +122,27 @@ class MambaClinix(SegmentationNetwork):
 
 
 class ClinixEncoder(Encoder):
-    """U-Mamba's encoder of one block per stage, with a norm in front of one stage's layer."""
+    """U-Mamba's encoder with a norm in front of one stage's layer."""
 
-    def __init__(
-        self,
-        stem: nn.Module,
-        layers: Sequence[nn.Module],
-        normed_stage: int,
-        *,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Sequence[int]],
-    ) -> None:
-        super().__init__(
-            stem,
-            strides=strides,
-            features_per_stage=features_per_stage,
-            kernel_sizes=kernel_sizes,
-            n_conv_per_stage=[1] * len(strides),
-            shortcut="pool",
-        )
+    def add_layers(self, layers: Sequence[nn.Module], normed_stage: int, width: int) -> None:
+        """A layer for each stage; width: of the stage whose layer has the norm."""
         self.mixers.extend(layers)
         self.normed_stage = normed_stage
-        self.norm = ChannelNorm(features_per_stage[normed_stage], eps=1e-6)
+        self.norm = ChannelNorm(width, eps=1e-6)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        features = self.stem(images)
-        skips = []
-        for index, (stage, layer) in enumerate(zip(self.stages, self.mixers, strict=True)):
-            features = stage(features)
-            if index == self.normed_stage:
-                features = self.norm(features)
-            features = layer(features)
-            skips.append(features)
-        return skips
+    def mix(self, index: int, features: Tensor) -> Tensor:
+        if index == self.normed_stage:
+            features = self.norm(features)
+        return super().mix(index, features)
 
 
 class ClinixDecoder(UNetDecoder):
-    """U-Mamba's decoder of one block per stage, with a residual block on each of its inputs.
+    """U-Mamba's decoder with a residual block on each of its inputs."""
 
-    bottleneck: the block of the deepest input; skip_blocks: those of the others, deepest first.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Sequence[int]],
-        deep_supervision: bool,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            strides=strides,
-            features_per_stage=features_per_stage,
-            kernel_sizes=kernel_sizes,
-            n_conv_per_stage=[1] * (len(strides) - 1),
-            upsample=NearestUpsample,
-            shortcut="conv",
-            deep_supervision=deep_supervision,
-        )
-        inputs = zip(features_per_stage, kernel_sizes, strict=True)
-        *blocks, bottleneck = (ResidualBlock(width, width, kernel) for width, kernel in inputs)
-        self.bottleneck = bottleneck
+    def add_blocks(self, widths: Sequence[int], kernel_sizes: Sequence[Sequence[int]]) -> None:
+        """bottleneck: the block of the deepest input; skip_blocks: the others', deepest first."""
+        inputs = zip(widths, kernel_sizes, strict=True)
+        *blocks, self.bottleneck = (ResidualBlock(width, width, kernel) for width, kernel in inputs)
         self.skip_blocks = nn.ModuleList(reversed(blocks))
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -208,23 +163,12 @@ def layer_kinds(n_conv_per_stage: Counts, n_stages: int) -> list[int]:
     return kinds
 
 
-# Official name, ours. A shortcut's projection sits at index 1 behind a pool, else at 0.
+# Official name, ours.
 ROWS = (
     *projected_mixer_rows("encoder.encoder_layers.{s}.", "encoder.mixers.{s}."),
-    *(
-        row
-        for official, own in (
-            ("encoder.stages.{s}.blocks.0", "encoder.stages.{s}.0"),
-            ("decoder.Init_Residual", "decoder.bottleneck"),
-            ("decoder.residual_blocks.{s}", "decoder.skip_blocks.{s}"),
-        )
-        for row in (
-            Row(f"{official}.conv{{i}}.conv.{{p}}", f"{own}.conv{{i}}.{{p}}"),
-            Row(f"{official}.conv{{i}}.norm.{{p}}", f"{own}.norm{{i}}.{{p}}"),
-            Row(f"{official}.skip.1.{{layer}}.{{p}}", f"{own}.shortcut.{{layer}}.{{p}}"),
-            Row(f"{official}.skip.0.{{layer}}.{{p}}", f"{own}.shortcut.{{layer}}.{{p}}"),
-        )
-    ),
+    *basic_block_rows("encoder.stages.{s}.blocks.0.", "encoder.stages.{s}.0."),
+    *basic_block_rows("decoder.Init_Residual.", "decoder.bottleneck."),
+    *basic_block_rows("decoder.residual_blocks.{s}.", "decoder.skip_blocks.{s}."),
     *(
         Row(f"encoder.encoder_layers.{{s}}.{official}", f"encoder.mixers.{{s}}.{own}")
         for official, own in (

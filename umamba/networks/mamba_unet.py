@@ -33,7 +33,6 @@ from umamba.blocks.ss2d import initialize_linear
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
-from umamba.networks.swin_umamba import check_topology
 from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
 
 REFERENCE = "ziyangwang007/Mamba-UNet@dfe92ba3788970e2dd5a4eaf7876bd3e32d3dc0a"
@@ -80,11 +79,10 @@ class MambaUNet(SegmentationNetwork):
         finest first, in the encoder and in the decoder. drop_path_rate: of the encoder's last
         block, rising from 0. mixer: "scan", "none" or "conv".
         """
-        super().__init__(input_channels, num_classes, strides=strides)
-        self.deep_supervision_scales = ((1.0, 1.0),)
-        check_topology(self, strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
+        self.check_strides(strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths)
         widths = features_per_stage[1:]
         self.stem_channels = STEM_CHANNELS if input_channels == 1 else input_channels
         self.encoder = VMambaEncoder(

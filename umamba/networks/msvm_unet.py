@@ -5,13 +5,8 @@
                 down (1/16) - VSS stage 3 - cat - MS-VSS - expand
                   down (1/32) - VSS stage 4 - expand
 
-arXiv 2408.13735; equals gndlwch2w/msvm-unet@abb1a8e, model/ (no licence file). Maps are
-channels-last. Kept for the sake of checkpoints:
-- a single input channel is repeated to three, for which the stem is made;
-- d_state, expand and mlp_ratio are the encoder's; the decoder's blocks have 1, 1 and 4 whatever
-  the encoder has;
-- one output: with deep supervision on, a list of it alone;
-- BatchNorm in the expanding layers: a single image of 32 x 32 cannot be trained on.
+arXiv 2408.13735; equals gndlwch2w/msvm-unet@abb1a8e, model/ (no licence file), with
+its QUIRKS. Maps are channels-last.
 """
 
 from __future__ import annotations
@@ -30,16 +25,17 @@ from umamba.blocks.conv import convolution
 from umamba.blocks.mamba import uniform
 from umamba.blocks.sampling import LargeKernelPatchExpand
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock
+from umamba.blocks.unet_decoder import go_up
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
+from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
 from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates
 
 QUIRKS = (
-    "a single input channel is repeated to three",
-    "the decoder's blocks keep d_state 1, expand 1 and mlp_ratio 4",
+    "a single input channel is repeated to three, for which the stem is made",
+    "the decoder's blocks keep d_state 1, expand 1 and mlp_ratio 4, whatever the encoder has",
     "one output, no deep supervision",
-    "BatchNorm in the expanding layers",
+    "BatchNorm in the expanding layers: a single image of 32 x 32 cannot be trained on",
 )
 FINEST, DEEPER = (4, 4), (2, 2)  # strides of the first and of the other encoder stages
 DROP_PATH_RATES = {"tiny_0230s": 0.2, "small_0229s": 0.3}  # of the official encoders
@@ -75,24 +71,12 @@ class MSVMUNet(SegmentationNetwork):
         mixer: str = "scan",
         deep_supervision: bool = False,
     ) -> None:
-        """features_per_stage: widths at the full size (in front of the head), 1/4, 1/8, 1/16, 1/32.
-
-        strides: as fixed_strides, with as many stages as wanted. depths, depths_decoder: VSS blocks
-        per stage, finest first in the encoder, deepest first in the decoder. drop_path_rate: of the
-        encoder's last block, rising from 0; drop_path_rate_decoder: of the decoder's first block,
-        falling to 0. mixer: "scan", "none" or "conv".
-        """
-        super().__init__(input_channels, num_classes, strides=strides)
-        self.deep_supervision_scales = ((1.0, 1.0),)
-        topology = [[1, 1], [*FINEST], *[[*DEEPER]] * (len(strides) - 2)]
-        if [list(stride) for stride in strides] != topology:
-            raise ValueError(
-                f"MSVMUNet goes down by 4 and then by 2: strides {topology} for {len(topology)} "
-                f"stages, got {[list(stride) for stride in strides]}"
-            )
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
-        check_stages(**{"strides[2:]": strides[2:]}, depths_decoder=depths_decoder)
+        """Arguments as SwinUMambaD's; mlp_ratio: as VMambaEncoder's, of the encoder alone."""
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
+        self.check_strides(strides, [(1, 1), FINEST, *[DEEPER] * (len(strides) - 2)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths)
+        check_stages(strides[2:], depths_decoder=depths_decoder)
         # parity: MSVMUNet.forward repeats gray images, and its stem has three channels.
         self.stem_channels = 3 if input_channels == 1 else input_channels
         self.encoder = VMambaEncoder(
@@ -187,10 +171,7 @@ class Decoder(nn.Module):
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """skips channels-last, finest first -> logits (B, num_classes, H, W)."""
-        *skips, features = skips
-        layers = zip(self.upsample, self.joins, self.stages, reversed(skips), strict=True)
-        for upsample, join, stage, skip in layers:
-            features = stage(join(torch.cat([upsample(features), skip], dim=-1)))
+        features = go_up(skips, self.upsample, self.joins, self.stages)[-1]
         logits = self.seg_layers[0](self.last_upsample(features).movedim(-1, 1))
         return [logits] if self.deep_supervision else logits
 
@@ -238,12 +219,9 @@ def pointwise_rows(official: str, own: str) -> list[Row]:
 
 def expand_rows(official: str, own: str) -> list[Row]:
     """The rows of a LargeKernelPatchExpand."""
-    return [
-        *pointwise_rows(f"{official}expand.0.", f"{own}expand."),
-        Row(f"{official}expand.1.{{p}}", f"{own}batch_norm.{{p}}"),
-        Row(f"{official}expand.3.{{p}}", f"{own}conv.{{p}}"),
-        Row(f"{official}norm.{{p}}", f"{own}norm.{{p}}"),
-    ]
+    names = {"expand.1": "batch_norm", "expand.3": "conv", "norm": "norm"}
+    expand = pointwise_rows(f"{official}expand.0.", f"{own}expand.")
+    return [*expand, *renamed_rows(official, own, names)]
 
 
 def msvss_rows(official: str, own: str) -> list[Row]:
@@ -252,14 +230,12 @@ def msvss_rows(official: str, own: str) -> list[Row]:
     return [*vss_block_rows(official, own), kernels]
 
 
+DOWNSAMPLE = "encoder.downsamples.{i}."
 # Official name, ours.
 KEY_ROWS = (
-    Row("encoder.layer0.0.{p}", "encoder.patch_embed.proj.{p}"),
-    Row("encoder.layer0.2.{p}", "encoder.patch_embed.norm.{p}"),
-    Row("encoder.layer1.0.{p}", "encoder.patch_embed.proj2.{p}"),
-    Row("encoder.layer1.2.{p}", "encoder.patch_embed.norm2.{p}"),
-    Row("encoder.downsamples.{i}.1.{p}", "encoder.downsamples.{i}.conv.{p}"),
-    Row("encoder.downsamples.{i}.3.{p}", "encoder.downsamples.{i}.post_norm.{p}"),
+    *renamed_rows("encoder.layer0.", "encoder.patch_embed.", {"0": "proj", "2": "norm"}),
+    *renamed_rows("encoder.layer1.", "encoder.patch_embed.", {"0": "proj2", "2": "norm2"}),
+    *renamed_rows(DOWNSAMPLE, DOWNSAMPLE, {"1": "conv", "3": "post_norm"}),
     *vss_block_rows("encoder.layers.{i}.blocks.{j}.", "encoder.stages.{i}.{j}."),
     *expand_rows("decoder.layers.{i}.up.", "decoder.upsample.{i}."),
     *pointwise_rows("decoder.layers.{i}.concat_layer.", "decoder.joins.{i}."),

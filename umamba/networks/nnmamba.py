@@ -15,17 +15,15 @@ arXiv 2402.03526; lhaof/nnMamba@6fb35a3 (no licence file) holds several networks
     NnMambaEarly       nnunet/training/network_training nnMambaSeg: Mamba layers behind the stages
     NnMambaLandmark    the same file's nnMambaLand: one Mamba layer, behind the stem
     NnMambaClassifier  nnMamba4cls.py nnMambaEncoder: classes of a whole image
-Kept for the sake of checkpoints:
-- the logits of the full resolution go through batch norm and ReLU, so they are never negative;
-- the encoder has no stage, and so no skip, of the full resolution.
-Sizes that 16 does not divide are refused; some of them the official code takes and returns another
-size. Its limits to 32 channels (deep supervision) or at least 16 (gates) are gone.
+Their QUIRKS are kept. Sizes that 16 does not divide are refused; some of them the official code
+takes and returns another size. Its limits to 32 channels (deep supervision) or at least 16 (gates)
+are gone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umamba.blocks.conv import BatchNormBlock, DoubleConv, Stride, convolution
-from umamba.blocks.mixer import MixerLayer, pointwise_mixer_layer
+from umamba.blocks.mixer import MixerLayer, PointwiseMixerLayer
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register, register_module
-from umamba.networks.state_dict import KeyMap, Row, mamba_rows
+from umamba.networks.state_dict import KeyMap, Row, double_conv_rows, mamba_rows, renamed_rows
 
 PAPER = "arXiv:2402.03526"
 REFERENCE = "lhaof/nnMamba@6fb35a3d7e9352f7b3cc83a035ef3ae0d0e8fa28"
@@ -82,18 +80,14 @@ class NnMamba(SegmentationNetwork):
         """Sequences have one entry per stage, finest first; features_per_stage begins with the
         width that the decoder brings to the full resolution, where the encoder has no stage.
         n_blocks_per_stage: of the encoder below its stem. mixer: "scan", "none" or "conv"."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        if len(strides) < 3 or max(strides[0]) > 1:
-            raise ValueError(
-                f"{type(self).__name__} needs three strides or more, the first of them 1, "
-                f"got {[list(stride) for stride in strides]}"
-            )
+        n_outputs = None if self.supervised else 1
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=n_outputs)
+        check_stages(strides, features_per_stage=features_per_stage)
+        if len(strides) < 3:
+            raise ValueError(f"{type(self).__name__} needs three strides or more, got {strides}")
         fewest = 2 if self.placement == "blocks" else 1
         if n_blocks_per_stage < fewest:
             raise ValueError(f"n_blocks_per_stage is {n_blocks_per_stage}, needs {fewest} or more")
-        if not self.supervised:
-            self.deep_supervision_scales = self.deep_supervision_scales[:1]
         options = {"mixer": mixer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
         layer = functools.partial(self.layer, options)
         widths = features_per_stage[1:]
@@ -104,16 +98,13 @@ class NnMamba(SegmentationNetwork):
             num_classes, strides, features_per_stage, self.gated, self.supervised, deep_supervision
         )
 
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
-
     @classmethod
     def layer(cls, options: Mapping[str, Any], width: int) -> nn.Module | None:
         """A Mamba layer of this network, None without a mixer; options: the constructor's."""
         views = cls.four_views
-        return pointwise_mixer_layer(width, four_views=views, projects=views, **options)
+        if options["mixer"] == "none":
+            return None
+        return PointwiseMixerLayer(width, four_views=views, projects=views, **options)
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -198,9 +189,11 @@ class NnMambaClassifier(nn.Module):
         super().__init__()
         self.input_channels = input_channels
         options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
-        layer = functools.partial(
-            pointwise_mixer_layer, mixer=mixer, projects=True, residual=True, **options
-        )
+        options |= {"mixer": mixer, "projects": True, "residual": True}
+
+        def layer(width: int) -> nn.Module | None:
+            return None if mixer == "none" else PointwiseMixerLayer(width, **options)
+
         strides = [2] * len(features_per_stage)
         self.encoder = Encoder(
             input_channels, strides, features_per_stage, n_blocks_per_stage, layer, "stem"
@@ -255,11 +248,12 @@ class Encoder(nn.Module):
             has_layer = (i == 0) == (placement == "stem")
             made = layer(width) if has_layer else None
             inside, behind = (made, None) if placement == "blocks" else (None, made)
-            self.stages.append(
-                DoubleConv(below, width, KERNEL, stride)
-                if i == 0
-                else ResidualStage(below, width, stride, n_blocks, inside)
-            )
+            if i == 0:
+                self.stages.append(DoubleConv(below, width, KERNEL, stride))
+            else:
+                first = BatchNormBlock(below, width, KERNEL, stride)
+                others = (BatchNormBlock(width, width, KERNEL) for _ in range(n_blocks - 1))
+                self.stages.append(ResidualStage([first, *others], inside))
             self.mixers.append(behind or nn.Identity())
             below = width
 
@@ -296,7 +290,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         self.supervised = supervised
-        self.strides = [tuple(map(float, stride)) for stride in strides[:0:-1]]  # deepest first
+        self.upsample = nn.ModuleList(
+            nn.Upsample(scale_factor=tuple(map(float, stride)), mode="trilinear")
+            for stride in strides[:0:-1]  # deepest first
+        )
         self.gates = nn.ModuleList()
         self.stages = nn.ModuleList()
         self.seg_layers = nn.ModuleList()
@@ -314,29 +311,20 @@ class Decoder(nn.Module):
         features = skips[-1]
         logits = []
         for i, (gate, stage) in enumerate(zip(self.gates, self.stages, strict=True)):
-            upsampled = upsample(features, self.strides[i])
+            upsampled = self.upsample[i](features)
             features = stage(torch.cat([upsampled, gate(skips[-2 - i])], dim=1))
             if self.deep_supervision and self.supervised:
                 logits.append(self.seg_layers[i](features))
-        logits.append(self.seg_layers[-1](upsample(features, self.strides[-1])))
+        logits.append(self.seg_layers[-1](self.upsample[-1](features)))
         return logits[::-1] if self.deep_supervision else logits[0]
 
 
 class ResidualStage(nn.Module):
-    """A strided residual block and n_blocks - 1 others, which share one mixer_layer."""
+    """Residual blocks, the first of them strided; the others share one mixer_layer."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: Stride,
-        n_blocks: int,
-        mixer_layer: nn.Module | None,
-    ) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], mixer_layer: nn.Module | None) -> None:
         super().__init__()
-        first = BatchNormBlock(in_channels, width, KERNEL, stride)
-        others = (BatchNormBlock(width, width, KERNEL) for _ in range(n_blocks - 1))
-        self.blocks = nn.ModuleList([first, *others])
+        self.blocks = nn.ModuleList(blocks)
         self.mixer_layer = mixer_layer
 
     def forward(self, features: Tensor) -> Tensor:
@@ -369,11 +357,6 @@ def voxel_means(features: Tensor) -> Tensor:
     return features.flatten(2).mean(2)
 
 
-def upsample(features: Tensor, stride: tuple[float, ...]) -> Tensor:
-    """(B, C, *spatial) -> (B, C, *spatial * stride) by trilinear interpolation."""
-    return functional.interpolate(features, scale_factor=stride, mode="trilinear")
-
-
 def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our arguments for the official constructors', with the widths of the encoder's stages."""
     return {
@@ -382,12 +365,6 @@ def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "features_per_stage": [config.get("channels", 32) * 2**stage for stage in range(4)],
         "n_blocks_per_stage": config.get("blocks", 3),
     }
-
-
-def double_conv_rows(official: str, own: str) -> list[Row]:
-    """The rows of a DoubleConv."""
-    layers = {0: "conv1", 1: "norm1", 3: "conv2", 4: "norm2"}
-    return [Row(f"{official}.conv.{i}.{{p}}", f"{own}.{name}.{{p}}") for i, name in layers.items()]
 
 
 def layer_rows(placement: Placement, projects: bool) -> list[Row]:
@@ -399,27 +376,25 @@ def layer_rows(placement: Placement, projects: bool) -> list[Row]:
     names = {"nin": "in_conv", "norm": "norm"}
     if projects:
         names |= {"nin2": "out_conv", "norm2": "out_norm"}
-    rows = [Row(f"{official}{key}.{{p}}", f"{own}{name}.{{p}}") for key, name in names.items()]
-    return [*rows, *mamba_rows(f"{official}mamba.", f"{own}mixer.")]
+    return [*renamed_rows(official, own, names), *mamba_rows(f"{official}mamba.", f"{own}mixer.")]
 
 
 def decoder_rows(supervised: bool) -> list[Row]:
     """The rows of a decoder of the official depth: three stages and the full resolution."""
-    rows = double_conv_rows("conv8", f"decoder.seg_layers.{3 if supervised else 0}")
+    rows = double_conv_rows("conv8.conv.", f"decoder.seg_layers.{3 if supervised else 0}.")
     for i in range(3):
-        rows += double_conv_rows(f"conv{5 + i}", f"decoder.stages.{i}")
+        rows += double_conv_rows(f"conv{5 + i}.conv.", f"decoder.stages.{i}.")
         rows.append(Row(f"att{3 - i}.layer{{n}}.{{p}}", f"decoder.gates.{i}.fc{{n}}.{{p}}"))
         if supervised:
             rows.append(Row(f"ds{3 - i}_cls_conv.{{p}}", f"decoder.seg_layers.{i}.{{p}}"))
     return rows
 
 
-BLOCK, OWN_BLOCK = "layer{s}.{b}.", "encoder.stages.{s}.blocks.{b}."
+BLOCK = "layer{s}.{b}."
+BLOCK_NAMES = {"conv{i}": "conv{i}", "bn{i}": "norm{i}", "downsample.{i}": "shortcut.{i}"}
 ENCODER_ROWS = (
-    *double_conv_rows("in_conv", "encoder.stages.0"),
-    Row(BLOCK + "conv{i}.{p}", OWN_BLOCK + "conv{i}.{p}"),
-    Row(BLOCK + "bn{i}.{p}", OWN_BLOCK + "norm{i}.{p}"),
-    Row(BLOCK + "downsample.{i}.{p}", OWN_BLOCK + "shortcut.{i}.{p}"),
+    *double_conv_rows("in_conv.conv.", "encoder.stages.0."),
+    *renamed_rows(BLOCK, "encoder.stages.{s}.blocks.{b}.", BLOCK_NAMES),
 )
 
 # Every block of a stage saves the layer that they share.

@@ -62,7 +62,7 @@ class UNetSmall(SegmentationNetwork):
         super().__init__(
             input_channels, num_classes, strides=[(1, 1), *[(2, 2)] * (len(features_per_stage) - 1)]
         )
-        check_stages(features_per_stage=features_per_stage, dropout=dropout)
+        check_stages(features_per_stage, dropout=dropout)
         widths = pairwise((input_channels, *features_per_stage))
         self.encoder = nn.ModuleList(
             double_conv(below, width, rate)
@@ -159,7 +159,7 @@ class SwinUNet(SegmentationNetwork):
         strides = [(1, 1), (PATCH, PATCH), *[(2, 2)] * (n_stages - 1)]
         super().__init__(input_channels, num_classes, strides=strides)
         stages = {"depths": depths, "n_heads": n_heads, "window_sizes": window_sizes}
-        check_stages(features_per_stage=features_per_stage, **stages)
+        check_stages(features_per_stage, **stages)
         shares = [PATCH * 2**i * window for i, window in enumerate(window_sizes)]
         self.divisor = (math.lcm(*shares),) * 2
         self.stem_channels = STEM_CHANNELS if input_channels == 1 else input_channels

@@ -11,13 +11,7 @@
     three scans: voxels in raster order, backwards, and slice by slice (the first voxel of every
     slice, then the second, ...), where a slice is one of n_slices equal parts of the sequence.
 
-arXiv 2401.13560; equals ge-xing/SegMamba@cff3597, model_segmamba/segmamba.py. Kept for the sake of
-checkpoints:
-- instance norms have no scale and no offset, so that biases before them have no effect;
-- the gated convolution adds its branches, nothing is multiplied;
-- the number of slices belongs to the stage (64, 32, 16, 8), not to the image: a slice is a plane of
-  the first axis only where that axis is 128 voxels long;
-- the skip of each stage is as wide as the next stage.
+arXiv 2401.13560; equals ge-xing/SegMamba@cff3597, model_segmamba/segmamba.py, with its QUIRKS.
 Added: other widths, strides and numbers of stages; sequences that the slices do not divide (the
 official network fails there), filled up with zero tokens for the third scan; more than the one
 output, for deep supervision.
@@ -36,12 +30,25 @@ from umamba.blocks.conv import ResidualBlock, convolution
 from umamba.blocks.gating import GatedSpatialConv
 from umamba.blocks.mixer import MixerLayer
 from umamba.blocks.norm import InstanceNorm
-from umamba.blocks.sampling import TransposedUpsample
-from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.blocks.unet_decoder import unetr_decoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mixer_rows, unetr_block_rows
+from umamba.networks.state_dict import (
+    KeyMap,
+    Row,
+    mixer_rows,
+    renamed_rows,
+    unetr_block_rows,
+    unetr_decoder_rows,
+)
 
+QUIRKS = (
+    "instance norms have no scale and no offset, so that biases before them have no effect",
+    "the gated convolution adds its branches, nothing is multiplied",
+    "the numbers of slices are the stages' (64, 32, 16, 8), whatever the image's shape: a slice is "
+    "a plane of the first axis only where that axis is 128 voxels long",
+    "the skip of each stage is as wide as the next stage",
+)
 KERNEL = (3, 3, 3)
 POINT = (1, 1, 1)
 STEM_KERNEL = (7, 7, 7)
@@ -52,11 +59,7 @@ STEM_KERNEL = (7, 7, 7)
     paper="arXiv:2401.13560",
     reference="ge-xing/SegMamba@cff35970e0c542ad940b5701267f1ac888298b06",
     licence="no licence file",
-    quirks=(
-        "instance norms have no scale and no offset",
-        "the gated convolution adds its branches, nothing is multiplied",
-        "the numbers of slices are the stages', whatever the image's shape",
-    ),
+    quirks=QUIRKS,
 )
 class SegMamba(SegmentationNetwork):
     """3D U-Net with tri-orientated Mamba layers in the encoder; any divisible image size."""
@@ -83,36 +86,18 @@ class SegMamba(SegmentationNetwork):
         """strides and features_per_stage have one entry per resolution, finest first; depths
         (numbers of Mamba layers) and n_slices one for each but the finest, which has no Mamba.
         n_outputs: how many resolutions have logits for deep supervision, finest first."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        if any(step != 1 for step in strides[0]):
-            raise ValueError(f"the first of SegMamba's strides must be 1, got {list(strides[0])}")
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths, n_slices=n_slices)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=n_outputs)
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths, n_slices=n_slices)
         if min(n_slices) < 1:
             raise ValueError(f"n_slices must be positive, got {list(n_slices)}")
-        self.deep_supervision_scales = self.deep_supervision_scales[:n_outputs]
         layer = functools.partial(
             MixerLayer, spatial_dims=3, mixer=mixer, residual=True, d_state=d_state, d_conv=d_conv,
             expand=expand,
         )  # fmt: skip
         self.encoder = Encoder(input_channels, strides, features_per_stage, depths, n_slices, layer)
-        self.decoder = UNetDecoder(
-            num_classes,
-            features_per_stage=features_per_stage,
-            strides=strides,
-            kernel_sizes=[KERNEL] * len(strides),
-            n_conv_per_stage=[1] * (len(strides) - 2) + [2],
-            upsample=functools.partial(TransposedUpsample, bias=False),
-            shortcut="pool",
-            affine=False,
-            n_outputs=n_outputs,
-            deep_supervision=deep_supervision,
-        )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of n_outputs, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
+        outputs: Any = {"n_outputs": n_outputs, "deep_supervision": deep_supervision}
+        self.decoder = unetr_decoder(num_classes, features_per_stage, strides, **outputs)
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)
@@ -202,35 +187,22 @@ class Stage(nn.Module):
         return features, self.project(features)
 
 
-# Official name, ours. The official decoder counts its blocks from the finest, decoder1, on.
+# Official name, ours.
 STAGE = "encoder.stages.{i}."
+GATE = {"proj": "conv1", "proj2": "conv2", "proj3": "side", "proj4": "join"}
 ROWS = (
     Row("vit.downsample_layers.{i}.{layer}.{p}", STAGE + "down.{layer}.{p}"),
-    *(
-        Row(f"vit.gscs.{{i}}.{official}.{{p}}", f"{STAGE}gate.{own}.{{p}}")
-        for official, own in zip(
-            ("proj", "proj2", "proj3", "proj4"), ("conv1", "conv2", "side", "join"), strict=True
-        )
-    ),
+    *renamed_rows("vit.gscs.{i}.", STAGE + "gate.", GATE),
     *mixer_rows(
         *("vit.stages.{i}.{j}.norm.", "vit.stages.{i}.{j}.mamba.", STAGE + "mixers.{j}."),
         n_directions=3,
     ),
-    Row("vit.mlps.{i}.fc1.{p}", STAGE + "project.1.{p}"),
-    Row("vit.mlps.{i}.fc2.{p}", STAGE + "project.3.{p}"),
+    *renamed_rows("vit.mlps.{i}.", STAGE + "project.", {"fc1": "1", "fc2": "3"}),
     *(
         row
         for k in range(5)
         for row in unetr_block_rows(f"encoder{k + 1}.layer.", f"encoder.skips.{k}.")
     ),
-    *(
-        row
-        for k in range(4)
-        for row in (
-            Row(f"decoder{5 - k}.transp_conv.conv.weight", f"decoder.upsample.{k}.conv.weight"),
-            *unetr_block_rows(f"decoder{5 - k}.conv_block.", f"decoder.stages.{k}.0."),
-        )
-    ),
-    *unetr_block_rows("decoder1.layer.", "decoder.stages.3.1."),
+    *unetr_decoder_rows("", 4),
     Row("out.conv.conv.{p}", "decoder.seg_layers.3.{p}"),
 )

@@ -186,6 +186,11 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             return tensors
 
 
+def renamed_rows(official: str, own: str, names: Mapping[str, str]) -> list[Row]:
+    """A row for the parameters of each layer: names are official and ours, behind the prefixes."""
+    return [Row(f"{official}{old}.{{p}}", f"{own}{new}.{{p}}") for old, new in names.items()]
+
+
 def mixer_rows(norm: str, mamba: str, own: str, n_directions: int = 1) -> list[Row]:
     """The rows of a MixerLayer: the official prefixes of its norm and its Mamba, and ours."""
     mixer = mamba_rows(mamba, f"{own}mixer.", n_directions)
@@ -206,9 +211,7 @@ def mamba_rows(official: str, own: str, n_directions: int = 1) -> list[Row]:
 
     Both prefixes end in a dot or are empty.
     """
-    rows = [
-        Row(f"{official}{name}.{{p}}", f"{own}{name}.{{p}}") for name in ("in_proj", "out_proj")
-    ]
+    rows = renamed_rows(official, own, {"in_proj": "in_proj", "out_proj": "out_proj"})
     for k, suffix in enumerate(("", "_b", "_s")[:n_directions]):  # ahead, back, across slices
         direction = f"{own}directions.{k}."
         rows += [
@@ -229,18 +232,33 @@ def unetr_block_rows(official: str, own: str) -> list[Row]:
     ]
 
 
-def mamba2_rows(official: str, own: str) -> list[Row]:
-    """The rows of a Mamba-2 mixer; both prefixes end in a dot or are empty."""
-    same = ("dt_bias", "A_log", "D", "init_states", "in_proj.{p}", "norm.weight", "out_proj.{p}")
-    rows = [Row(official + name, own + name) for name in same]
-    return [*rows, Row(f"{official}conv1d.{{p}}", f"{own}conv_{{p}}")]
+def unetr_decoder_rows(official: str, n_stages: int) -> list[Row]:
+    """The rows of a UNetDecoder that is MONAI's UNETR's, which ends with a block of its own.
+
+    The official prefix ends in a dot or is empty; official blocks are counted from the finest on.
+    """
+    rows = unetr_block_rows(f"{official}decoder1.layer.", f"decoder.stages.{n_stages - 1}.1.")
+    for k in range(n_stages):
+        block = f"{official}decoder{n_stages + 1 - k}."
+        rows += renamed_rows(block, f"decoder.upsample.{k}.", {"transp_conv.conv": "conv"})
+        rows += unetr_block_rows(f"{block}conv_block.", f"decoder.stages.{k}.0.")
+    return rows
 
 
-def alternating_rows(official: str, own: str) -> list[Row]:
-    """The rows of AlternatingLayers; both prefixes end in a dot or are empty."""
-    norm = "layers.{i}.norm.weight"
-    mamba = "layers.{i}.mixer."
-    return [Row(official + norm, own + norm), *mamba_rows(official + mamba, own + mamba)]
+def basic_block_rows(official: str, own: str, skips: tuple[int, ...] = (1, 0)) -> list[Row]:
+    """The rows of a ResidualBlock that is BasicBlockD; both prefixes end in a dot.
+
+    skips: where a shortcut's projection may be, at 1 behind a pool, else at 0.
+    """
+    names = {"conv{i}.conv": "conv{i}", "conv{i}.norm": "norm{i}"}
+    names |= {f"skip.{index}.{{layer}}": "shortcut.{layer}" for index in skips}
+    return renamed_rows(official, own, names)
+
+
+def double_conv_rows(official: str, own: str) -> list[Row]:
+    """The rows of a DoubleConv that is a sequence; both prefixes end in a dot."""
+    names = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
+    return renamed_rows(official, own, names)
 
 
 def ss2d_rows(official: str, own: str, out_norm: str = "layer") -> list[Row]:
@@ -255,9 +273,8 @@ def ss2d_rows(official: str, own: str, out_norm: str = "layer") -> list[Row]:
         # Linear2d saves its weights as (out, in), a 1x1 convolution as (out, in, 1, 1)
         Row(f"{official}in_proj.weight", f"{own}in_proj.weight", lambda x: x.flatten(1)),
         Row(f"{official}out_proj.weight", f"{own}out_proj.weight", lambda x: x.flatten(1)),
-        Row(f"{official}conv2d.{{p}}", f"{own}conv.{{p}}"),
-        Row(f"{official}{conv}.{{p}}", f"{own}out_norm.conv.{{p}}"),
-        Row(f"{official}{norm}.{{p}}", f"{own}out_norm.norm.{{p}}"),
+        *renamed_rows(official, own, {"conv2d": "conv", conv: "out_norm.conv"}),
+        *renamed_rows(official, own, {norm: "out_norm.norm"}),
     ]
 
 

@@ -16,10 +16,7 @@
             merge - VSS stage (1/32) -- expand
 
 arXiv 2402.03302; equals JiarunLiu/Swin-UMamba@2c1f72e, nets/SwinUMamba.py and nets/SwinUMambaD.py
-(Apache-2.0). Kept for the sake of checkpoints:
-- Swin-UMamba's stem ends with its norm, and the deepest stage enters the decoder without a block;
-- Swin-UMamba's norms have no scale and offset, but for the stem's;
-- Swin-UMamba-D has no norm behind its deepest stage, and no map between 1/4 and the full size.
+(Apache-2.0), with their QUIRKS.
 Different: image sizes that 32 does not divide are refused (the official networks fail inside, or
 return logits of another size), and all VSS blocks compute in at least float32.
 """
@@ -32,22 +29,27 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from umamba.blocks.conv import ResidualBlock, convolution, initialize_convolutions
 from umamba.blocks.norm import InstanceNorm
-from umamba.blocks.sampling import PatchExpand, TransposedUpsample
-from umamba.blocks.unet_decoder import UNetDecoder
+from umamba.blocks.sampling import PatchExpand
+from umamba.blocks.unet_decoder import go_up, unetr_decoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, unetr_block_rows, vss_block_rows
+from umamba.networks.state_dict import (
+    KeyMap,
+    Row,
+    unetr_block_rows,
+    unetr_decoder_rows,
+    vss_block_rows,
+)
 from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
 
 PAPER = "arXiv:2402.03302"
 REFERENCE = "JiarunLiu/Swin-UMamba@2c1f72e1975cef6621f239117efdc954237c6952"
 QUIRKS = (
-    "the stem has no activation",
+    "the stem ends with its norm, without an activation",
     "the deepest stage enters the decoder without a residual block",
     "the norms of the residual blocks have no scale and offset",
 )
@@ -86,9 +88,9 @@ class SwinUMamba(SegmentationNetwork):
         the encoder, finest first. mixer: "scan", "none" or "conv".
         """
         super().__init__(input_channels, num_classes, strides=strides)
-        check_topology(self, strides, [(1, 1), *[(2, 2)] * (len(strides) - 2), (4, 4)])
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
+        self.check_strides(strides, [(1, 1), *[(2, 2)] * (len(strides) - 2), (4, 4)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths)
         first, *widths = features_per_stage
         stem = {
             "conv": convolution(input_channels, first, STEM_KERNEL, 2),
@@ -110,15 +112,10 @@ class SwinUMamba(SegmentationNetwork):
             for below, width in pairwise((input_channels, *features_per_stage))
         )
         n_levels = len(features_per_stage) + 1  # with the 1/32 map
-        self.decoder = UNetDecoder(
+        self.decoder = unetr_decoder(
             num_classes,
-            features_per_stage=(*features_per_stage, features_per_stage[-1]),
-            strides=[(1, 1), *[(2, 2)] * (n_levels - 1)],
-            kernel_sizes=[KERNEL] * n_levels,
-            n_conv_per_stage=[1] * (n_levels - 2) + [2],
-            upsample=functools.partial(TransposedUpsample, bias=False),
-            shortcut="pool",
-            affine=False,
+            (*features_per_stage, features_per_stage[-1]),
+            [(1, 1), *[(2, 2)] * (n_levels - 1)],
             n_outputs=len(strides) - 1,
             deep_supervision=deep_supervision,
         )
@@ -180,10 +177,10 @@ class SwinUMambaD(SegmentationNetwork):
         falling to 0. mixer: "scan", "none" or "conv".
         """
         super().__init__(input_channels, num_classes, strides=strides)
-        check_topology(self, strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        check_stages(**{"strides[1:]": strides[1:]}, depths=depths)
-        check_stages(**{"strides[2:]": strides[2:]}, depths_decoder=depths_decoder)
+        self.check_strides(strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths)
+        check_stages(strides[2:], depths_decoder=depths_decoder)
         self.encoder = VMambaEncoder(
             input_channels,
             features_per_stage=features_per_stage[1:],
@@ -203,11 +200,6 @@ class SwinUMambaD(SegmentationNetwork):
             deep_supervision=deep_supervision,
         )
         initialize_convolutions(self)
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, H, W) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -258,28 +250,13 @@ class VSSDecoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """maps (B, H, W, C) finest first -> logits of the full size, or of all, finest first."""
-        features = maps[-1]
-        logits = []
-        for i, (join, stage) in enumerate(zip(self.joins, self.stages, strict=True)):
-            joined = torch.cat([self.expands[i](features), maps[-2 - i]], dim=-1)
-            features = stage(join(joined))
-            if self.deep_supervision:
-                logits.append(self.seg_layers[i](features.movedim(-1, 1)))
-        features = self.expands[-1](features)
-        logits.append(self.seg_layers[-1](features.movedim(-1, 1)))
-        return logits[::-1] if self.deep_supervision else logits[0]
-
-
-def check_topology(
-    network: nn.Module, strides: Sequence[Sequence[int]], topology: Sequence[Sequence[int]]
-) -> None:
-    """Raises ValueError unless the strides are those of the topology, three stages at least."""
-    given, allowed = ([list(stride) for stride in entries] for entries in (strides, topology))
-    if given != allowed or len(given) < 3:
-        raise ValueError(
-            f"{type(network).__name__} has strides like {allowed}, of 3 stages at least, "
-            f"got {given}"
-        )
+        *expands, last_expand = self.expands
+        _, *coarse = found = go_up(maps, expands, self.joins, self.stages)
+        finest = self.seg_layers[-1](last_expand(found[-1]).movedim(-1, 1))
+        if not self.deep_supervision:
+            return finest
+        heads = zip(self.seg_layers[:-1], coarse, strict=True)
+        return [finest, *[head(features.movedim(-1, 1)) for head, features in heads][::-1]]
 
 
 # Official name, ours. Here VMamba's downsampling stands outside its stages.
@@ -288,18 +265,9 @@ ENCODER_ROWS = (
     *encoder_rows("vssm_encoder.", "encoder.", old=True),
 )
 STEM_ROWS = (Row("stem.0.{p}", "stem.conv.{p}"), Row("stem.1.{p}", "stem.norm.{p}"))
-# The official convolutional decoder counts its blocks from the finest, decoder1, on.
 CONVOLUTION_ROWS = (
     *(row for k in range(5) for row in unetr_block_rows(f"encoder{k + 1}.layer.", f"skips.{k}.")),
-    *(
-        row
-        for k in range(5)
-        for row in (
-            Row(f"decoder{6 - k}.transp_conv.conv.weight", f"decoder.upsample.{k}.conv.weight"),
-            *unetr_block_rows(f"decoder{6 - k}.conv_block.", f"decoder.stages.{k}.0."),
-        )
-    ),
-    *unetr_block_rows("decoder1.layer.", "decoder.stages.4.1."),
+    *unetr_decoder_rows("", 5),
     *(
         Row(f"out_layers.{k}.conv.conv.{{p}}", f"decoder.seg_layers.{4 - k}.{{p}}")
         for k in range(4)

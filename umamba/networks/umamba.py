@@ -8,20 +8,15 @@
     Enc: a Mamba layer behind the encoder's stages; its output is the skip and the next input.
 
 arXiv 2401.04722; equals bowang-lab/U-Mamba@28459e3, nets/UMamba{Bot,Enc}_{2d,3d}.py (Apache-2.0).
-The version behind the published tables is in umamba_v1.py. Kept for the sake of checkpoints:
-- the Mamba layer replaces its input; the paper's drawing shows a residual, the code has none;
-- in 2D the last decoder stage does not see the skip of the full resolution;
-- the deep half of the encoder's stages and the shallow half of the decoder's get one block,
-  whatever the plans say (`thin_blocks`);
-- Enc turns to channel tokens where a feature map has at most as many voxels as channels, which
-  ties its weights to the planned patch.
+The official QUIRKS are kept. The version behind the published tables is in umamba_v1.py.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -32,16 +27,21 @@ from umamba.blocks.sampling import NearestUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mixer_rows
+from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, mixer_rows
 
 PAPER = "arXiv:2401.04722"
 REFERENCE = "bowang-lab/U-Mamba@28459e33ca03769800dd35e23c6e62491d1925b5"
 QUIRKS = (
-    "the Mamba layer has no residual",
+    "the Mamba layer replaces its input: the paper draws a residual, the code has none",
     "in 2D the last decoder stage does not see the skip of the full resolution",
-    "the deep encoder stages and the shallow decoder stages get one block each",
+    "the deep half of the encoder's stages and the shallow half of the decoder's get one block, "
+    "whatever the plans say",
 )
-ENC_QUIRKS = (*QUIRKS, "channel tokens tie the weights to the planned patch size")
+ENC_QUIRKS = (
+    *QUIRKS,
+    "where a map has at most as many voxels as channels, channel tokens tie the weights to the "
+    "planned patch size",
+)
 
 Counts = Sequence[int] | int
 
@@ -73,22 +73,10 @@ class UMamba(SegmentationNetwork):
         """All sequences have one entry per stage, finest first (the decoder's: one fewer, deepest
         first). kernel_sizes: 3 everywhere by default. mixer: "scan", "none" or "conv"."""
         super().__init__(input_channels, num_classes, strides=strides)
-        dims, n_stages = len(strides[0]), len(strides)
-        stages: dict[str, Any] = {
-            "strides": strides,
-            "features_per_stage": features_per_stage,
-            "kernel_sizes": kernel_sizes or [[3] * dims] * n_stages,
-        }
-        check_stages(**stages)
-        layer = functools.partial(
-            MixerLayer,
-            spatial_dims=dims,
-            mixer=mixer,
-            d_state=d_state,
-            d_conv=d_conv,
-            expand=expand,
-        )
-        counts = (n_conv_per_stage, n_conv_per_stage_decoder, n_stages)
+        stages = stage_arguments(strides, features_per_stage, kernel_sizes)
+        options: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        layer = functools.partial(MixerLayer, spatial_dims=len(strides[0]), mixer=mixer, **options)
+        counts = (n_conv_per_stage, n_conv_per_stage_decoder, len(strides))
         self.build(layer, stages, counts, deep_supervision)
 
     def build(
@@ -102,7 +90,7 @@ class UMamba(SegmentationNetwork):
         encoder_blocks, decoder_blocks = thin_blocks(*counts)
         width, kernel = stages["features_per_stage"][0], stages["kernel_sizes"][0]
         stem = residual_stage(self.input_channels, width, kernel, 1, encoder_blocks[0], "conv")
-        self.encoder = Encoder(stem, **stages, n_conv_per_stage=encoder_blocks, shortcut="conv")
+        self.encoder = Encoder(stem, residual_stages(encoder_blocks, "conv", **stages))
         self.add_mixers(layer, stages)
         self.decoder = UNetDecoder(
             self.num_classes,
@@ -119,11 +107,6 @@ class UMamba(SegmentationNetwork):
     def add_mixers(self, layer: Callable[..., MixerLayer], stages: Mapping[str, Any]) -> None:
         """Adds the Mamba layers; layer(d_model, tokens=...) makes one."""
         raise NotImplementedError
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, *spatial) -> logits, or a list of them, finest first."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images))
 
     @classmethod
     def official_key_map(cls) -> KeyMap:
@@ -221,38 +204,52 @@ class UMambaEnc(UMamba):
 
 
 class Encoder(nn.Module):
-    """Stem and strided residual stages; a layer of `mixers`, where there is one, follows each."""
+    """Stem and stages; a layer of `mixers`, where there is one, follows each stage."""
 
-    def __init__(
-        self,
-        stem: nn.Module,
-        *,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        kernel_sizes: Sequence[Sequence[int]],
-        n_conv_per_stage: Sequence[int],
-        shortcut: Shortcut,
-    ) -> None:
+    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module]) -> None:
         super().__init__()
         self.stem = stem
-        self.stages = nn.ModuleList()
+        self.stages = nn.ModuleList(stages)
         self.mixers = nn.ModuleList()
-        width = features_per_stage[0]
-        stages = zip(features_per_stage, kernel_sizes, strides, n_conv_per_stage, strict=True)
-        for features, kernel, stride, n_blocks in stages:
-            self.stages.append(residual_stage(width, features, kernel, stride, n_blocks, shortcut))
-            width = features
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, input_channels, *spatial) -> the feature maps of all stages, finest first."""
         features = self.stem(images)
         skips = []
         for index, stage in enumerate(self.stages):
-            features = stage(features)
-            if len(self.mixers):
-                features = self.mixers[index](features)
+            features = self.mix(index, stage(features))
             skips.append(features)
         return skips
+
+    def mix(self, index: int, features: Tensor) -> Tensor:
+        """What follows the stage of this index, on its feature map."""
+        return self.mixers[index](features) if len(self.mixers) else features
+
+
+def residual_stages(
+    n_conv_per_stage: Sequence[int],
+    shortcut: Shortcut,
+    *,
+    strides: Sequence[Sequence[int]],
+    features_per_stage: Sequence[int],
+    kernel_sizes: Sequence[Sequence[int]],
+) -> Iterator[nn.Module]:
+    """The strided stages of an encoder of residual blocks."""
+    widths = pairwise((features_per_stage[0], *features_per_stage))
+    stages = zip(widths, kernel_sizes, strides, n_conv_per_stage, strict=True)
+    for (below, width), kernel, stride, n_blocks in stages:
+        yield residual_stage(below, width, kernel, stride, n_blocks, shortcut)
+
+
+def stage_arguments(
+    strides: Sequence[Sequence[int]],
+    features_per_stage: Sequence[int],
+    kernel_sizes: Sequence[Sequence[int]] | None,
+) -> dict[str, Any]:
+    """What encoder and decoder both take, after a check; the kernels are 3 by default."""
+    kernels = kernel_sizes or [[3] * len(strides[0])] * len(strides)
+    check_stages(strides, features_per_stage=features_per_stage, kernel_sizes=kernels)
+    return {"strides": strides, "features_per_stage": features_per_stage, "kernel_sizes": kernels}
 
 
 def thin_blocks(encoder: Counts, decoder: Counts, n_stages: int) -> tuple[list[int], list[int]]:
@@ -292,8 +289,7 @@ CONVOLUTION_ROWS = (
         for row in (
             Row(f"{stage}.0.conv3.{{p}}", f"{stage}.0.shortcut.{{p}}"),
             Row(f"{stage}.0.{{layer}}.{{p}}", f"{stage}.0.{{layer}}.{{p}}"),
-            Row(f"{stage}.{{b}}.conv{{i}}.conv.{{p}}", f"{stage}.{{b}}.conv{{i}}.{{p}}"),
-            Row(f"{stage}.{{b}}.conv{{i}}.norm.{{p}}", f"{stage}.{{b}}.norm{{i}}.{{p}}"),
+            *basic_block_rows(f"{stage}.{{b}}.", f"{stage}.{{b}}.", skips=()),
         )
     ),
     Row("decoder.upsample_layers.{i}.conv.{p}", "decoder.upsample.{i}.conv.{p}"),

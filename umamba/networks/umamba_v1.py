@@ -10,7 +10,7 @@
 arXiv 2401.04722; equals bowang-lab/U-Mamba@530739b, nets/UMamba{Bot,Enc}.py (Apache-2.0), one
 class for 2D and 3D. Against the current version: transposed convolutions, average-pooled
 shortcuts, a stem of one convolution, all skips joined, block counts as planned, any image size.
-Kept: the Mamba layer replaces its input, without a residual. The official Bot leaves its Mamba
+Kept: QUIRKS. The official Bot leaves its Mamba
 under autocast; here every mixer computes in float32.
 """
 
@@ -26,7 +26,7 @@ from umamba.blocks.mixer import MixerLayer
 from umamba.blocks.sampling import TransposedUpsample
 from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mixer_rows
+from umamba.networks.state_dict import KeyMap, Row, basic_block_rows, mixer_rows
 from umamba.networks.umamba import (
     ALIASES,
     PAPER,
@@ -36,10 +36,11 @@ from umamba.networks.umamba import (
     UMambaBot,
     UMambaEnc,
     block_counts,
+    residual_stages,
 )
 
 REFERENCE = "bowang-lab/U-Mamba@530739b"
-QUIRKS = ("the Mamba layer has no residual",)
+QUIRKS = ("the Mamba layer replaces its input, without a residual",)
 
 
 class UMambaV1(UMamba):
@@ -55,7 +56,7 @@ class UMambaV1(UMamba):
         encoder_blocks, decoder_blocks = block_counts(*counts)
         width, kernel = stages["features_per_stage"][0], stages["kernel_sizes"][0]
         stem = ConvNormAct(self.input_channels, width, kernel)
-        self.encoder = Encoder(stem, **stages, n_conv_per_stage=encoder_blocks, shortcut="pool")
+        self.encoder = Encoder(stem, residual_stages(encoder_blocks, "pool", **stages))
         self.decoder = UNetDecoder(
             self.num_classes,
             **stages,
@@ -95,25 +96,11 @@ class UMambaEncV1(UMambaV1):
                     nn.init.zeros_(parameter)
 
 
-# Official name, ours. A shortcut's projection sits at index 1 behind a pool (encoder), else at 0.
+# Official name, ours.
 CONVOLUTION_ROWS = (
     Row("encoder.stem.convs.0.{layer}.{p}", "encoder.stem.{layer}.{p}"),
-    *(
-        row
-        for stage, index in (
-            ("encoder.stages.{s}", 1),
-            ("encoder.stages.{s}", 0),
-            ("decoder.stages.{s}", 0),
-        )
-        for row in (
-            Row(f"{stage}.blocks.{{b}}.conv{{i}}.conv.{{p}}", f"{stage}.{{b}}.conv{{i}}.{{p}}"),
-            Row(f"{stage}.blocks.{{b}}.conv{{i}}.norm.{{p}}", f"{stage}.{{b}}.norm{{i}}.{{p}}"),
-            Row(
-                f"{stage}.blocks.{{b}}.skip.{index}.{{layer}}.{{p}}",
-                f"{stage}.{{b}}.shortcut.{{layer}}.{{p}}",
-            ),
-        )
-    ),
+    *basic_block_rows("encoder.stages.{s}.blocks.{b}.", "encoder.stages.{s}.{b}."),
+    *basic_block_rows("decoder.stages.{s}.blocks.{b}.", "decoder.stages.{s}.{b}.", skips=(0,)),
     Row("decoder.transpconvs.{i}.{p}", "decoder.upsample.{i}.conv.{p}"),
     Row("decoder.seg_layers.{i}.{p}", "decoder.seg_layers.{i}.{p}"),
 )

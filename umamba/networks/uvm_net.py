@@ -12,21 +12,15 @@
 arXiv 2402.04139; equals zzr-idam/UVM-Net@d3d70d8, Ultra/ (no licence file), a network for image
 restoration: 3 channels in and out, and the image is added to the output. Its use for segmentation
 is our adaptation: give input_residual=False, attention="channels" and a small inner_size.
-Kept for the sake of checkpoints:
-- a token of the UVM block is not a pixel: it is C consecutive values of the (C, H, W) array, thus
-  a run of pixels of one channel;
-- the softmax runs over the batch. For a batch of 1 it is 1 everywhere and the mixer before it gets
-  no gradient; in larger batches the results depend on the other images (attention="batch");
-- Mamba always sees maps of inner_size, 64 x 64, to which the deep levels are enlarged; the width
-  of the Mamba across is their number of pixels, 4096, hence a billion parameters.
-Different: every mixer computes in at least float32.
+The official QUIRKS are kept. Different: every mixer computes in at least float32.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,9 +33,19 @@ from umamba.blocks.mixer import build_mixer
 from umamba.blocks.sampling import TransposedUpsample
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
-from umamba.networks.state_dict import KeyMap, Row, mamba_rows
-from umamba.ops.dispatch import without_autocast
+from umamba.networks.state_dict import KeyMap, Row, double_conv_rows, mamba_rows, renamed_rows
+from umamba.ops.dispatch import in_float32
 
+QUIRKS = (
+    "a network for image restoration: the image is added to the output",
+    "a token of the UVM block is not a pixel: it is C consecutive values of the (C, H, W) array, "
+    "thus a run of pixels of one channel",
+    "the softmax runs over the batch: for a batch of 1 it is 1 everywhere and the mixer before it "
+    "gets no gradient, in larger batches the results depend on the other images",
+    "Mamba always sees maps of inner_size, 64 x 64, to which the deep levels are enlarged; the "
+    "Mamba across is as wide as they have pixels, 4096, hence a billion parameters",
+    "one output, no deep supervision",
+)
 KERNEL, POINT = (3, 3), (1, 1)
 HIDDEN = 16  # channels inside the UVM block's residual convolutions
 N_LEVELS = 5  # of the official network, which its state dict's names count
@@ -54,13 +58,7 @@ UPSAMPLES = ("bilinear", "transposed")
     paper="arXiv:2402.04139",
     reference="zzr-idam/UVM-Net@d3d70d8730daa9b1997afbe3c078cdf549d3c721",
     licence="no licence file",
-    quirks=(
-        "a network for image restoration: the image is added to the output",
-        "a token is a run of pixels of one channel",
-        "the softmax runs over the batch",
-        "Mamba always sees maps of inner_size",
-        "one output, no deep supervision",
-    ),
+    quirks=QUIRKS,
 )
 class UVMNet(SegmentationNetwork):
     """2D U-Net with UVM blocks; any image size from 16 x 16 (the product of the strides) on."""
@@ -92,18 +90,15 @@ class UVMNet(SegmentationNetwork):
         over, "batch" or "channels"; "none" leaves it and its mixer out. input_residual: the images
         are added to the output, which needs as many classes as channels, or one channel.
         """
-        super().__init__(input_channels, num_classes, strides=strides)
-        check_stages(strides=strides, features_per_stage=features_per_stage)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
+        check_stages(strides, features_per_stage=features_per_stage)
         check_choice("attention", attention, ATTENTIONS)
         check_choice("upsample", upsample, UPSAMPLES)
-        if tuple(strides[0]) != (1, 1):
-            raise ValueError(f"the first of UVMNet's strides must be 1, got {list(strides[0])}")
         if input_residual and input_channels not in (1, num_classes):
             raise ValueError(
                 f"UVMNet adds its {input_channels} input channels to the {num_classes} outputs, "
                 "which must be as many; for segmentation give input_residual=false"
             )
-        self.deep_supervision_scales = self.deep_supervision_scales[:1]
         # Maps are padded to the size of the skips, so that any size is taken from this one on.
         self.smallest, self.divisor = self.divisor, (1, 1)
         self.input_residual = input_residual
@@ -111,7 +106,9 @@ class UVMNet(SegmentationNetwork):
         block = functools.partial(
             UVMBlock, shape=tuple(inner_size), attention=attention, mixer=mixer, options=options
         )
-        self.encoder = Encoder(input_channels, strides, features_per_stage, block)
+        steps = pairwise((input_channels, *features_per_stage))
+        stages = (Stage(below, width, width, block) for below, width in steps)
+        self.encoder = Encoder(stages, strides)
         self.decoder = Decoder(
             num_classes,
             strides,
@@ -163,20 +160,10 @@ class UVMNet(SegmentationNetwork):
 class Encoder(nn.Module):
     """Stages, with max-pooling by the stride in front of all but the first."""
 
-    def __init__(
-        self,
-        input_channels: int,
-        strides: Sequence[Sequence[int]],
-        features_per_stage: Sequence[int],
-        block: Callable[[int], UVMBlock],
-    ) -> None:
+    def __init__(self, stages: Iterable[nn.Module], strides: Sequence[Sequence[int]]) -> None:
         super().__init__()
         self.strides = tuple(map(tuple, strides))
-        self.stages = nn.ModuleList()
-        below = input_channels
-        for width in features_per_stage:
-            self.stages.append(Stage(below, width, width, block))
-            below = width
+        self.stages = nn.ModuleList(stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, input_channels, H, W) -> the maps of all stages, finest first."""
@@ -213,7 +200,9 @@ class Decoder(nn.Module):
                 self.upsample.append(TransposedUpsample(below, skip, stride))
                 joined, middle, width = 2 * skip, skip, skip
             else:
-                self.upsample.append(BilinearUpsample(stride))
+                scale = tuple(map(float, stride))
+                bilinear = nn.Upsample(scale_factor=scale, mode="bilinear", align_corners=True)
+                self.upsample.append(bilinear)
                 joined, middle = skip + below, (skip + below) // 2
                 width = features_per_stage[max(stage - 1, 0)]
             self.stages.append(Stage(joined, middle, width, block))
@@ -227,19 +216,6 @@ class Decoder(nn.Module):
             features = pad_to(upsample(features), skip)
             features = stage(torch.cat([skip, features], dim=1))
         return self.seg_layers[0](features)
-
-
-class BilinearUpsample(nn.Module):
-    """Bilinear interpolation by the stride, corners on corners."""
-
-    def __init__(self, stride: tuple[int, ...]) -> None:
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, C, H, W) -> (B, C, H * stride, W * stride)."""
-        rows, columns = features.shape[2:]
-        return resize(features, (rows * self.stride[0], columns * self.stride[1]))
 
 
 class Stage(nn.Module):
@@ -299,22 +275,21 @@ class UVMBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *shape) -> the same shape."""
         features = features + self.conv2(functional.relu_(self.conv1(features)))
-        return self.smooth(self.mix(features))
+        return self.smooth(features if self.norm is None else self.mix(features))
 
+    @in_float32
     def mix(self, features: Tensor) -> Tensor:
         """The mixers on the tokens, outside autocast, in at least float32."""
-        if self.norm is None or self.mixer_along is None or self.mixer_across is None:
-            return features
-        with without_autocast(features.device):
-            wide = features.float() if features.dtype.itemsize < 4 else features
-            tokens = self.norm(wide.reshape(len(wide), -1, wide.shape[1]))  # (B, L, C)
-            across = self.mixer_along(tokens).transpose(1, 2)  # (B, C, L)
-            mixed = self.mixer_across(across).transpose(1, 2)  # (B, L, C)
-            if self.mixer_attention is not None:
-                # parity: nn.Softmax() without an axis takes the first of three, the batch.
-                axis = 0 if self.attention == "batch" else -1
-                mixed = self.mixer_attention(tokens).softmax(axis) * mixed
-            return mixed.reshape(features.shape)
+        assert self.norm is not None and self.mixer_along is not None
+        assert self.mixer_across is not None
+        tokens = self.norm(features.reshape(len(features), -1, features.shape[1]))  # (B, L, C)
+        across = self.mixer_along(tokens).transpose(1, 2)  # (B, C, L)
+        mixed = self.mixer_across(across).transpose(1, 2)  # (B, L, C)
+        if self.mixer_attention is not None:
+            # parity: nn.Softmax() without an axis takes the first of three, the batch.
+            axis = 0 if self.attention == "batch" else -1
+            mixed = self.mixer_attention(tokens).softmax(axis) * mixed
+        return mixed.reshape(features.shape)
 
 
 def resize(features: Tensor, shape: Sequence[int]) -> Tensor:
@@ -337,24 +312,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def block_rows(official: str, own: str) -> list[Row]:
     """The rows of a UVM block; both prefixes end in a dot or are empty."""
+    names = {"convb.0": "conv1", "convb.2": "conv2", "smooth": "smooth", "ln": "norm"}
     return [
-        Row(f"{official}convb.0.{{p}}", f"{own}conv1.{{p}}"),
-        Row(f"{official}convb.2.{{p}}", f"{own}conv2.{{p}}"),
+        *renamed_rows(official, own, names),
         *mamba_rows(f"{official}model1.", f"{own}mixer_along."),
         *mamba_rows(f"{official}model2.", f"{own}mixer_attention."),
         *mamba_rows(f"{official}model3.", f"{own}mixer_across."),
-        Row(f"{official}smooth.{{p}}", f"{own}smooth.{{p}}"),
-        Row(f"{official}ln.{{p}}", f"{own}norm.{{p}}"),
     ]
 
 
 def stage_rows(official: str, own: str) -> list[Row]:
     """The rows of a stage, officially a DoubleConv; both prefixes end in a dot."""
-    layers = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
-    return [
-        *block_rows(f"{official}ub.", f"{own}block."),
-        *(Row(f"{official}double_conv.{i}.{{p}}", f"{own}{layers[i]}.{{p}}") for i in layers),
-    ]
+    block = block_rows(f"{official}ub.", f"{own}block.")
+    return [*block, *double_conv_rows(f"{official}double_conv.", own)]
 
 
 ROWS = (

@@ -9,13 +9,7 @@
 
     A skip is the input of its stage; the decoder's deepest stage takes the encoder's output.
 
-arXiv 2402.02491; equals JCruan519/VM-UNet@43c495b, models/vmunet (Apache-2.0). Kept for the sake of
-checkpoints:
-- the embedding, the input of stage 0, is no skip;
-- skips are added, not concatenated;
-- there is no norm behind the encoder and none in front of the head;
-- images of one channel are repeated to three, for which the stem was trained;
-- one output: under deep supervision a list of it alone.
+arXiv 2402.02491; equals JCruan519/VM-UNet@43c495b, models/vmunet (Apache-2.0), with its QUIRKS.
 Different: the published numbers of blocks are the defaults (the official defaults, 2-2-9-2 and
 2-9-2-2, were never trained); a single class gives a logit, and a probability only with `sigmoid`;
 image sizes that 32 does not divide are refused (the official network fails inside, or returns
@@ -40,10 +34,10 @@ from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
 from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
 
 QUIRKS = (
-    "the embedding is no skip",
-    "skips are the inputs of their stages, added before the expansion",
+    "the embedding, the input of stage 0, is no skip",
+    "skips are the inputs of their stages, added before the expansion, not concatenated",
     "there is no norm behind the encoder and none in front of the head",
-    "images of one channel are repeated to three",
+    "images of one channel are repeated to three, for which the stem was trained",
     "one output, no deep supervision",
 )
 STEM_CHANNELS = 3  # of images of one channel
@@ -83,18 +77,11 @@ class VMUNet(SegmentationNetwork):
         depths, depths_decoder: VSS blocks per stage, in the encoder finest first, in the decoder
         deepest first. sigmoid: returns probabilities, as the official network does for one class.
         mixer: "scan", "none" or "conv"."""
-        super().__init__(input_channels, num_classes, strides=strides)
-        self.deep_supervision_scales = ((1.0, 1.0),)
+        super().__init__(input_channels, num_classes, strides=strides, n_outputs=1)
         patch = strides[min(1, len(strides) - 1)][0]
-        topology = [[1, 1], [patch, patch], *[[2, 2]] * (len(strides) - 2)]
-        if [list(stride) for stride in strides] != topology:
-            raise ValueError(
-                "VMUNet's strides are 1, the side of a patch, then 2 for every further stage, e.g. "
-                f"{topology}; got {[list(stride) for stride in strides]}"
-            )
-        check_stages(strides=strides, features_per_stage=features_per_stage)
-        stages = {"strides[1:]": strides[1:], "depths": depths, "depths_decoder": depths_decoder}
-        check_stages(**stages)
+        self.check_strides(strides, [(1, 1), (patch, patch), *[(2, 2)] * (len(strides) - 2)])
+        check_stages(strides, features_per_stage=features_per_stage)
+        check_stages(strides[1:], depths=depths, depths_decoder=depths_decoder)
         self.encoder = VMambaEncoder(
             STEM_CHANNELS if input_channels == 1 else input_channels,
             features_per_stage=features_per_stage[1:],

@@ -28,7 +28,7 @@ from umamba.blocks.sampling import ConvDownsample, ConvPatchEmbed, PatchEmbed, P
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock, initialize_linear, ss2d_options
 from umamba.networks.base import check_stages
 from umamba.networks.registry import register_module
-from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
+from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
 
 PATCH_EMBEDS = ("v1", "v2")
 DOWNSAMPLES = ("v1", "v2", "v3")
@@ -94,7 +94,7 @@ class VMambaEncoder(PatchEncoder):
         of a patch. forward_type, patch_embed, downsample: VMamba's names of its variants.
         mlp_ratio: 0 for blocks without an MLP. drop_path_rate: of the last block, rising from 0 at
         the first. mixer: "scan", "none" or "conv"."""
-        check_stages(features_per_stage=features_per_stage, depths=depths)
+        check_stages(features_per_stage, depths=depths)
         stage = functools.partial(
             vss_stage,
             ss2d={
@@ -239,13 +239,7 @@ def encoder_rows(
     block = (f"{official}layers.{{i}}.blocks.{{j}}.", f"{own}stages.{{i}}.{{j}}.")
     below = (f"{official}layers.{{i}}.downsample.", f"{own}downsamples.{{i}}.")
     return [
-        *(
-            Row(f"{official}patch_embed.{name}.{{p}}", f"{own}patch_embed.{ours}.{{p}}")
-            for name, ours in embed.items()
-        ),
+        *renamed_rows(f"{official}patch_embed.", f"{own}patch_embed.", embed),
         *vss_block_rows(*block, old=old, out_norm=out_norm),
-        *(
-            Row(f"{below[0]}{name}.{{p}}", f"{below[1]}{ours}.{{p}}")
-            for name, ours in downsample.items()
-        ),
+        *renamed_rows(*below, downsample),
     ]

@@ -3,11 +3,13 @@
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from umamba.ops import chunked, cpu, mamba_ssm_scan, reference
@@ -91,6 +93,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def in_float32(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Makes a module's method run outside autocast, on its features in at least float32."""
+
+    @functools.wraps(method)
+    def run(module: Any, features: Tensor) -> Tensor:
+        with without_autocast(features.device):
+            return method(module, features.float() if features.dtype.itemsize < 4 else features)
+
+    return run
 
 
 @functools.cache
