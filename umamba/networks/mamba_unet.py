@@ -10,11 +10,7 @@
     A skip is the input of its stage; the input of the deepest stage is none.
 
 arXiv 2402.05079; equals ziyangwang007/Mamba-UNet@dfe92ba, code/networks/vision_mamba.py and
-mamba_sys.py (Apache-2.0). Kept for the sake of checkpoints:
-- the decoder's stages mirror the encoder's: their depths and their rates of stochastic depth;
-- the head has no bias;
-- images of one channel are repeated to three, for which the stem was trained;
-- one output: under deep supervision a list of it alone.
+mamba_sys.py (Apache-2.0), with their QUIRKS.
 Different: widths are free (the official ones are fixed, whatever its configuration says); image
 sizes that 32 does not divide are refused (the official network fails inside, or returns another
 size); all VSS blocks compute in at least float32.
