@@ -49,6 +49,8 @@ def run_show(args: argparse.Namespace) -> int:
     """Tell where a network comes from and what it takes."""
     import inspect
 
+    from umamba.training.recipes import official_recipes
+
     entry = find_network(args.name)
     print(entry.name)
     print(f"  {(inspect.getdoc(entry.cls) or '').splitlines()[0]}")
@@ -62,6 +64,8 @@ def run_show(args: argparse.Namespace) -> int:
     if entry.control_of:
         rows["control of"] = entry.control_of
         rows["differs by"] = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
+    if recipes := official_recipes(entry.control_of or entry.name):
+        rows["recipe"] = f"{' or '.join(recipes)} (--recipe), nnU-Net's if not given"
     for label, value in rows.items():
         print(f"  {label:<11}{value}")
     print("  arguments (of the plans' arch_kwargs)")

@@ -132,6 +132,9 @@ class SwinUMamba(SegmentationNetwork):
         skips = [block(x) for block, x in zip(self.skips, inputs, strict=True)]
         return self.decoder([*skips, deepest])
 
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        return behind_patch_embed(self.encoder)
+
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*STEM_ROWS, *ENCODER_ROWS, *CONVOLUTION_ROWS])
@@ -209,6 +212,9 @@ class SwinUMambaD(SegmentationNetwork):
         self.check_input(images)
         return self.decoder(self.encoder(images))
 
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        return behind_patch_embed(self.encoder)
+
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*ENCODER_ROWS, *VSS_DECODER_ROWS])
@@ -268,6 +274,12 @@ class VSSDecoder(nn.Module):
         features = self.expands[-1](features)
         logits.append(self.seg_layers[-1](features.movedim(-1, 1)))
         return logits[::-1] if self.deep_supervision else logits[0]
+
+
+def behind_patch_embed(encoder: nn.Module) -> list[nn.Parameter]:
+    """The encoder's parameters but those of its patch embedding, which official training leaves."""
+    named = encoder.named_parameters()
+    return [value for name, value in named if not name.startswith("patch_embed.")]
 
 
 def check_topology(
