@@ -68,14 +68,19 @@ def test_a_batch_of_ignored_voxels_has_a_finite_loss_and_no_gradient(batch, name
     assert leaf.grad.abs().max() == 0
 
 
-def test_ignoring_one_of_two_equal_halves_leaves_the_region_tversky_loss(batch):
+@pytest.mark.parametrize("name", ["ce", "dice_ce_all", "region_tversky"])
+def test_ignored_slices_between_and_behind_the_others_leave_their_loss(batch, name):
     logits, labels = batch
-    doubled = torch.cat([logits, logits], dim=2)
-    half = torch.cat([labels, torch.full_like(labels, IGNORE)], dim=2)
-    loss = RegionTversky(True, IGNORE, regions=(2, 2, 2))
-    # Regions of the ignored half do not count, and those of the other are the first ones.
-    alone = RegionTversky(True, IGNORE, regions=(1, 2, 2))(logits, labels)
-    assert loss(doubled, half) == pytest.approx(alone.item(), rel=1e-12)
+    between = labels.repeat_interleave(2, 2)
+    between[:, :, 1::2] = IGNORE
+    behind = torch.cat([between, torch.full_like(between, IGNORE)], dim=2)
+    more = logits.repeat_interleave(2, 2).repeat(1, 1, 2, 1, 1)
+    loss = alone = built(name, ignore_label=IGNORE)
+    if name == "region_tversky":
+        loss, alone = (
+            RegionTversky(True, IGNORE, regions=(n, 2, 2), background=True) for n in (6, 3)
+        )
+    assert loss(more, behind) == pytest.approx(alone(logits, labels).item(), rel=1e-12)
 
 
 def test_a_perfect_and_certain_prediction_has_the_least_loss(batch):
