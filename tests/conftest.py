@@ -28,8 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives every test that takes `parity_file` all files of the parity folders."""
-    if "parity_file" not in metafunc.fixturenames:
+    """Gives a test all files of the parity folders: those of losses as `loss_file`, the others as
+    `parity_file`."""
+    names = [name for name in ("parity_file", "loss_file") if name in metafunc.fixturenames]
+    if not names:
         return
     files: dict[str, Path] = {}
     for folder in (PARITY_FOLDER, *metafunc.config.getoption("--parity-dir")):
@@ -37,9 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not found:
             raise pytest.UsageError(f"{folder} holds no parity cases (*.json.gz)")
         files.update({file.name.removesuffix(".json.gz"): file for file in found})
+    wants_losses = names == ["loss_file"]
+    files = {name: file for name, file in files.items() if ("-loss" in name) == wants_losses}
     marks = getattr(metafunc.module, "marks_of_parity_file", lambda file: ())
     metafunc.parametrize(
-        "parity_file", [pytest.param(f, id=name, marks=marks(f)) for name, f in files.items()]
+        names[0], [pytest.param(f, id=name, marks=marks(f)) for name, f in files.items()]
     )
 
 

@@ -285,6 +285,13 @@ def test_autocast_and_the_gradient_clip_of_a_step_cannot_be_set():
     assert source.count("clip_grad_norm_(self.network.parameters(), 12)") == 2
 
 
+def test_the_network_is_wrapped_for_several_gpus_by_a_name_of_the_trainers_file():
+    source = inspect.getsource(nnUNetTrainer.initialize)
+    assert "self.network = DDP(self.network, device_ids=[self.local_rank])" in source
+    module = vars(inspect.getmodule(nnUNetTrainer))
+    assert module["DDP"] is nn.parallel.DistributedDataParallel
+
+
 def test_networks_are_compiled_on_cuda_and_not_on_the_cpu(make_trainer, monkeypatch):
     monkeypatch.delenv("nnUNet_compile", raising=False)
     trainer = make_trainer()

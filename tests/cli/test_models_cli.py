@@ -71,6 +71,13 @@ def test_show_knows_modules(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+def test_show_tells_the_recipes_of_the_official_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "mamba_clinix_convmix") == 0
+    assert "mamba_clinix or mamba_clinix_tversky (--recipe)" in capsys.readouterr().out
+    assert run("show", "hymamba") == 0
+    assert "--recipe" not in capsys.readouterr().out
+
+
 def test_an_unknown_network_or_fold_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="umamba_bot"):
         run("show", "umamba_bots")

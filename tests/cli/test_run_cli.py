@@ -48,6 +48,7 @@ def test_every_command_has_help(capsys):
     ("words", "part"),
     [
         (["--network", "umamba_bott"], "umamba_bot"),
+        (["--recipe", "swin_umanba"], "did you mean swin_umamba"),
         (["-f", "seven"], "0, 1, 2, 3, 4 or all"),
         (["--minutes", "5", "--epochs", "3"], "exclude each other"),
         (["--minutes", "0.1"], "too short"),

@@ -138,6 +138,17 @@ def test_nnunet_finds_what_it_needs(name: str, dims: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
+def test_the_encoder_that_a_recipe_freezes_is_a_part_without_the_decoder(
+    name: str, dims: int
+) -> None:
+    network = build(name, dims)
+    frozen = {id(parameter) for parameter in network.encoder_parameters()}
+    assert frozen
+    assert frozen.isdisjoint(map(id, network.decoder.parameters()))
+    assert frozen <= set(map(id, network.parameters()))
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
 def test_an_unknown_argument_is_a_type_error(name: str, dims: int) -> None:
     kinds = {p.kind for p in inspect.signature(get_entry(name).cls).parameters.values()}
     assert inspect.Parameter.VAR_KEYWORD not in kinds

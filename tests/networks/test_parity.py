@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from parity.fill import fill, image
+from parity.losses import terms_of
 from parity.subjects import NotRegisteredError, subject_of
 from torch import Tensor, nn
 
@@ -52,10 +53,27 @@ def test_official_weights_give_the_official_outputs_and_gradients(parity_file: P
     check_gradient(gradient, case)
 
 
+def test_the_official_values_and_gradients_of_losses(loss_file: Path) -> None:
+    for term in terms_of(read(loss_file)):
+        logits = term.logits.requires_grad_()
+        value = term.loss(logits, term.target)
+        assert value.item() == pytest.approx(term.expected["value"], rel=term.tolerance), term.label
+        if "gradient" in term.expected:
+            value.backward()
+            assert logits.grad is not None
+            found = logits.grad.flatten()[term.expected["positions"]].numpy()
+            expected = np.array(term.expected["gradient"])
+            assert np.abs(found - expected).max() < term.tolerance * expected.std(), term.label
+
+
 def marks_of_parity_file(file: Path) -> list[pytest.MarkDecorator]:
-    """A case of a network that is not registered is expected to fail, with that network's name."""
+    """A case of a network or loss that we do not have is expected to fail, with its name."""
     try:
-        subject_of(read(file))
+        case = read(file)
+        if "state_dict" in case:
+            subject_of(case)
+        else:
+            next(iter(terms_of(case)))
     except NotRegisteredError as error:
         return [pytest.mark.xfail(strict=True, raises=NotRegisteredError, reason=str(error))]
     return []

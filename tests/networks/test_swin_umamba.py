@@ -41,6 +41,15 @@ def test_parameter_counts_are_the_official_ones(
     assert len(network.state_dict()) == n_official
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_freezing_leaves_the_patch_embedding_free_as_the_official_trainers_do(name: str) -> None:
+    network = create_network(name, 1, 2, **{**SMALL, "features_per_stage": [4, 4, 8, 8, 8]})
+    frozen = {id(parameter) for parameter in network.encoder_parameters()}
+    free = [key for key, value in network.encoder.named_parameters() if id(value) not in frozen]
+    assert {key.split(".")[0] for key in free} == {"patch_embed"}
+    assert len(free) == 4
+
+
 @pytest.mark.parametrize(
     ("name", "scales"),
     [("swin_umamba", [1, 1 / 2, 1 / 4, 1 / 8]), ("swin_umamba_d", [1, 1 / 4, 1 / 8, 1 / 16])],

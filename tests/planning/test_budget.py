@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from umamba.planning import budget
+from umamba.planning.planner import plan_dataset
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)]
 
@@ -87,6 +88,23 @@ def test_a_short_schedule_is_adamw_with_cosine_and_a_long_one_nnunets():
     long = budget.budget_recipe(200_000, 2, 160, 1e6)
     assert "optimizer" not in long
     assert long["train_seconds"] == 1e6
+
+
+@pytest.mark.parametrize("recipe", [{}, {"name": "segmamba", "loss": "ce", "num_epochs": 300}])
+def test_a_budget_sets_the_length_of_a_named_recipe_and_nothing_else(
+    fingerprinted, monkeypatch, recipe
+):
+    plans = plan_dataset(fingerprinted("tiny"), memory_gb=5, recipe=recipe)
+    measured = SimpleNamespace(seconds=0.5, forward_seconds=0.1, peak_bytes=0)
+    monkeypatch.setattr(budget, "_measure", lambda *arguments: measured)
+    part = budget.fit_to_time(plans, "3d_fullres", seconds=400, fold=0, device="cpu")
+    fitted = part["configurations"]["3d_fullres"]["recipe"]
+    length = {name for name in fitted if name.startswith("num_")} | {"train_seconds"}
+    assert len(length) == 4
+    assert fitted["num_epochs"] < 50
+    kept = {name: value for name, value in recipe.items() if name not in length}
+    assert kept.items() <= fitted.items()
+    assert (set(fitted) == length | set(kept)) == bool(recipe)
 
 
 def test_full_augmentation_comes_with_many_passes_over_the_cases():

@@ -194,6 +194,16 @@ def test_network_arguments_enter_the_plans_and_a_hash_enters_the_name(fingerprin
     assert plans["plans_name"] != plan(dataset, network_args={"d_state": 8})["plans_name"]
 
 
+def test_a_named_recipe_enters_the_plans_and_their_name_and_is_not_planned_over(fingerprinted):
+    dataset, recipe = fingerprinted("tiny"), {"name": "segmamba", "loss": "ce"}
+    plans = plan(dataset, recipe=recipe)
+    assert plans["plans_name"] == "umamba_bot_segmamba"
+    assert all(part["recipe"] == recipe for part in plans["configurations"].values())
+    assert plan(dataset)["plans_name"] == "umamba_bot"
+    with pytest.raises(ValueError, match=r"of umamba_bot with recipe segmamba.*--plans-name"):
+        plan(dataset, plans_name="umamba_bot_segmamba")
+
+
 def test_numbers_per_stage_of_the_user_are_fitted_to_the_stages(fingerprinted):
     few = {"features_per_stage": [8, 12]}
     parts = plan(fingerprinted("tiny"), network_args=few)["configurations"]

@@ -54,10 +54,15 @@ def test_a_recipe_survives_json():
     ("values", "part"),
     [
         ({"optimiser": "sgd"}, "did you mean optimizer"),
-        ({"optimizer": "lion"}, "choose one of sgd, adamw"),
+        ({"optimizer": "lion"}, "choose one of sgd, adam, adamw"),
         ({"num_epochs": 0}, "num_epochs"),
         ({"warmup": 1.5}, "warmup"),
         ({"train_seconds": -1}, "train_seconds"),
+        ({"n_swings": 0}, "n_swings"),
+        ({"freeze_encoder": 10}, "share of the schedule"),
+        ({"loss": "dice"}, "choose one of dice_ce, ce,"),
+        ({"loss": "dice_ce_all", "loss_weights": [0, 0]}, "one above it"),
+        ({"loss": "ce", "loss_weights": [0.5, 0.5]}, "belong to the loss dice_ce_all"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_cure(values, part):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.planning.plans import replan
+from umamba.training.recipes import get_recipe
 from umamba.training.run import TrainingRun, fold_folder, train_fold
-from umamba.training.trainer import UMambaTrainer, format_seconds, thin_out
+from umamba.training.trainer import UMambaTrainer, ddp_wrapper, format_seconds, thin_out
 
 pytestmark = [
     pytest.mark.slow,
@@ -185,3 +187,60 @@ def test_the_results_folder_is_known_before_training(blobs):
 )
 def test_time_left_reads_naturally(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_the_encoder_stands_still_while_frozen_and_moves_afterwards(blobs):
+    plans, content = blobs
+    trainer = trainer_of(plans, content, freeze_encoder=0.3)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    encoder = list(trainer.network.encoder_parameters())
+    decoder = list(trainer.network.decoder.parameters())
+
+    def moved(parameters):
+        before = [p.detach().clone() for p in parameters]
+        trainer.on_train_epoch_start()
+        trainer.train_step(batch)
+        return [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
+
+    assert not any(moved(encoder))
+    assert any(moved(decoder))
+    trainer.current_epoch, trainer.iteration = 1, 3  # the second of two epochs
+    assert any(moved(encoder))
+
+
+def test_a_resumed_training_freezes_only_what_is_left_of_the_share(blobs):
+    plans, content = blobs
+    frozen = with_recipe(plans, freeze_encoder=0.5, num_epochs=4)
+    first = trainer_of(frozen, content)
+    first.on_train_start()
+    first.on_train_epoch_start()
+    first.iteration = 6
+    file = Path(first.output_folder) / "half.pth"
+    first.current_epoch = 1  # saved as the one that is finished
+    first.save_checkpoint(str(file))
+    second = trainer_of(frozen, content)
+    second.initialize()
+    second.load_checkpoint(str(file))
+    second.on_train_epoch_start()
+    states = {p.requires_grad for p in second.network.encoder_parameters()}
+    assert second.current_epoch == 2
+    assert states == {True}
+
+
+def test_a_training_by_the_recipe_of_another_network_learns(blobs):
+    plans, content = blobs
+    values = get_recipe("mamba_clinix_tversky") | {"initial_lr": 1e-2}
+    trainer = trainer_of(plans, content, **values)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(6)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_several_gpus_look_for_unused_parameters_only_while_a_recipe_freezes():
+    module = sys.modules[nnUNetTrainer.__module__]
+    for wanted in (True, False):
+        with ddp_wrapper(find_unused_parameters=wanted):
+            assert module.DDP.keywords == {"find_unused_parameters": wanted}
+    assert module.DDP is torch.nn.parallel.DistributedDataParallel

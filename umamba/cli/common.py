@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"help": "id, name or folder: nnU-Net's, MSD's, or images/ + labels/"},
     "--network": {"default": "umamba_bot", "help": "see `umamba models list`"},
-    "-p --plans-name": {"help": "default: the network's name (and the budget)"},
+    "-p --plans-name": {"help": "default: the network's name (and recipe, budget)"},
     "-f --fold": {"default": "0", "help": "0 to 4, or all (0)"},
     "--memory": {"type": float, "metavar": "GB", "help": "memory to plan for"},
     "--network-arg": {"action": "append", "default": [], "metavar": "KEY=JSON"},
+    "--recipe": {"metavar": "NAME", "help": "train as an official code does (nnU-Net's way)"},
     "-device --device": {"help": "cpu, cuda or mps (the GPU if there is one)"},
     "-num_gpus --num-gpus": {"type": int, "default": 1, "help": "GPUs (DDP)"},
     "-t --threads": {"type": int, "metavar": "N", "help": "CPU threads"},
@@ -76,6 +77,14 @@ def find_network(name: str) -> NetworkEntry:
 
     with usage_errors():
         return get_entry(name)
+
+
+def find_recipe(name: str | None) -> dict[str, Any]:
+    """The values of a named recipe, none without a name; UsageError for an unknown one."""
+    from umamba.training.recipes import get_recipe
+
+    with usage_errors():
+        return {} if name is None else get_recipe(name)
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -60,6 +60,7 @@ def run_show(args: argparse.Namespace) -> int:
     import inspect
 
     from umamba.networks import NetworkEntry, get_module, list_modules
+    from umamba.training.recipes import official_recipes
 
     is_module = args.name.replace("-", "_") in list_modules()
     entry = get_module(args.name) if is_module else find_network(args.name)
@@ -76,6 +77,8 @@ def run_show(args: argparse.Namespace) -> int:
             rows["control of"] = entry.control_of
     if entry.arguments:
         rows["implies"] = ", ".join(f"{k}={v!r}" for k, v in entry.arguments.items())
+    if recipes := official_recipes(getattr(entry, "control_of", None) or entry.name):
+        rows["recipe"] = f"{' or '.join(recipes)} (--recipe), nnU-Net's if not given"
     for label, value in rows.items():
         print(f"  {label:<11}{value}")
     print(f"\n{inspect.getdoc(inspect.getmodule(entry.cls))}")

@@ -16,7 +16,7 @@ from umamba.cli.common import UsageError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    shared = "dataset --network -p --memory --network-arg -device -np --workspace"
+    shared = "dataset --network --recipe -p --memory --network-arg -device -np --workspace"
     add = common.add_command(subparsers, "plan", run, __doc__, shared).add_argument
     add(
         "-c", "--configuration", nargs="+", metavar="CONFIG",
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("-overwrite_target_spacing takes three numbers above 0, in mm")
     network_args = parse_network_args(args.network_arg)
     entry = common.find_network(args.network)
+    recipe = common.find_recipe(args.recipe)
     from umamba.planning.planner import plan_dataset
     from umamba.planning.plans import plans_file
     from umamba.planning.preprocess import (
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         plans_name=args.plans_name,
         memory_gb=args.memory,
         network_args=network_args,
+        recipe=recipe,
         configurations=args.configuration,
         overwrite_target_spacing=spacing,
     )
@@ -108,6 +110,7 @@ def describe_configuration(plans: Mapping[str, Any], name: str) -> str:
     part = get_configuration(plans, name)
     facts = part["planning"]
     features = part["architecture"]["arch_kwargs"].get("features_per_stage")
+    named = part.get("recipe", {}).get("name")
     size = f"{facts['parameters'] / 1e6:.1f} M parameters"
     if features:
         size += ", features " + "-".join(map(str, features))
@@ -116,7 +119,7 @@ def describe_configuration(plans: Mapping[str, Any], name: str) -> str:
     lines = [
         f"{name}: {plans['umamba']['network']}, {size}",
         f"spacing {spacing} mm, patch {patch}, batch {part['batch_size']}, "
-        f"{part['normalization_schemes'][0]}",
+        f"{part['normalization_schemes'][0]}{f', recipe {named}' if named else ''}",
         *facts["reasons"],
     ]
     return "\n  ".join(lines)

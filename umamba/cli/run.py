@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    shared = "dataset --network -p -f --memory --network-arg -np --workspace --restart"
+    shared = "dataset --network --recipe -p -f --memory --network-arg -np --workspace --restart"
     shared += " -device -num_gpus -t"
     add = common.add_command(subparsers, "run", run, __doc__, shared).add_argument
     add("-c", "--configuration", help="default: 3d_fullres, or 2d for 2D data")
@@ -42,12 +42,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--epochs {args.epochs} makes no sense; give at least 1")
     fold = common.parse_fold(args.fold)
     network = common.find_network(args.network).name
+    named = common.find_recipe(args.recipe)
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
     common.refuse_faults(dataset)
 
-    plans, configuration = make_plans(args, network, dataset, workspace, fold, device, started)
+    plans, configuration = make_plans(
+        args, network, named, dataset, workspace, fold, device, started
+    )
     print(describe_configuration(plans, configuration))
     print("training")
     folder = train(plans, dataset.dataset_json, configuration, fold, device, args)
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def make_plans(
     args: argparse.Namespace,
     network: str,
+    named: dict,
     dataset: RawDataset,
     workspace: Workspace,
     fold: int | str,
@@ -82,8 +86,11 @@ def make_plans(
         "network_args": network_args,
         **{option: getattr(args, option) for option in asked},
         "device": device.split(":")[0],
+        **({"recipe": named["name"]} if named else {}),
     }
-    name = args.plans_name or default_plans_name(network, network_args) + budget_suffix(args)
+    name = args.plans_name or (
+        default_plans_name(network, network_args, named.get("name")) + budget_suffix(args)
+    )
     file = workspace.preprocessed / dataset.name / f"{name}.json"
     results = workspace.results / dataset.name
     n_workers = args.np or 1
@@ -100,14 +107,15 @@ def make_plans(
                 f"results of other plans named {name} exist in {results}: "
                 "give --plans-name, or --restart to begin anew"
             )
-    recipe = {"seed": args.seed, "num_epochs": args.epochs}
+    asked_for = {"seed": args.seed, "num_epochs": args.epochs}
+    recipe = named | {key: value for key, value in asked_for.items() if value is not None}
     plans = plan_dataset(
         dataset.name,
         network=network,
         plans_name=name,
         memory_gb=args.memory,
         network_args=network_args,
-        recipe={key: value for key, value in recipe.items() if value is not None},
+        recipe=recipe,
     )
     default = "3d_fullres" if "3d_fullres" in plans["configurations"] else "2d"
     configuration = args.configuration or default
@@ -142,13 +150,16 @@ def budget_suffix(args: argparse.Namespace) -> str:
 def refuse_endless(plans: dict, configuration: str, args: argparse.Namespace) -> None:
     """UsageError with the estimate in days and three commands, for a CPU without a budget."""
     from umamba.planning.budget import days_of_training
+    from umamba.planning.plans import get_configuration
 
-    days = days_of_training(plans, configuration, 1000 * 250, "cpu")
+    n_epochs = get_configuration(plans, configuration)["recipe"].get("num_epochs", 1000)
+    days = days_of_training(plans, configuration, n_epochs * 250, "cpu")
     command = f"umamba run {shlex.quote(args.dataset)} --network {args.network}"
+    command += f" --recipe {args.recipe}" if args.recipe else ""
     raise UsageError(
-        f"nnU-Net's schedule (1000 epochs of 250 iterations) would take about {days:.1f} days on "
-        f"this CPU. Choose one:\n"
+        f"{args.recipe or 'nnU-Net'}'s schedule ({n_epochs} epochs of 250 iterations) would "
+        f"take about {days:.1f} days on this CPU. Choose one:\n"
         f"  {command} --minutes 30      (plans for the time)\n"
-        f"  {command} --epochs 50       (about {days / 20:.1f} days)\n"
-        f"  {command} --epochs 1000     (all of it)"
+        f"  {command} --epochs 50       (about {50 * days / n_epochs:.1f} days)\n"
+        f"  {command} --epochs {n_epochs:<8} (all of it)"
     )

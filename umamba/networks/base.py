@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -75,6 +75,10 @@ class SegmentationNetwork(nn.Module):
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our arguments for the official constructor's: by default those of the same name."""
         return {name: config[name] for name in inspect.signature(cls).parameters if name in config}
+
+    def encoder_parameters(self) -> Iterable[nn.Parameter]:
+        """What a training recipe freezes: those of the encoder that the official code freezes."""
+        return self.get_submodule("encoder").parameters()
 
     def check_input(self, images: Tensor) -> None:
         """Raises ValueError for a shape that the network does not take, naming one that it does."""

@@ -129,6 +129,9 @@ class SwinUMamba(SegmentationNetwork):
         skips = [block(x) for block, x in zip(self.skips, inputs, strict=True)]
         return self.decoder([*skips, deepest])
 
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        return behind_patch_embed(self.encoder)
+
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*STEM_ROWS, *ENCODER_ROWS, *CONVOLUTION_ROWS])
@@ -201,6 +204,9 @@ class SwinUMambaD(SegmentationNetwork):
         )
         initialize_convolutions(self)
 
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        return behind_patch_embed(self.encoder)
+
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*ENCODER_ROWS, *VSS_DECODER_ROWS])
@@ -257,6 +263,12 @@ class VSSDecoder(nn.Module):
             return finest
         heads = zip(self.seg_layers[:-1], coarse, strict=True)
         return [finest, *[head(features.movedim(-1, 1)) for head, features in heads][::-1]]
+
+
+def behind_patch_embed(encoder: nn.Module) -> list[nn.Parameter]:
+    """The encoder's parameters but those of its patch embedding, which official training leaves."""
+    named = encoder.named_parameters()
+    return [value for name, value in named if not name.startswith("patch_embed.")]
 
 
 # Official name, ours. Here VMamba's downsampling stands outside its stages.

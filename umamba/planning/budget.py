@@ -67,7 +67,8 @@ def fit_to_time(
     """Returns plans whose training, validation and report take `seconds` on this machine.
 
     The configuration gets the largest width and patch whose steps fit often enough, two patches a
-    batch, and a schedule that follows the clock.  Raises ValueError when too little time is left.
+    batch, and a schedule that follows the clock; of a named recipe only the length changes.
+    Raises ValueError when too little time is left.
     """
     started = time.monotonic()
     part = get_configuration(plans, configuration)
@@ -76,6 +77,7 @@ def fit_to_time(
     n_training = len(shapes) if fold == "all" else max(1, len(shapes) - n_validation)
     memory = None if memory_gb is None else int(memory_gb * GIB)
     n_axes = len(part["patch_size"])
+    is_named = part.get("recipe", {}).get("name") is not None
 
     @functools.cache
     def measure(size: Candidate) -> StepCheck:
@@ -86,7 +88,7 @@ def fit_to_time(
         left = seconds - OVERHEAD_SECONDS - share
         found = fit(_sizes(part), measure, max(left, 1.0), memory)
         size = found.candidate
-        recipe = budget_recipe(found.n_iterations, size.batch_size, n_training, left)
+        recipe = budget_recipe(found.n_iterations, size.batch_size, n_training, left, is_named)
         needed = validation_seconds(
             shapes,
             n_validation,
@@ -115,7 +117,7 @@ def fit_to_time(
         patch_size=size.patch_size,
         batch_size=size.batch_size,
         features_per_stage=size.features_per_stage,
-        recipe=budget_recipe(n_iterations, size.batch_size, n_training, train_seconds),
+        recipe=budget_recipe(n_iterations, size.batch_size, n_training, train_seconds, is_named),
         reason=f"{_explain(found, max(left, 1.0))}; {train_seconds / 60:.1f} min of training, "
         f"{share / 60:.1f} min kept for validation",
     )
@@ -216,11 +218,14 @@ def fit(
     return best
 
 
-def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_seconds: float) -> dict:
+def budget_recipe(
+    n_iterations: int, batch_size: int, n_cases: int, train_seconds: float, is_named: bool = False
+) -> dict:
     """The recipe for `n_iterations` steps in `train_seconds`, as a plain dict for the plans.
 
     Short schedules get AdamW with warm-up and a cosine to zero, and light augmentation while the
-    cases are seen few times; from LONG_ITERATIONS on everything but the clock is nnU-Net's own.
+    cases are seen few times; from LONG_ITERATIONS on, and for a named recipe (is_named), everything
+    but the clock is nnU-Net's or the recipe's own.
     """
     is_long = n_iterations >= LONG_ITERATIONS
     n_epochs = max(5, min(n_iterations // 30, 1000 if is_long else 40))
@@ -231,7 +236,7 @@ def budget_recipe(n_iterations: int, batch_size: int, n_cases: int, train_second
         "num_iterations_per_epoch": per_epoch,
         "num_val_iterations_per_epoch": max(1, min(50, per_epoch // 10)),
     }
-    if is_long:
+    if is_long or is_named:
         return recipe
     recipe |= {"optimizer": "adamw", "initial_lr": 3e-3, "weight_decay": 1e-2}
     recipe |= {"schedule": "cosine", "warmup": 0.05}

@@ -64,9 +64,15 @@ def plan_dataset(dataset_name: str, *, memory_gb: float | None = None, **request
     ).plan_experiment()
 
 
-def default_plans_name(network: str, network_args: Mapping[str, Any]) -> str:
-    """Returns the network's name, with a short hash where arguments differ from the planner's."""
-    return f"{network}_{digest(network_args)[:6]}" if network_args else network
+def default_plans_name(
+    network: str, network_args: Mapping[str, Any], recipe: str | None = None
+) -> str:
+    """Returns the network's name, with a short hash where arguments differ from the planner's.
+
+    Behind it comes the name of the recipe, where one is named.
+    """
+    name = f"{network}_{digest(network_args)[:6]}" if network_args else network
+    return f"{name}_{recipe}" if recipe else name
 
 
 class UMambaPlanner(ExperimentPlanner):
@@ -76,7 +82,8 @@ class UMambaPlanner(ExperimentPlanner):
     U-Net, the search is run again with a smaller memory target until the network's step fits.
 
     Args:
-        plans_name: default the network's name, and a short hash of `network_args` if given.
+        plans_name: default the network's name, a short hash of `network_args` if given, and the
+            recipe's name if it has one.
         overwrite_target_spacing: mm, in the images' axis order, for the 3D configurations and 2d.
         network_args: keyword arguments of the network that differ from the planner's choice.
         recipe: the training recipe as a plain dict; empty is nnU-Net's own.
@@ -104,7 +111,9 @@ class UMambaPlanner(ExperimentPlanner):
         check_network_args(self.entry, self.network_args)
         self.recipe = dict(recipe or {})
         self.wanted = check_configurations(configurations)
-        name = plans_name or default_plans_name(self.entry.name, self.network_args)
+        name = plans_name or default_plans_name(
+            self.entry.name, self.network_args, self.recipe.get("name")
+        )
         spacing = overwrite_target_spacing
         super().__init__(
             dataset_name_or_id,
@@ -193,6 +202,7 @@ class UMambaPlanner(ExperimentPlanner):
         plain["umamba"] = {
             "network": self.entry.name,
             "network_args": self.network_args,
+            "recipe": self.recipe.get("name"),
             "fixed_strides": self.entry.fixed_strides is not None,
             "memory_gb": self.memory_gb,
         }
@@ -266,9 +276,12 @@ class UMambaPlanner(ExperimentPlanner):
             return {}
         existing = load_plans(self.plans_path)
         facts = existing.get("umamba", {})
-        if facts.get("network") != self.entry.name or facts["network_args"] != self.network_args:
+        ours = (self.entry.name, self.network_args, self.recipe.get("name"))
+        there = (facts.get("network"), facts.get("network_args"), facts.get("recipe"))
+        if there != ours:
+            recipe = f" with recipe {there[2]}" if there[2] else ""
             raise ValueError(
-                f"{self.plans_path} holds other plans (of {facts.get('network', 'nnU-Net')}): "
+                f"{self.plans_path} holds other plans (of {there[0] or 'nnU-Net'}{recipe}): "
                 "give yours another name with --plans-name"
             )
         return existing

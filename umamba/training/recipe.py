@@ -11,7 +11,8 @@ from difflib import get_close_matches
 import torch
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer": ("sgd", "adamw"),
+    "loss": ("dice_ce", "ce", "dice_ce_all", "region_tversky"),
+    "optimizer": ("sgd", "adam", "adamw"),
     "schedule": ("poly", "cosine"),
     "augmentation": ("nnunet", "light", "none"),
     "precision": ("auto", "fp16", "bf16", "fp32"),
@@ -28,16 +29,31 @@ class Recipe:
     GPU has it, else fp16); on a CPU training is float32.  `warmup` is the share of the schedule
     in which the learning rate rises linearly from zero.  `mirroring` decides about mirrored
     training patches and, with them, whether prediction may mirror.
+
+    `name` is that of the named recipe it comes from.  `loss_weights` are those of cross-entropy and
+    Dice in the loss "dice_ce_all".  `n_swings` counts the cosine's falls and rises: 1 falls once,
+    3 falls, rises and falls.  `rate_per_iteration` makes the learning rate change at every
+    iteration in place of every epoch, as it does with `warmup` and `train_seconds` anyway.
+    `freeze_encoder` is the share of the schedule in which the encoder's weights stay as they are,
+    to whole epochs and at least one (0.01 of 1000 epochs: the first 10).
     """
 
+    name: str | None = None
+    loss: str = "dice_ce"
+    loss_weights: tuple[float, float] = (1.0, 1.0)
     optimizer: str = "sgd"
     initial_lr: float = 1e-2
     final_lr: float = 0.0
     weight_decay: float = 3e-5
     momentum: float = 0.99
+    nesterov: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     schedule: str = "poly"
+    n_swings: int = 1
+    rate_per_iteration: bool = False
     warmup: float = 0.0
+    freeze_encoder: float = 0.0
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
     num_val_iterations_per_epoch: int = 50
@@ -53,16 +69,32 @@ class Recipe:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"recipe: {name} is {value!r}; choose one of {', '.join(allowed)}")
-        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
+        counts = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+        for name in (*counts, "n_swings"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"recipe: {name} is {value!r}; it must be a whole number above 0")
-        warmup, seconds = self.warmup, self.train_seconds
-        if not 0 <= warmup < 1:
-            raise ValueError(f"recipe: warmup is {warmup}; it is a share of the schedule, 0 to 1")
+        for name in ("warmup", "freeze_encoder"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(
+                    f"recipe: {name} is {value}; it is a share of the schedule, 0 to 1"
+                )
+        weights = tuple(self.loss_weights)
+        if len(weights) != 2 or min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                f"recipe: loss_weights are {list(weights)}; give those of cross-entropy and Dice, "
+                "not below 0 and one above it"
+            )
+        if weights != (1, 1) and self.loss != "dice_ce_all":
+            raise ValueError(
+                f"recipe: loss_weights belong to the loss dice_ce_all, and the loss is {self.loss}"
+            )
+        seconds = self.train_seconds
         if seconds is not None and seconds <= 0:
             raise ValueError(f"recipe: train_seconds is {seconds}; it must be above 0")
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "loss_weights", weights)
 
     @classmethod
     def from_dict(cls, values: dict | None) -> Recipe:
@@ -85,7 +117,7 @@ class Recipe:
     @property
     def follows_iterations(self) -> bool:
         """Whether the learning rate changes within an epoch (stock nnU-Net's changes per epoch)."""
-        return self.train_seconds is not None or self.schedule != "poly" or self.warmup > 0
+        return self.rate_per_iteration or self.train_seconds is not None or self.warmup > 0
 
     def learning_rate(self, progress: float) -> float:
         """The learning rate at `progress`, the share of the schedule that has passed (0 to 1)."""
@@ -95,16 +127,18 @@ class Recipe:
         if self.schedule == "poly":
             return self.initial_lr * (1 - progress) ** 0.9
         left = (progress - self.warmup) / (1 - self.warmup)
-        share = 0.5 * (1 + math.cos(math.pi * left))
+        share = 0.5 * (1 + math.cos(math.pi * self.n_swings * left))
         return self.final_lr + (self.initial_lr - self.final_lr) * share
 
     def build_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer over `parameters` at the initial learning rate."""
         lr, decay, momentum = self.initial_lr, self.weight_decay, self.momentum
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr, betas=self.betas, weight_decay=decay)
+        if self.optimizer != "sgd":
+            adam = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+            return adam(parameters, lr, betas=self.betas, eps=self.eps, weight_decay=decay)
+        nesterov = self.nesterov and momentum > 0
         return torch.optim.SGD(
-            parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay
+            parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=decay
         )
 
 

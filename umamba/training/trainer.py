@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from umamba.networks.checkpoint import read_checkpoint
+from umamba.training.losses import build_loss
 from umamba.training.nan_guard import NanGuard
 from umamba.training.recipe import RateSchedule, Recipe
 
@@ -101,7 +104,8 @@ class UMambaTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         """Builds network, optimizer and loss, and settles the precision."""
-        super().initialize()
+        with ddp_wrapper(find_unused_parameters=self.recipe.freeze_encoder > 0):
+            super().initialize()
         if self.device.type != "cuda":
             return
         precision = self.recipe.precision
@@ -117,18 +121,28 @@ class UMambaTrainer(nnUNetTrainer):
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """The scales that the network declares, else those of the strides in the plans."""
-        network = self.network.module if self.is_ddp else self.network
-        declared = getattr(network, "deep_supervision_scales", None)
+        declared = getattr(self._bare_network, "deep_supervision_scales", None)
         if declared is None or not self.enable_deep_supervision:
             return super()._get_deep_supervision_scales()
         return [list(scale) for scale in declared]
 
+    @property
+    def _bare_network(self) -> Any:
+        return self.network.module if self.is_ddp else self.network
+
     def _build_loss(self) -> torch.nn.Module:
-        """nnU-Net's loss; without deep supervision where the network has a single output."""
+        """The recipe's loss; without deep supervision where the network has a single output."""
         # nnU-Net weighs the coarsest output with 0: with a single one the loss would be 0 / 0.
         scales = self._get_deep_supervision_scales()
         self.enable_deep_supervision = scales is not None and len(scales) > 1
-        return super()._build_loss()
+        return build_loss(
+            self.recipe.loss,
+            self.recipe.loss_weights,
+            super()._build_loss(),
+            self.label_manager,
+            batch_dice=self.configuration_manager.batch_dice,
+            ddp=self.is_ddp,
+        )
 
     # --- one training ------------------------------------------------------------------------
 
@@ -157,7 +171,10 @@ class UMambaTrainer(nnUNetTrainer):
         return self._seconds_before + running
 
     def on_train_epoch_start(self) -> None:
-        """Sets the epoch's iterations from the time that is left, where a time is given."""
+        """Freezes or frees the encoder; where a time is given, sets the epoch's iterations."""
+        if self.recipe.freeze_encoder > 0:
+            for parameter in self._bare_network.encoder_parameters():
+                parameter.requires_grad_(self.progress >= self.recipe.freeze_encoder)
         if self.recipe.train_seconds is not None and self.iteration > 0:
             elapsed, epochs_left = self._elapsed(), self.num_epochs - self.current_epoch
             wanted = (self.recipe.train_seconds - elapsed) / epochs_left * self.iteration / elapsed
@@ -295,6 +312,21 @@ class UMambaTrainer(nnUNetTrainer):
             own.get("iteration", self.current_epoch * self.num_iterations_per_epoch)
         )
         self._seconds_before = float(own.get("trained_seconds", 0.0))
+
+
+@contextlib.contextmanager
+def ddp_wrapper(find_unused_parameters: bool) -> Iterator[None]:
+    """What nnU-Net wraps its network in within this context, on several GPUs.
+
+    Frozen parameters get no gradient, which is an error unless DDP looks for unused ones; that
+    costs a walk through the graph at every step.
+    """
+    stock, find = vars(sys.modules[nnUNetTrainer.__module__]), find_unused_parameters
+    stock["DDP"] = functools.partial(DistributedDataParallel, find_unused_parameters=find)
+    try:
+        yield
+    finally:
+        stock["DDP"] = DistributedDataParallel
 
 
 def process_cost() -> dict[str, float]:
