@@ -1,4 +1,4 @@
-"""`umamba models`: lists networks, shows one, and imports official checkpoints."""
+"""`umamba models`: lists networks, shows one, imports checkpoints, fetches ImageNet weights."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import json
 from pathlib import Path
 
 from umamba.cli.common import add_command, find_network, parse_fold
+from umamba.cli.fetch import run_fetch
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    text = "list networks, show one, import official checkpoints as model folders"
+    text = "list networks, show one, import official checkpoints, fetch ImageNet weights"
     parser = subparsers.add_parser("models", help=text, description=text)
-    actions = parser.add_subparsers(metavar="list|show|import", dest="action", required=True)
+    actions = parser.add_subparsers(metavar="list|show|fetch|import", dest="action", required=True)
 
     add = add_command(actions, "list", run_list, run_list.__doc__).add_argument
     add("--dims", type=int, choices=(2, 3), help="only those for 2D or 3D images")
     add("--json", action="store_true", help="print JSON")
 
     add_command(actions, "show", run_show, run_show.__doc__).add_argument("name", metavar="NAME")
+
+    add = add_command(actions, "fetch", run_fetch, run_fetch.__doc__).add_argument
+    add("name", metavar="NAME", help="of the weights, or of a network that starts from some")
+    add("--download", action="store_true", help="get the file")
+    add("--sha256", metavar="HEX", help="checksum that the file must have")
+    add("--trust", action="store_true", help="take a file of which no checksum is known")
 
     add = add_command(actions, "import", run_import, run_import.__doc__, "-f").add_argument
     add("--network", required=True, metavar="NAME")
@@ -69,6 +76,8 @@ def run_show(args: argparse.Namespace) -> int:
     for name in entry.keywords:
         default = parameters[name].default
         print(f"    {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
+    if files := entry.cls.pretrained_files:
+        print(f"  ImageNet weights (umamba models fetch): {', '.join(files)}")
     if entry.quirks:
         print("  kept from the official code")
         for quirk in entry.quirks:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
-from umamba.cli.plan import describe_configuration, parse_network_args
+from umamba.cli.plan import describe_configuration, parse_network_args, pretrained_suffix
 from umamba.cli.train import tell_results, train
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    shared = "dataset --network -p -f --memory --network-arg -np --workspace --restart"
+    shared = "dataset --network -p -f --memory --network-arg --pretrained -np --workspace --restart"
     shared += " -device -num_gpus -t"
     add = common.add_command(subparsers, "run", run, __doc__, shared).add_argument
     add("-c", "--configuration", help="default: 3d_fullres, or 2d for 2D data")
@@ -42,12 +43,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--epochs {args.epochs} makes no sense; give at least 1")
     fold = common.parse_fold(args.fold)
     network = common.find_network(args.network).name
+    pretrained = common.pretrained_recipe(args)
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
     common.refuse_faults(dataset)
 
-    plans, configuration = make_plans(args, network, dataset, workspace, fold, device, started)
+    plans, configuration = make_plans(
+        args, network, pretrained, dataset, workspace, fold, device, started
+    )
     print(describe_configuration(plans, configuration))
     print("training")
     folder = train(plans, dataset.dataset_json, configuration, fold, device, args)
@@ -63,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def make_plans(
     args: argparse.Namespace,
     network: str,
+    pretrained: Mapping[str, str],
     dataset: RawDataset,
     workspace: Workspace,
     fold: int | str,
@@ -81,9 +86,11 @@ def make_plans(
         "network": network,
         "network_args": network_args,
         **{option: getattr(args, option) for option in asked},
+        **pretrained,
         "device": device.split(":")[0],
     }
-    name = args.plans_name or default_plans_name(network, network_args) + budget_suffix(args)
+    suffix = pretrained_suffix(args) + budget_suffix(args)
+    name = args.plans_name or default_plans_name(network, network_args) + suffix
     file = workspace.preprocessed / dataset.name / f"{name}.json"
     results = workspace.results / dataset.name
     n_workers = args.np or 1
@@ -100,7 +107,7 @@ def make_plans(
                 f"results of other plans named {name} exist in {results}: "
                 "give --plans-name, or --restart to begin anew"
             )
-    recipe = {"seed": args.seed, "num_epochs": args.epochs}
+    recipe = {"seed": args.seed, "num_epochs": args.epochs, **pretrained}
     plans = plan_dataset(
         dataset.name,
         network=network,
@@ -113,6 +120,7 @@ def make_plans(
     configuration = args.configuration or default
     with common.usage_errors():
         get_configuration(plans, configuration)
+    common.tell_pretrained(plans, [configuration])
     if args.minutes is None and args.epochs is None and device == "cpu":
         refuse_endless(plans, configuration, args)
     preprocess_dataset(dataset.name, name, [configuration], n_workers)

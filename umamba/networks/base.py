@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from umamba.networks.state_dict import KeyMap
+from umamba.networks.state_dict import KeyMap, Row
 
 
 class SegmentationNetwork(nn.Module):
@@ -28,6 +28,7 @@ class SegmentationNetwork(nn.Module):
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
     fixed_strides: ClassVar[tuple[tuple[int, ...], ...] | None] = None
+    pretrained_files: ClassVar[tuple[str, ...]] = ()  # of the catalogue, the authors' choice first
 
     decoder: nn.Module
 
@@ -59,6 +60,10 @@ class SegmentationNetwork(nn.Module):
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our arguments for the official constructor's: by default those of the same name."""
         return {name: config[name] for name in inspect.signature(cls).parameters if name in config}
+
+    def pretrained_maps(self) -> list[KeyMap]:
+        """Which tensors of VMambaClassifier go where at the start; each map is a pass over all."""
+        return [KeyMap([Row("encoder.{p...}", "encoder.{p...}")])]
 
     def check_input(self, images: Tensor) -> None:
         """Raises ValueError for a shape that the network does not take, naming one that it does."""

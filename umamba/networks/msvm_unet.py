@@ -57,6 +57,7 @@ class MSVMUNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), FINEST, DEEPER, DEEPER, DEEPER)
+    pretrained_files = ("vssm1_tiny_0230s", "vssm1_small_0229s")
 
     def __init__(
         self,

@@ -93,6 +93,13 @@ class KeyMap:
                 return self.resolve(original)
         return official
 
+    def translate(self, official: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """An official tensor under our name and in our form; None if the map does not know it."""
+        if (found := self._find(self._to_own, official)) is None:
+            return None
+        name, row = found
+        return name, row.adapt(tensor) if row.adapt else tensor
+
     def to_own(
         self, official: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[dict[str, Tensor], LoadReport]:

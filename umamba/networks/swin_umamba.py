@@ -62,6 +62,7 @@ class SwinUMamba(SegmentationNetwork):
     """Stem and VMamba encoder, residual convolutions on all skips, convolutional decoder."""
 
     spatial_dims = (2,)
+    pretrained_files = ("vssm_tiny",)
     # The last level is both the 1/16 map and the 1/32 map below it, which are equally wide.
     fixed_strides = ((1, 1), (2, 2), (2, 2), (2, 2), (4, 4))
 
@@ -132,6 +133,12 @@ class SwinUMamba(SegmentationNetwork):
         skips = [block(x) for block, x in zip(self.skips, inputs, strict=True)]
         return self.decoder([*skips, deepest])
 
+    def pretrained_maps(self) -> list[KeyMap]:
+        # parity: load_pretrained_ckpt names the embedding's norm.weight twice where it leaves the
+        # embedding out, and so takes its norm.bias.
+        names = ("stages.{p...}", "downsamples.{p...}", "patch_embed.norm.bias")
+        return [KeyMap(Row(f"encoder.{name}", f"encoder.{name}") for name in names)]
+
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*STEM_ROWS, *ENCODER_ROWS, *CONVOLUTION_ROWS])
@@ -155,6 +162,7 @@ class SwinUMambaD(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
+    pretrained_files = ("vssm_tiny",)
 
     def __init__(
         self,
@@ -208,6 +216,13 @@ class SwinUMambaD(SegmentationNetwork):
         """images (B, input_channels, H, W) -> logits, or a list of them, finest first."""
         self.check_input(images)
         return self.decoder(self.encoder(images))
+
+    def pretrained_maps(self) -> list[KeyMap]:
+        # parity: with other than three channels the official loader leaves out all of patch_embed.
+        if self.input_channels == 3:
+            return super().pretrained_maps()
+        names = ("stages.{p...}", "downsamples.{p...}")
+        return [KeyMap(Row(f"encoder.{name}", f"encoder.{name}") for name in names)]
 
     @classmethod
     def official_key_map(cls) -> KeyMap:

@@ -37,7 +37,13 @@ from umamba.blocks.ss2d import initialize_linear
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
-from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
+from umamba.networks.vmamba import (
+    VMambaEncoder,
+    drop_path_rates,
+    encoder_rows,
+    mirrored_stages,
+    vss_stage,
+)
 
 QUIRKS = (
     "the embedding is no skip",
@@ -61,6 +67,7 @@ class VMUNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
+    pretrained_files = ("vssm_small", "vssm_tiny")
 
     def __init__(
         self,
@@ -131,6 +138,10 @@ class VMUNet(SegmentationNetwork):
         if self.input_channels == STEM_CHANNELS and images.ndim == 4 and images.shape[1] == 1:
             images = images.expand(-1, STEM_CHANNELS, -1, -1)
         super().check_input(images)
+
+    def pretrained_maps(self) -> list[KeyMap]:
+        # parity: load_from also copies the encoder's stages into the decoder's of the same width.
+        return [*super().pretrained_maps(), mirrored_stages(len(self.encoder.stages))]
 
     @classmethod
     def official_key_map(cls, prefix: str = "vmunet.") -> KeyMap:

@@ -251,3 +251,15 @@ def encoder_rows(
             for name, ours in downsample.items()
         ),
     ]
+
+
+def mirrored_stages(n_stages: int) -> KeyMap:
+    """From the blocks of an encoder's stages to those of a decoder, which counts from the deepest.
+
+    For `pretrained_maps`.
+    """
+    last = n_stages - 1
+    return KeyMap(
+        Row(f"encoder.stages.{i}.{{p...}}", f"decoder.stages.{last - i}.{{p...}}")
+        for i in range(n_stages)
+    )

@@ -27,7 +27,8 @@ class Recipe:
     iterations the machine got through.  `precision` concerns CUDA only ("auto": bf16 where the
     GPU has it, else fp16); on a CPU training is float32.  `warmup` is the share of the schedule
     in which the learning rate rises linearly from zero.  `mirroring` decides about mirrored
-    training patches and, with them, whether prediction may mirror.
+    training patches and, with them, whether prediction may mirror.  `pretrained` names ImageNet
+    weights (`umamba models fetch`) or the path of a file that the encoder starts from.
     """
 
     optimizer: str = "sgd"
@@ -47,6 +48,7 @@ class Recipe:
     mirroring: bool = True
     precision: str = "auto"
     seed: int | None = None
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
