@@ -116,6 +116,12 @@ def test_wrapped_state_dicts_are_unwrapped(wrap) -> None:
     assert unwrap(wrap(state)).keys() == state.keys()
 
 
+def test_counters_of_a_profiler_are_left_out() -> None:
+    state = {"vmunet.a.weight": torch.zeros(1)}
+    counters = {"total_ops": torch.zeros(1), "vmunet.a.total_params": torch.zeros(1)}
+    assert unwrap({"model_state_dict": state | counters}).keys() == state.keys()
+
+
 def test_a_checkpoint_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="no network weights"):
         unwrap({"epoch": 1})

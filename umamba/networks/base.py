@@ -61,6 +61,11 @@ class SegmentationNetwork(nn.Module):
         """Our arguments for the official constructor's: by default those of the same name."""
         return {name: config[name] for name in inspect.signature(cls).parameters if name in config}
 
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Those of the arguments that tell from a state dict's shapes, under our names."""
+        return {}
+
     def pretrained_maps(self) -> list[KeyMap]:
         """Which tensors of VMambaClassifier go where at the start; each map is a pass over all."""
         return [KeyMap([Row("encoder.{p...}", "encoder.{p...}")])]

@@ -33,7 +33,7 @@ from umamba.blocks.ss2d import MLP, SS2D, VSSBlock
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
-from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates
+from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates, encoder_arguments
 
 QUIRKS = (
     "a single input channel is repeated to three",
@@ -137,6 +137,10 @@ class MSVMUNet(SegmentationNetwork):
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap(KEY_ROWS)
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["decoder.last_upsample.norm.weight"][0])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

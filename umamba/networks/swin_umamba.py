@@ -42,7 +42,13 @@ from umamba.blocks.unet_decoder import UNetDecoder
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, unetr_block_rows, vss_block_rows
-from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
+from umamba.networks.vmamba import (
+    VMambaEncoder,
+    drop_path_rates,
+    encoder_arguments,
+    encoder_rows,
+    vss_stage,
+)
 
 PAPER = "arXiv:2402.03302"
 REFERENCE = "JiarunLiu/Swin-UMamba@2c1f72e1975cef6621f239117efdc954237c6952"
@@ -144,6 +150,10 @@ class SwinUMamba(SegmentationNetwork):
         return KeyMap([*STEM_ROWS, *ENCODER_ROWS, *CONVOLUTION_ROWS])
 
     @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["stem.norm.weight"][0])
+
+    @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         given = {**config, **config.get("encoder", {})}
         names = {
@@ -227,6 +237,10 @@ class SwinUMambaD(SegmentationNetwork):
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*ENCODER_ROWS, *VSS_DECODER_ROWS])
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["decoder.seg_layers.3.weight"][1])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
 from umamba.networks.vmamba import (
     VMambaEncoder,
     drop_path_rates,
+    encoder_arguments,
     encoder_rows,
     mirrored_stages,
     vss_stage,
@@ -157,6 +158,10 @@ class VMUNet(SegmentationNetwork):
                 Row(f"{prefix}final_conv.{{p}}", "decoder.seg_layers.0.{p}"),
             ]
         )
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["decoder.final_up.norm.weight"][0])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
