@@ -154,6 +154,9 @@ def test_files_of_another_size_or_kind_are_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match=r"empty\.pth: the checkpoint holds no network weights"):
         initialize_encoder(network, tmp_path / "empty.pth")
+    torch.save({"model": network}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match=r"^\S+code\.pth is damaged or holds objects"):
+        initialize_encoder(network, tmp_path / "code.pth")
     assert all(value.eq(START).all() for value in network.state_dict().values())
 
 

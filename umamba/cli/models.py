@@ -79,7 +79,7 @@ def run_show(args: argparse.Namespace) -> int:
     for name in entry.keywords:
         default = parameters[name].default
         print(f"    {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
-    if files := entry.cls.pretrained_files:
+    if files := getattr(entry.cls, "pretrained_files", ()):
         print(f"  ImageNet weights (umamba models fetch): {', '.join(files)}")
     if entry.quirks:
         print("  kept from the official code")

@@ -17,8 +17,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from umamba.inference.model_folder import read_json
 from umamba.networks import NetworkEntry, get_entry, recognize_network
-from umamba.networks.checkpoint import read_checkpoint
-from umamba.networks.state_dict import LoadReport, unwrap
+from umamba.networks.checkpoint import read_weights
+from umamba.networks.state_dict import LoadReport
 
 # Fields of plans written before nnU-Net 2.5, and what they are called in arch_kwargs today.
 OLD_FIELDS = {
@@ -64,8 +64,7 @@ def import_checkpoint(
     Raises ValueError or FileNotFoundError with one sentence for anything that does not fit.
     """
     entry = get_entry(network)
-    content = read_checkpoint(checkpoint)
-    weights = unwrap(content)
+    content, weights = read_weights(checkpoint)
     key_map = entry.cls.official_key_map()
     if not key_map.covers(weights):
         raise ValueError(f"{checkpoint} is not a checkpoint of {entry.name}; {_look(weights)}")

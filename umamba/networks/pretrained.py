@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from umamba.networks.base import SegmentationNetwork
-from umamba.networks.checkpoint import read_checkpoint
+from umamba.networks.checkpoint import read_weights
 from umamba.networks.registry import NetworkEntry, get_entry, list_networks
-from umamba.networks.state_dict import unwrap
 from umamba.networks.vmamba import VMambaClassifier
 
 FOLDER_VARIABLE = "UMAMBA_PRETRAINED"
@@ -154,10 +153,7 @@ def initialize_encoder(network: SegmentationNetwork, file: Path) -> Initializati
     RGB kernels C times, scaled by 3 / C, unless the maps leave the stem out. Raises ValueError
     where the file is no such checkpoint or a tensor has another shape.
     """
-    try:
-        weights = unwrap(read_checkpoint(file))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    _, weights = read_weights(file)
     own, values, report = network.state_dict(), {}, Initialization()
     classifier, maps = VMambaClassifier.official_key_map(), network.pretrained_maps()
     for key, tensor in weights.items():
