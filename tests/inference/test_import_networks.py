@@ -56,7 +56,7 @@ def test_every_network_is_imported_and_recognized_as_itself(name: str, tmp_path:
     assert all(torch.equal(weights[key], v) for key, v in network.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["vm_unet", "umamba_enc", "lightm_unet"])
+@pytest.mark.parametrize("name", ["vm_unet", "umamba_enc"])
 def test_other_channels_and_classes_are_told_in_a_sentence(name: str, tmp_path: Path) -> None:
     for counts, said in (
         ((2, 3), r"it has 2 input channels where dataset\.json has 1; give the dataset\.json"),

@@ -40,8 +40,6 @@ OLD_NAMES = {
         ("swin_umamba_d", "vssm_tiny", 1, 204, 0, 108, 8),
         ("vm_unet", "vssm_tiny", 1, 208, 0, 14, 95),
         ("vm_unet", "vssm_small", 3, 208, 0, 14, 329),
-        ("vm_unet", "vssm_tiny", 2, 207, 1, 14, 95),
-        ("msvm_unet", "vssm1_tiny_0230s", 1, 272, 0, 178, 4),
         ("msvm_unet", "vssm1_tiny_0230s", 4, 271, 1, 178, 4),
     ],
 )

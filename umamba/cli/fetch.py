@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -99,7 +100,7 @@ def download(address: str, target: Path) -> None:
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=target.name) as bar:
                 while chunk := source.read(CHUNK):
                     bar.update(file.write(chunk))
-                n_bytes = bar.n
+        n_bytes = temporary.stat().st_size
         if size and n_bytes != size:
             raise ValueError(f"{address} ended after {n_bytes} of {size} bytes; try again")
         os.replace(temporary, target)
@@ -107,7 +108,7 @@ def download(address: str, target: Path) -> None:
         raise ValueError(
             f"{address} cannot be reached ({error.reason}); try again, or copy the file yourself"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{address} could not be read to its end ({error}); try again") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 Transform = Callable[[Tensor], Tensor]
 
 WRAPPERS = ("network_weights", "model_state_dict", "state_dict", "model", "module")
+# The last two are those of MSVM-UNet's and UVM-Net's training modules.
+PREFIXES = ("module.", "_orig_mod.", "_model.", "net.")
 COUNTERS = ("total_ops", "total_params")
 
 
@@ -184,8 +186,8 @@ class KeyMap:
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict inside a checkpoint.
 
-    Looks under WRAPPERS, takes the prefixes `module.` and `_orig_mod.` of wrapped networks off, and
-    leaves out the counters that thop leaves in a network. ValueError if no tensors are found.
+    Looks under WRAPPERS, takes the PREFIXES of wrapped networks off, and leaves out the COUNTERS
+    that thop leaves in a network. ValueError if no tensors are found.
     """
     weights: Any = checkpoint
     for name in WRAPPERS:
@@ -199,7 +201,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError("the checkpoint holds no network weights")
     while True:
-        for prefix in ("module.", "_orig_mod."):
+        for prefix in PREFIXES:
             if all(key.startswith(prefix) for key in tensors):
                 tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
                 break
