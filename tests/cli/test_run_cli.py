@@ -61,6 +61,19 @@ def test_wrong_words_are_usage_errors_before_any_work(folder, capsys, words, par
     assert not (folder / "umamba-work").exists()
 
 
+def test_missing_pretrained_weights_stop_before_the_data_are_read(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("UMAMBA_PRETRAINED", str(tmp_path / "weights"))
+    words = ["run", str(folder), "--network", "swin_umamba_d", "--minutes", "5", "--pretrained"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "vssmtiny_dp01_ckpt_epoch_292.pth" in error
+    assert "umamba models fetch vssm_tiny" in error
+    assert main([*words[:3], "umamba_bot", *words[4:]]) == 2
+    assert not (folder / "umamba-work").exists()
+
+
 def test_a_missing_dataset_is_one_sentence(tmp_path, capsys):
     assert main(["run", str(tmp_path / "nowhere"), "--minutes", "5"]) == 1
     error = capsys.readouterr().err

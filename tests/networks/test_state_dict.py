@@ -108,12 +108,28 @@ def test_whatever_is_not_accounted_for_is_refused(change: dict, message: str) ->
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
         lambda state: {"model": {f"_orig_mod.module.{k}": v for k, v in state.items()}},
         lambda state: {"module": state},
+        lambda state: {"state_dict": {f"_model.{k}": v for k, v in state.items()}, "epoch": 3},
+        lambda state: {"state_dict": {f"net.{k}": v for k, v in state.items()}},
     ],
-    ids=["bare", "network_weights", "state_dict, module.", "model, _orig_mod.", "module"],
+    ids=[
+        "bare",
+        "network_weights",
+        "state_dict, module.",
+        "model, _orig_mod.",
+        "module",
+        "_model.",
+        "net.",
+    ],
 )
 def test_wrapped_state_dicts_are_unwrapped(wrap) -> None:
     state = {"a.weight": torch.zeros(1), "b.weight": torch.zeros(1)}
     assert unwrap(wrap(state)).keys() == state.keys()
+
+
+def test_counters_of_a_profiler_are_left_out() -> None:
+    state = {"vmunet.a.weight": torch.zeros(1)}
+    counters = {"total_ops": torch.zeros(1), "vmunet.a.total_params": torch.zeros(1)}
+    assert unwrap({"model_state_dict": state | counters}).keys() == state.keys()
 
 
 def test_a_checkpoint_without_weights_is_refused() -> None:

@@ -38,6 +38,15 @@ def test_sizes_shrink_in_width_and_patch_and_stay_divisible():
     assert all(s % 8 == 0 for c in found for s in c.patch_size)
 
 
+def test_a_plan_with_pretrained_weights_keeps_its_widths():
+    arguments = {"features_per_stage": [24, 96, 192], "strides": [[1, 1], [4, 4], [2, 2]]}
+    part = {"architecture": {"arch_kwargs": arguments}, "patch_size": [128, 96], "batch_size": 4}
+    assert len({c.features_per_stage for c in budget._sizes(part)}) == 3
+    found = budget._sizes({**part, "recipe": {"pretrained": "vssm_tiny"}})
+    assert {c.features_per_stage for c in found} == {(24, 96, 192)}
+    assert len(found) > 1
+
+
 def test_a_2d_batch_holds_as_many_pixels_whatever_the_patch():
     small = budget.candidates((32, 64), (64, 48), 300, [(1, 1), (2, 2)])
     large = budget.candidates((32, 64), (512, 512), 12, [(1, 1), (2, 2)])

@@ -4,9 +4,11 @@ import argparse
 import json
 
 import pytest
+import torch
 
 from umamba.cli import plan as plan_command
 from umamba.cli.main import UsageError
+from umamba.networks.vmamba import VMambaClassifier, VMambaEncoder
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -46,6 +48,39 @@ def test_a_malformed_network_argument_is_a_usage_error(word):
 def test_wrong_names_are_usage_errors_before_the_data_are_touched(words, said, tmp_path):
     with pytest.raises(UsageError, match=said):
         plan_command.run(parse(str(tmp_path / "nowhere"), *words))
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "said"),
+    [
+        (["--network", "segmamba"], UsageError, "no ImageNet weights are published for segmamba"),
+        (["--network", "swin_umamba"], FileNotFoundError, "vssmtiny_dp01_ckpt_epoch_292.pth"),
+    ],
+)
+def test_pretrained_weights_that_are_not_there_stop_before_the_data_are_touched(
+    words, kind, said, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("UMAMBA_PRETRAINED", str(tmp_path / "weights"))
+    with pytest.raises(kind, match=said):
+        plan_command.run(parse(str(tmp_path / "nowhere"), *words, "--pretrained"))
+
+
+def test_pretrained_weights_enter_the_recipe_of_plans_of_their_own(
+    sphere_dataset, nnunet_folders, capsys
+):
+    classifier = VMambaClassifier(VMambaEncoder(3, depths=(1,) * 4), 2)
+    file = nnunet_folders / "weights.pth"
+    torch.save(classifier.official_key_map().to_official(classifier.state_dict()), file)
+    words = ("--network", "swin_umamba_d", "--network-arg", "depths=[1, 1, 1, 1]")
+    words += ("--memory", "4", "--no-preprocess", "-p", "tuned", "--pretrained", str(file))
+    assert plan_command.run(parse(sphere_dataset, *words)) == 0
+    said = capsys.readouterr().out
+    assert "tensors taken, 0 adapted" in said
+    home = nnunet_folders / "preprocessed" / sphere_dataset
+    plans = json.loads((home / "tuned.json").read_text())
+    assert plans["configurations"]["2d"]["recipe"]["pretrained"] == str(file)
+    assert plan_command.pretrained_suffix(parse("x", "--pretrained")) == "_pretrained"
+    assert plan_command.pretrained_suffix(parse("x")) == ""
 
 
 def test_a_dataset_is_planned_checked_and_preprocessed(sphere_dataset, nnunet_folders, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "-t --threads": {"type": int, "metavar": "N", "help": "CPU threads"},
     "-np": {"type": int, "metavar": "N", "help": "processes that read and preprocess"},
     "--workspace": {"metavar": "DIR", "help": "folder for raw, preprocessed and results"},
+    "--pretrained": {
+        "nargs": "?",
+        "const": "",
+        "metavar": "WEIGHTS",
+        "help": "start from ImageNet weights: their name or file (the network's own)",
+    },
     "--restart": {"action": "store_true", "help": "begin anew where results exist"},
 }
 """Options of several commands, by their flags."""
@@ -93,6 +99,41 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--memory {args.memory:g} makes no sense; give gigabytes above 0")
     if args.np is not None and args.np < 1:
         raise UsageError(f"-np {args.np} makes no sense; give at least 1")
+
+
+def pretrained_recipe(args: argparse.Namespace) -> dict[str, str]:
+    """The recipe's part of --pretrained, empty without it.
+
+    Raises UsageError where the network has no such weights, FileNotFoundError where the file is not
+    there yet.
+    """
+    if args.pretrained is None:
+        return {}
+    entry = find_network(args.network)
+    from umamba.networks.pretrained import choose_file, find_file
+
+    with usage_errors():
+        chosen = choose_file(entry, args.pretrained)
+    print(f"pretrained weights: {find_file(chosen)}")
+    return {"pretrained": chosen}
+
+
+def tell_pretrained(plans: dict[str, Any], names: Iterable[str]) -> None:
+    """Prints what the planned networks take of the pretrained weights; ValueError if they clash."""
+    import torch
+
+    from umamba.networks.base import SegmentationNetwork
+    from umamba.networks.pretrained import find_file, initialize_encoder
+    from umamba.planning.plans import get_configuration, network_builder
+
+    for name in names:
+        part = get_configuration(plans, name)
+        if chosen := part.get("recipe", {}).get("pretrained"):
+            planned = (part["planning"][key] for key in ("input_channels", "num_classes"))
+            with torch.device("meta"):
+                network = network_builder(part, *planned)()
+            assert isinstance(network, SegmentationNetwork)
+            print(f"{name} takes {chosen}: {initialize_encoder(network, find_file(chosen))}")
 
 
 def parse_fold(text: str) -> int | str:

@@ -1,4 +1,4 @@
-"""`umamba models`: lists networks, shows one, and imports official checkpoints."""
+"""`umamba models`: lists networks, shows one, imports checkpoints, fetches ImageNet weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
-from umamba.cli.common import add_command, find_network, parse_fold
+from umamba.cli.common import add_command, find_network, parse_fold, usage_errors
+from umamba.cli.fetch import run_fetch
+from umamba.cli.plan import parse_network_args
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    text = "list networks, show one, import official checkpoints as model folders"
+    text = "list networks, show one, import official checkpoints, fetch ImageNet weights"
     parser = subparsers.add_parser("models", help=text, description=text)
-    actions = parser.add_subparsers(metavar="list|show|import", dest="action", required=True)
+    actions = parser.add_subparsers(metavar="list|show|fetch|import", dest="action", required=True)
 
     add = add_command(actions, "list", run_list, run_list.__doc__).add_argument
     add("--dims", type=int, choices=(2, 3), help="only those for 2D or 3D images")
@@ -21,10 +23,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     add_command(actions, "show", run_show, run_show.__doc__).add_argument("name", metavar="NAME")
 
-    add = add_command(actions, "import", run_import, run_import.__doc__, "-f").add_argument
+    add = add_command(actions, "fetch", run_fetch, run_fetch.__doc__).add_argument
+    add("name", metavar="NAME", help="of the weights, or of a network that starts from some")
+    add("--download", action="store_true", help="get the file")
+    add("--sha256", metavar="HEX", help="checksum that the file must have")
+    add("--trust", action="store_true", help="take a file of which no checksum is known")
+
+    shared = "-f --network-arg"
+    add = add_command(actions, "import", run_import, run_import.__doc__, shared).add_argument
     add("--network", required=True, metavar="NAME")
-    for file in ("--checkpoint", "--plans", "--dataset-json"):
+    for file in ("--checkpoint", "--dataset-json"):
         add(file, required=True, type=Path, metavar="FILE")
+    add("--plans", type=Path, metavar="FILE", help="plans.json; not needed for segmamba")
     add("-o", "--output", required=True, type=Path, metavar="FOLDER")
     add("-c", "--configuration", help="default: the one that the checkpoint names")
 
@@ -92,6 +102,8 @@ def run_show(args: argparse.Namespace) -> int:
     for name in entry.keywords:
         default = entry.arguments.get(name, parameters[name].default)
         print(f"  {name}{'' if default is inspect.Parameter.empty else f' = {default!r}'}")
+    if files := getattr(entry.cls, "pretrained_files", ()):
+        print(f"\nImageNet weights (umamba models fetch): {', '.join(files)}")
     return 0
 
 
@@ -99,14 +111,19 @@ def run_import(args: argparse.Namespace) -> int:
     """Turn an official checkpoint into a model folder.
 
     Reads it with the plans.json and dataset.json of its training; `umamba predict -m` and nnU-Net
-    load the folder.
+    load the folder. Arguments of the network that neither tells can be given with --network-arg.
     """
-    fold = parse_fold(args.fold)
+    fold, network_args = parse_fold(args.fold), parse_network_args(args.network_arg)
     entry = find_network(args.network)
+    from umamba.planning.topology import check_network_args
+
+    with usage_errors():
+        check_network_args(entry, network_args)
     from umamba.inference.import_checkpoint import import_checkpoint
 
     files = (args.checkpoint, args.plans, args.dataset_json, args.output)
-    report = import_checkpoint(entry.name, *files, configuration=args.configuration, fold=fold)
+    options = {"configuration": args.configuration, "fold": fold, "network_args": network_args}
+    report = import_checkpoint(entry.name, *files, **options)
     print(report)
     print(f"model folder: {args.output}")
     print(f"next: umamba predict -m {args.output} -i IMAGES -o SEGMENTATIONS")

@@ -16,7 +16,8 @@ from umamba.cli.common import UsageError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    shared = "dataset --network --recipe -p --memory --network-arg -device -np --workspace"
+    shared = "dataset --network --recipe --pretrained -p --memory --network-arg -device -np"
+    shared += " --workspace"
     add = common.add_command(subparsers, "plan", run, __doc__, shared).add_argument
     add(
         "-c", "--configuration", nargs="+", metavar="CONFIG",
@@ -39,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("-overwrite_target_spacing takes three numbers above 0, in mm")
     network_args = parse_network_args(args.network_arg)
     entry = common.find_network(args.network)
-    recipe = common.find_recipe(args.recipe)
-    from umamba.planning.planner import plan_dataset
+    recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
+    from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import plans_file
     from umamba.planning.preprocess import (
         default_workers,
@@ -58,10 +59,12 @@ def run(args: argparse.Namespace) -> int:
         common.refuse_faults(dataset)
     n_workers = args.np or default_workers(dataset.name)
     fingerprint_dataset(dataset.name, n_workers)
+    name = default_plans_name(entry.name, network_args, recipe.get("name"))
+    name = args.plans_name or name + pretrained_suffix(args)
     plans = plan_dataset(
         dataset.name,
         network=entry.name,
-        plans_name=args.plans_name,
+        plans_name=name,
         memory_gb=args.memory,
         network_args=network_args,
         recipe=recipe,
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         print(describe_configuration(plans, name))
     print(f"plans: {plans_file(dataset.name, plans_name)}")
+    common.tell_pretrained(plans, names)
     if device and not _check(plans, names, device):
         return 1
     if not args.no_preprocess:
@@ -84,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
         words += ["--workspace", args.workspace]
     print(f"train: {shlex.join(words)}")
     return 0
+
+
+def pretrained_suffix(args: argparse.Namespace) -> str:
+    """What --pretrained adds to the plans name: it is another experiment, as a budget is."""
+    return "" if args.pretrained is None else "_pretrained"
 
 
 def parse_network_args(words: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
-from umamba.cli.plan import describe_configuration, parse_network_args
+from umamba.cli.plan import describe_configuration, parse_network_args, pretrained_suffix
 from umamba.cli.train import tell_results, train
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    shared = "dataset --network --recipe -p -f --memory --network-arg -np --workspace --restart"
+    shared = "dataset --network --recipe --pretrained -p -f --memory --network-arg -np --workspace"
     shared += " -device -num_gpus -t"
     add = common.add_command(subparsers, "run", run, __doc__, shared).add_argument
     add("-c", "--configuration", help="default: 3d_fullres, or 2d for 2D data")
@@ -42,14 +42,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--epochs {args.epochs} makes no sense; give at least 1")
     fold = common.parse_fold(args.fold)
     network = common.find_network(args.network).name
-    named = common.find_recipe(args.recipe)
+    recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
     common.refuse_faults(dataset)
 
     plans, configuration = make_plans(
-        args, network, named, dataset, workspace, fold, device, started
+        args, network, recipe, dataset, workspace, fold, device, started
     )
     print(describe_configuration(plans, configuration))
     print("training")
@@ -86,11 +86,10 @@ def make_plans(
         "network_args": network_args,
         **{option: getattr(args, option) for option in asked},
         "device": device.split(":")[0],
-        **({"recipe": named["name"]} if named else {}),
+        **{key: named[key] for key in ("name", "pretrained") if key in named},
     }
-    name = args.plans_name or (
-        default_plans_name(network, network_args, named.get("name")) + budget_suffix(args)
-    )
+    suffix = pretrained_suffix(args) + budget_suffix(args)
+    name = args.plans_name or default_plans_name(network, network_args, named.get("name")) + suffix
     file = workspace.preprocessed / dataset.name / f"{name}.json"
     results = workspace.results / dataset.name
     n_workers = args.np or 1
@@ -121,6 +120,7 @@ def make_plans(
     configuration = args.configuration or default
     with common.usage_errors():
         get_configuration(plans, configuration)
+    common.tell_pretrained(plans, [configuration])
     if args.minutes is None and args.epochs is None and device == "cpu":
         refuse_endless(plans, configuration, args)
     preprocess_dataset(dataset.name, name, [configuration], n_workers)

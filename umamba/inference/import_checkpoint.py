@@ -1,22 +1,24 @@
-"""Turns an official checkpoint and its plans into an ordinary nnU-Net model folder."""
+"""Turns an official checkpoint into an ordinary nnU-Net model folder."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from umamba.inference.model_folder import build_network, read_json
+from umamba.inference.model_folder import read_json
 from umamba.networks import NetworkEntry, get_entry, recognize_network
-from umamba.networks.checkpoint import read_checkpoint
-from umamba.networks.state_dict import LoadReport, unwrap
+from umamba.networks.checkpoint import read_weights
+from umamba.networks.state_dict import LoadReport
 
 # Fields of plans written before nnU-Net 2.5, and what they are called in arch_kwargs today.
 OLD_FIELDS = {
@@ -29,38 +31,54 @@ WIDTHS = ("UNet_base_num_features", "unet_max_num_features")
 OLD_ONLY = {"UNet_class_name", "num_pool_per_axis", *WIDTHS, *OLD_FIELDS}
 NEEDED = ("strides", "features_per_stage", "kernel_sizes", "n_conv_per_stage")
 
+# Preparation of networks that were not trained in nnU-Net, where nnU-Net's plans can say the same.
+OFFICIAL_PREPARATION: dict[str, dict[str, Any]] = {
+    "segmamba": {
+        "patch_size": [128, 128, 128],
+        "spacing": [1.0, 1.0, 1.0],
+        "normalization": "ZScoreNormalization",
+    },
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
 
 def import_checkpoint(
     network: str,
     checkpoint: Path,
-    plans: Path,
+    plans: Path | None,
     dataset_json: Path,
     output_folder: Path,
     *,
     configuration: str | None = None,
     fold: int | str = 0,
+    network_args: Mapping[str, Any] | None = None,
 ) -> LoadReport:
     """Writes a model folder that `umamba predict` and stock nnU-Net load.
 
     network: a registered name. checkpoint: the official file (nnU-Net's training checkpoint or a
-    bare state dict). plans: the plans.json of its training, of nnU-Net 2.2 or later. configuration:
-    default the checkpoint's own. The folder may exist if it has the same plans and not this fold.
+    bare state dict). plans: the plans.json of its training, of nnU-Net 2.2 or later; None for a
+    network that was trained outside nnU-Net in a way that plans can describe. configuration:
+    default the checkpoint's own. network_args: arguments of the network that neither plans nor
+    checkpoint tell. The folder may exist if it has the same plans and not this fold.
     Raises ValueError or FileNotFoundError with one sentence for anything that does not fit.
     """
     entry = get_entry(network)
-    content = read_checkpoint(checkpoint)
-    weights = unwrap(content)
-    if not entry.cls.official_key_map().covers(weights):
-        similar = " or ".join(recognize_network(weights.keys()))
-        look = f"it looks like {similar}" if similar else "nor of any registered network"
-        raise ValueError(f"{checkpoint} is not a checkpoint of {entry.name}; {look}")
-    new_plans = modern_plans(read_json(plans), entry, plans)
+    content, weights = read_weights(checkpoint)
+    key_map = entry.cls.official_key_map()
+    if not key_map.covers(weights):
+        raise ValueError(f"{checkpoint} is not a checkpoint of {entry.name}; {_look(weights)}")
     dataset = read_json(dataset_json)
+    if plans is None:
+        new_plans = official_plans(entry, dataset)
+        plans = output_folder / "plans.json"
+    else:
+        new_plans = modern_plans(read_json(plans), entry, plans)
 
     training = content.get("init_args")
     trained = training.get("configuration") if isinstance(training, Mapping) else None
-    chosen = str(configuration or trained or "")
     names = list(new_plans["configurations"])
+    chosen = str(configuration or trained or (names[0] if len(names) == 1 else ""))
     if chosen not in names:
         told = f"has no configuration {chosen!r}" if chosen else "holds several configurations"
         raise ValueError(f"{plans} {told}; choose with -c one of {', '.join(names)}")
@@ -70,12 +88,25 @@ def import_checkpoint(
     dims = len(settings.patch_size)
     if settings.network_arch_class_name != entry.class_path:
         raise ValueError(f"{entry.name} has no {dims}D form, which {chosen} needs")
-    with torch.device("meta"):
-        built = build_network(manager, settings, dataset)
-    shapes = {key: tuple(value.shape) for key, value in built.state_dict().items()}
+    given = key_map.own_shapes(weights)
+    arguments = told_arguments(entry, settings.network_arch_init_kwargs, given)
+    arguments |= network_args or {}
+    if arguments != settings.network_arch_init_kwargs:
+        new_plans["configurations"][chosen]["architecture"] = _block(entry, arguments)
+
+    def shapes_for(n_channels: int, n_classes: int) -> Shapes:
+        with torch.device("meta"):
+            network = entry.cls(n_channels, n_classes, **arguments)
+        return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+    counts = (
+        determine_num_input_channels(manager, settings, dataset),
+        manager.get_label_manager(dataset).num_segmentation_heads,
+    )
     try:
-        own, report = entry.cls.official_key_map().to_own(weights, shapes)
+        own, report = key_map.to_own(weights, shapes_for(*counts))
     except ValueError as error:
+        check_counts(shapes_for, counts, given, f"{checkpoint} with configuration {chosen}")
         raise ValueError(f"{checkpoint} with configuration {chosen}: {error}") from error
 
     axes = content.get("inference_allowed_mirroring_axes", range(dims))
@@ -94,6 +125,101 @@ def import_checkpoint(
     }
     _write_model_folder(output_folder, result)
     return report
+
+
+def _look(weights: Mapping[str, Any]) -> str:
+    """What a checkpoint looks like, for a sentence."""
+    similar = recognize_network(weights.keys())
+    if any(get_entry(name).cls.official_key_map().fits(weights) for name in similar):
+        return f"it has umamba's own names ({' or '.join(similar)}): predict with its model folder"
+    return f"it looks like {' or '.join(similar)}" if similar else "nor of any registered network"
+
+
+def told_arguments(
+    entry: NetworkEntry, planned: Mapping[str, Any], given: Shapes
+) -> dict[str, Any]:
+    """The planned arguments of a network, with those that its checkpoint tells in their place."""
+    told: dict[str, Any] = {}
+    if entry.control_of is None:
+        with contextlib.suppress(KeyError):  # missing tensors are reported later, all of them
+            told = entry.cls.arguments_of(given)
+    return {**planned, **{key: value for key, value in told.items() if key in entry.keywords}}
+
+
+def check_counts(
+    shapes_for: Callable[[int, int], Shapes], counts: tuple[int, int], given: Shapes, what: str
+) -> None:
+    """Raises ValueError where a checkpoint has other numbers of channels or classes.
+
+    shapes_for: the network's shapes for such numbers. counts: channels and classes of the dataset.
+    given: the checkpoint's shapes under our names. what: the checkpoint, for the sentence.
+    """
+    for index, noun in enumerate(("input channels", "classes")):
+        # An extent that grows with the number tells the checkpoint's.
+        more = [list(counts), list(counts)]
+        more[0][index] += 1
+        more[1][index] += 2
+        try:
+            planned, one, two = (shapes_for(*numbers) for numbers in (counts, *more))
+        except ValueError:  # a network that takes no other number
+            continue
+        for key in sorted(given.keys() & planned.keys() & one.keys() & two.keys()):
+            for axis, (low, high) in enumerate(zip(one[key], two[key], strict=True)):
+                if high <= low or len(given[key]) <= axis:
+                    continue
+                found = more[0][index] + (given[key][axis] - low) // (high - low)
+                if given[key][axis] != planned[key][axis] and found != counts[index]:
+                    raise ValueError(
+                        f"{what}: it has {found} {noun} where dataset.json has {counts[index]}; "
+                        "give the dataset.json of its training"
+                    )
+
+
+def official_plans(entry: NetworkEntry, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans of one configuration for a network that was not trained in nnU-Net.
+
+    Raises ValueError where the network's own preparation is not one that plans can describe.
+    """
+    if entry.name not in OFFICIAL_PREPARATION:
+        raise ValueError(
+            f"{entry.name} needs plans: give --plans with the plans.json of its training, or, if "
+            "it was not trained in nnU-Net, with plans of your own (`umamba plan DATASET --network "
+            f"{entry.name}`), whose spacing, patch and normalization must be those of its training"
+        )
+    official = OFFICIAL_PREPARATION[entry.name]
+    dims = len(official["patch_size"])
+    n_channels = len(dataset.get("channel_names") or dataset["modality"])
+    resampling: dict[str, Any] = {}
+    for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
+        options = {"is_seg": kind == "seg", "order": order, "order_z": 0}
+        resampling[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"
+        resampling[f"resampling_fn_{kind}_kwargs"] = {**options, "force_separate_z": False}
+    name = "2d" if dims == 2 else "3d_fullres"
+    configuration = {
+        "data_identifier": f"{entry.name}_{name}",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": official["patch_size"],
+        "spacing": official["spacing"],
+        "normalization_schemes": [official["normalization"]] * n_channels,
+        "use_mask_for_norm": [False] * n_channels,
+        **resampling,
+        "architecture": _block(entry, entry.own_stages(dims)),
+        "batch_dice": False,
+    }
+    return {
+        "dataset_name": "Dataset000_Imported",
+        "plans_name": entry.name,
+        "image_reader_writer": dataset.get("overwrite_image_reader_writer", "SimpleITKIO"),
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "label_manager": "LabelManager",
+        "experiment_planner_used": "ExperimentPlanner",
+        "foreground_intensity_properties_per_channel": {
+            str(channel): {} for channel in range(n_channels)
+        },
+        "configurations": {name: configuration},
+    }
 
 
 def modern_plans(plans: Mapping[str, Any], entry: NetworkEntry, file: Path) -> dict[str, Any]:
@@ -151,7 +277,7 @@ def _architecture(
             known["features_per_stage"] = [min(base * 2**s, largest) for s in stages]
     known["patch_size"] = configuration["patch_size"]
     missing = [key for key in NEEDED if key in entry.keywords and key not in known]
-    if missing:
+    if missing and entry.fixed_strides is None:  # the others have defaults of their own
         raise ValueError(
             f"{file}: {name} does not tell {', '.join(missing)} of the network; "
             "give the plans.json that the checkpoint was trained with"

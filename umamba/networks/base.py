@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from umamba.networks.state_dict import KeyMap
+from umamba.networks.state_dict import KeyMap, Row
 
 
 class SegmentationNetwork(nn.Module):
@@ -28,6 +28,7 @@ class SegmentationNetwork(nn.Module):
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
     fixed_strides: ClassVar[tuple[tuple[int, ...], ...] | None] = None
+    pretrained_files: ClassVar[tuple[str, ...]] = ()  # of the catalogue, the authors' choice first
 
     encoder: Any  # a module, or several
     decoder: nn.Module
@@ -79,6 +80,15 @@ class SegmentationNetwork(nn.Module):
     def encoder_parameters(self) -> Iterable[nn.Parameter]:
         """What a training recipe freezes: those of the encoder that the official code freezes."""
         return self.get_submodule("encoder").parameters()
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Those of the arguments that tell from a state dict's shapes, under our names."""
+        return {}
+
+    def pretrained_maps(self) -> list[KeyMap]:
+        """Which tensors of VMambaClassifier go where at the start; each map is a pass over all."""
+        return [KeyMap([Row("encoder.{p...}", "encoder.{p...}")])]
 
     def check_input(self, images: Tensor) -> None:
         """Raises ValueError for a shape that the network does not take, naming one that it does."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from umamba.networks.state_dict import unwrap
+
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU.
@@ -36,6 +38,18 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no dictionary of weights; it is not a checkpoint")
     return content
+
+
+def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The content of a checkpoint file and the state dict in it.
+
+    Raises as read_checkpoint does, and ValueError for a file without tensors.
+    """
+    content = read_checkpoint(file)
+    try:
+        return content, unwrap(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 _NUMBERS = ("float64", "float32", "float16", "bool", "int64", "int32", "int16", "int8", "uint8")

@@ -29,7 +29,14 @@ from umamba.blocks.ss2d import initialize_linear
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
-from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
+from umamba.networks.vmamba import (
+    VMambaEncoder,
+    drop_path_rates,
+    encoder_arguments,
+    encoder_rows,
+    mirrored_stages,
+    vss_stage,
+)
 
 REFERENCE = "ziyangwang007/Mamba-UNet@dfe92ba3788970e2dd5a4eaf7876bd3e32d3dc0a"
 QUIRKS = (
@@ -54,6 +61,7 @@ class MambaUNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
+    pretrained_files = ("vssm_tiny",)
 
     def __init__(
         self,
@@ -105,6 +113,12 @@ class MambaUNet(SegmentationNetwork):
         inputs, outputs = self.encoder.stage_maps(images.expand(-1, self.stem_channels, -1, -1))
         return self.decoder(outputs[-1], inputs[:-1])
 
+    def pretrained_maps(self) -> list[KeyMap]:
+        # parity: load_from also takes the classifier's norm, and copies the encoder's stages into
+        # the decoder's of the same width.
+        rows = [Row("encoder.{p...}", "encoder.{p...}"), Row("norm.{p}", "decoder.norm.{p}")]
+        return [KeyMap(rows), mirrored_stages(len(self.encoder.stages))]
+
     @classmethod
     def official_key_map(cls, prefix: str = "mamba_unet.") -> KeyMap:
         """prefix: of the official names; empty for the module inside the official network."""
@@ -116,6 +130,10 @@ class MambaUNet(SegmentationNetwork):
                 *decoder_rows(prefix),
             ]
         )
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["decoder.final_up.norm.weight"][0])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

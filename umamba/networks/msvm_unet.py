@@ -29,7 +29,7 @@ from umamba.blocks.unet_decoder import go_up
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
-from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates
+from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates, encoder_arguments
 
 QUIRKS = (
     "a single input channel is repeated to three, for which the stem is made",
@@ -53,6 +53,7 @@ class MSVMUNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), FINEST, DEEPER, DEEPER, DEEPER)
+    pretrained_files = ("vssm1_tiny_0230s", "vssm1_small_0229s")
 
     def __init__(
         self,
@@ -120,6 +121,10 @@ class MSVMUNet(SegmentationNetwork):
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap(KEY_ROWS)
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["decoder.last_upsample.norm.weight"][0])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor
 
 Transform = Callable[[Tensor], Tensor]
+
+WRAPPERS = ("network_weights", "model_state_dict", "state_dict", "model", "module")
+# The last two are those of MSVM-UNet's and UVM-Net's training modules.
+PREFIXES = ("module.", "_orig_mod.", "_model.", "net.")
+COUNTERS = ("total_ops", "total_params")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,19 @@ class KeyMap:
                 return self.resolve(original)
         return official
 
+    def translate(self, official: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """An official tensor under our name and in our form; None if the map does not know it."""
+        if (found := self._find(self._to_own, official)) is None:
+            return None
+        name, row = found
+        return name, row.adapt(tensor) if row.adapt else tensor
+
+    def own_shapes(self, official: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shapes of those of the official tensors that the map knows, under our names."""
+        originals = {self.resolve(key): value for key, value in official.items()}
+        found = (self.translate(key, value) for key, value in originals.items())
+        return {name: tuple(value.shape) for name, value in filter(None, found)}
+
     def to_own(
         self, official: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[dict[str, Tensor], LoadReport]:
@@ -167,18 +186,22 @@ class KeyMap:
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict inside a checkpoint.
 
-    Looks under `network_weights`, `state_dict`, `model` and `module`, and takes the prefixes
-    `module.` and `_orig_mod.` of wrapped networks off. ValueError if no tensors are found.
+    Looks under WRAPPERS, takes the PREFIXES of wrapped networks off, and leaves out the COUNTERS
+    that thop leaves in a network. ValueError if no tensors are found.
     """
     weights: Any = checkpoint
-    for name in ("network_weights", "state_dict", "model", "module"):
+    for name in WRAPPERS:
         if isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping):
             weights = weights[name]
-    tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+    tensors = {
+        key: value
+        for key, value in weights.items()
+        if isinstance(value, Tensor) and key.rpartition(".")[2] not in COUNTERS
+    }
     if not tensors:
         raise ValueError("the checkpoint holds no network weights")
     while True:
-        for prefix in ("module.", "_orig_mod."):
+        for prefix in PREFIXES:
             if all(key.startswith(prefix) for key in tensors):
                 tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
                 break
@@ -189,6 +212,14 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def renamed_rows(official: str, own: str, names: Mapping[str, str]) -> list[Row]:
     """A row for the parameters of each layer: names are official and ours, behind the prefixes."""
     return [Row(f"{official}{old}.{{p}}", f"{own}{new}.{{p}}") for old, new in names.items()]
+
+
+def count_blocks(keys: Collection[str], stages: str) -> list[int]:
+    """How many blocks each of the stages has whose keys are `<stages>.<stage>.<block>. ...`."""
+    pattern = re.compile(rf"{re.escape(stages)}\.(\d+)\.(\d+)\.")
+    blocks = {(int(m[1]), int(m[2])) for key in keys if (m := pattern.match(key))}
+    n_stages = 1 + max((stage for stage, _ in blocks), default=-1)
+    return [sum(stage == i for stage, _ in blocks) for i in range(n_stages)]
 
 
 def mixer_rows(norm: str, mamba: str, own: str, n_directions: int = 1) -> list[Row]:
@@ -299,6 +330,7 @@ def vss_block_rows(
 _PLACEHOLDER = re.compile(r"\{(\w+)(\.\.\.)?\}")
 
 
+@functools.cache  # re keeps fewer patterns than all networks' maps have
 def _compile(pattern: str) -> re.Pattern[str]:
     """The regular expression of a pattern with placeholders."""
     expression, end = "", 0

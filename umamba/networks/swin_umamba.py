@@ -44,7 +44,13 @@ from umamba.networks.state_dict import (
     unetr_decoder_rows,
     vss_block_rows,
 )
-from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
+from umamba.networks.vmamba import (
+    VMambaEncoder,
+    drop_path_rates,
+    encoder_arguments,
+    encoder_rows,
+    vss_stage,
+)
 
 PAPER = "arXiv:2402.03302"
 REFERENCE = "JiarunLiu/Swin-UMamba@2c1f72e1975cef6621f239117efdc954237c6952"
@@ -64,6 +70,7 @@ class SwinUMamba(SegmentationNetwork):
     """Stem and VMamba encoder, residual convolutions on all skips, convolutional decoder."""
 
     spatial_dims = (2,)
+    pretrained_files = ("vssm_tiny",)
     # The last level is both the 1/16 map and the 1/32 map below it, which are equally wide.
     fixed_strides = ((1, 1), (2, 2), (2, 2), (2, 2), (4, 4))
 
@@ -132,9 +139,19 @@ class SwinUMamba(SegmentationNetwork):
     def encoder_parameters(self) -> list[nn.Parameter]:
         return behind_patch_embed(self.encoder)
 
+    def pretrained_maps(self) -> list[KeyMap]:
+        # parity: load_pretrained_ckpt names the embedding's norm.weight twice where it leaves the
+        # embedding out, and so takes its norm.bias.
+        names = ("stages.{p...}", "downsamples.{p...}", "patch_embed.norm.bias")
+        return [KeyMap(Row(f"encoder.{name}", f"encoder.{name}") for name in names)]
+
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*STEM_ROWS, *ENCODER_ROWS, *CONVOLUTION_ROWS])
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["stem.norm.weight"][0])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +172,7 @@ class SwinUMambaD(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
+    pretrained_files = ("vssm_tiny",)
 
     def __init__(
         self,
@@ -207,9 +225,20 @@ class SwinUMambaD(SegmentationNetwork):
     def encoder_parameters(self) -> list[nn.Parameter]:
         return behind_patch_embed(self.encoder)
 
+    def pretrained_maps(self) -> list[KeyMap]:
+        # parity: with other than three channels the official loader leaves out all of patch_embed.
+        if self.input_channels == 3:
+            return super().pretrained_maps()
+        names = ("stages.{p...}", "downsamples.{p...}")
+        return [KeyMap(Row(f"encoder.{name}", f"encoder.{name}") for name in names)]
+
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap([*ENCODER_ROWS, *VSS_DECODER_ROWS])
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["decoder.seg_layers.3.weight"][1])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

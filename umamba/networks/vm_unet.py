@@ -31,7 +31,14 @@ from umamba.blocks.ss2d import initialize_linear
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
-from umamba.networks.vmamba import VMambaEncoder, drop_path_rates, encoder_rows, vss_stage
+from umamba.networks.vmamba import (
+    VMambaEncoder,
+    drop_path_rates,
+    encoder_arguments,
+    encoder_rows,
+    mirrored_stages,
+    vss_stage,
+)
 
 QUIRKS = (
     "the embedding, the input of stage 0, is no skip",
@@ -55,6 +62,7 @@ class VMUNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
+    pretrained_files = ("vssm_small", "vssm_tiny")
 
     def __init__(
         self,
@@ -119,6 +127,10 @@ class VMUNet(SegmentationNetwork):
             images = images.expand(-1, STEM_CHANNELS, -1, -1)
         super().check_input(images)
 
+    def pretrained_maps(self) -> list[KeyMap]:
+        # parity: load_from also copies the encoder's stages into the decoder's of the same width.
+        return [*super().pretrained_maps(), mirrored_stages(len(self.encoder.stages))]
+
     @classmethod
     def official_key_map(cls, prefix: str = "vmunet.") -> KeyMap:
         """prefix: of the official names; empty for the module inside the official network."""
@@ -133,6 +145,10 @@ class VMUNet(SegmentationNetwork):
                 Row(f"{prefix}final_conv.{{p}}", "decoder.seg_layers.0.{p}"),
             ]
         )
+
+    @classmethod
+    def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return encoder_arguments(shapes, finest=shapes["decoder.final_up.norm.weight"][0])
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,13 @@ from umamba.blocks.sampling import ConvDownsample, ConvPatchEmbed, PatchEmbed, P
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock, initialize_linear, ss2d_options
 from umamba.networks.base import check_stages
 from umamba.networks.registry import register_module
-from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
+from umamba.networks.state_dict import (
+    KeyMap,
+    Row,
+    count_blocks,
+    renamed_rows,
+    vss_block_rows,
+)
 
 PATCH_EMBEDS = ("v1", "v2")
 DOWNSAMPLES = ("v1", "v2", "v3")
@@ -243,3 +249,34 @@ def encoder_rows(
         *vss_block_rows(*block, old=old, out_norm=out_norm),
         *renamed_rows(*below, downsample),
     ]
+
+
+def encoder_arguments(shapes: Mapping[str, tuple[int, ...]], finest: int) -> dict[str, Any]:
+    """The arguments that tell from the shapes of a U-shaped network around a VMambaEncoder.
+
+    shapes: of a state dict, under our names. finest: the first of features_per_stage.
+    """
+    depths = count_blocks(shapes, "encoder.stages")
+    decoder = count_blocks(shapes, "decoder.stages")
+    widths = [shapes[f"encoder.stages.{i}.0.norm.weight"][0] for i in range(len(depths))]
+    _, inner, d_state = shapes["encoder.stages.0.0.mixer.A_log"]
+    expand = inner / widths[0]
+    return {
+        "features_per_stage": [finest, *widths],
+        "depths": depths,
+        "depths_decoder": [n for n in decoder if n],
+        "d_state": d_state,
+        "expand": int(expand) if expand.is_integer() else expand,
+    }
+
+
+def mirrored_stages(n_stages: int) -> KeyMap:
+    """From the blocks of an encoder's stages to those of a decoder, which counts from the deepest.
+
+    For `pretrained_maps`.
+    """
+    last = n_stages - 1
+    return KeyMap(
+        Row(f"encoder.stages.{i}.{{p...}}", f"decoder.stages.{last - i}.{{p...}}")
+        for i in range(n_stages)
+    )

@@ -151,8 +151,11 @@ def candidates(
     patch_size: Sequence[int],
     batch_size: int,
     strides: Sequence[Sequence[int]],
+    shares: Sequence[float] = (1.0, 0.5, 0.25),
 ) -> list[Candidate]:
     """Sizes from the smallest cost to the planned one: narrower networks, then smaller patches.
+
+    shares: of the planned widths, the networks to choose from.
 
     The batch is the smallest that nnU-Net plans with (2) in 3D; in 2D as many patches as hold
     2^17 pixels, at least 2 and at most the planned batch.
@@ -164,8 +167,8 @@ def candidates(
     planned = _work(features_per_stage, patch_size, batch_size)
     found: dict[tuple, Candidate] = {}
     for patch in _patches(patch_size, network_divisor(strides)):
-        for share in (1.0, 0.5, 0.25):
-            features = tuple(_width(f * share) for f in features_per_stage)
+        for share in shares:
+            features = tuple(f if share == 1 else _width(f * share) for f in features_per_stage)
             cost = _work(features, patch, batch) / planned
             found[(features, patch)] = Candidate(features, patch, batch, cost)
     return sorted(found.values(), key=lambda c: (math.prod(c.patch_size), c.cost))
@@ -290,7 +293,9 @@ def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> 
 def _sizes(part: Mapping[str, Any]) -> list[Candidate]:
     arguments = part["architecture"]["arch_kwargs"]
     features, strides = arguments["features_per_stage"], arguments["strides"]
-    return candidates(features, part["patch_size"], part["batch_size"], strides)
+    # Pretrained weights have the planned widths.
+    shares = {"shares": (1.0,)} if part.get("recipe", {}).get("pretrained") else {}
+    return candidates(features, part["patch_size"], part["batch_size"], strides, **shares)
 
 
 def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[int, ...]]:

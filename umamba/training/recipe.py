@@ -28,7 +28,8 @@ class Recipe:
     iterations the machine got through.  `precision` concerns CUDA only ("auto": bf16 where the
     GPU has it, else fp16); on a CPU training is float32.  `warmup` is the share of the schedule
     in which the learning rate rises linearly from zero.  `mirroring` decides about mirrored
-    training patches and, with them, whether prediction may mirror.
+    training patches and, with them, whether prediction may mirror.  `pretrained` names ImageNet
+    weights (`umamba models fetch`) or the path of a file that the encoder starts from.
 
     `name` is that of the named recipe it comes from.  `loss_weights` are those of cross-entropy and
     Dice in the loss "dice_ce_all".  `n_swings` counts the cosine's falls and rises: 1 falls once,
@@ -63,6 +64,7 @@ class Recipe:
     mirroring: bool = True
     precision: str = "auto"
     seed: int | None = None
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

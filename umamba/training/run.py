@@ -71,6 +71,7 @@ def _train(run: TrainingRun) -> Path:
     )
     trainer.disable_checkpointing = run.disable_checkpointing
     trainer.validator = run.validator
+    trainer.starts_afresh = run.pretrained_weights is None
     maybe_load_checkpoint(
         trainer, run.continue_training, run.only_validation, run.pretrained_weights
     )

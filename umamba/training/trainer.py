@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from umamba.networks.checkpoint import read_checkpoint
+from umamba.networks.pretrained import find_file, initialize_encoder
 from umamba.training.losses import build_loss
 from umamba.training.nan_guard import NanGuard
 from umamba.training.recipe import RateSchedule, Recipe
@@ -40,9 +41,11 @@ class UMambaTrainer(nnUNetTrainer):
 
     The recipe is read from `plans["configurations"][configuration]["recipe"]`; without one,
     training is stock nnU-Net's.  `validator(trainer, save_probabilities)` replaces nnU-Net's
-    final validation.
+    final validation.  A training that `starts_afresh`, from no checkpoint, takes the recipe's
+    pretrained weights.
     """
 
+    starts_afresh = True
     validator: Callable[[UMambaTrainer, bool], None] | None = None
 
     def __init__(
@@ -147,14 +150,28 @@ class UMambaTrainer(nnUNetTrainer):
     # --- one training ------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Loaders, network and files as nnU-Net makes them; then the clock starts."""
+        """Network, its pretrained weights, loaders and files; then the clock starts."""
+        # Found before nnU-Net unpacks data and starts the loaders.
+        wanted = self.recipe.pretrained if self.starts_afresh else None
+        pretrained = find_file(wanted) if wanted else None
         if self.recipe.seed is not None:
             torch.manual_seed(self.recipe.seed)
             np.random.seed(self.recipe.seed)
+        if pretrained is not None:
+            self._take_pretrained(pretrained)
         super().on_train_start()
         self._guard = NanGuard(self.network, self.optimizer, Path(self.output_folder))
         self._keep_progress_before(self.current_epoch)
         self._started = self._saved_at = self.clock()
+
+    def _take_pretrained(self, file: Path) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        network = self.network.module if self.is_ddp else self.network
+        report = initialize_encoder(getattr(network, "_orig_mod", network), file)
+        self.print_to_log_file(f"pretrained {file}: {report}")
+        if self.local_rank == 0:
+            print(f"pretrained: {report} ({file.name})")
 
     def plot_network_architecture(self) -> None:
         """Nothing: nnU-Net's plot needs a package that no longer works, and logs that each time."""
@@ -306,6 +323,7 @@ class UMambaTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Reads `filename` safely first (`weights_only=True`), then as nnU-Net does."""
         checkpoint = read_checkpoint(Path(filename_or_checkpoint))
+        self.starts_afresh = False
         super().load_checkpoint(str(filename_or_checkpoint))
         own = checkpoint.get("umamba", {})
         self.iteration = int(
