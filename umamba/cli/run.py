@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shared = "dataset --network --recipe --pretrained -p -f --memory --network-arg -np --workspace"
-    shared += " -device -num_gpus -t"
+    shared += " --restart -device -num_gpus -t"
     add = common.add_command(subparsers, "run", run, __doc__, shared).add_argument
     add("-c", "--configuration", help="default: 3d_fullres, or 2d for 2D data")
     add("--minutes", type=float, help="wall time of this whole command")
