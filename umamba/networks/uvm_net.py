@@ -11,7 +11,7 @@
 
 arXiv 2402.04139; equals zzr-idam/UVM-Net@d3d70d8, Ultra/ (no licence file), a network for image
 restoration: 3 channels in and out, and the image is added to the output. Its use for segmentation
-is our adaptation: give input_residual=False, attention="channels" and a small inner_size.
+is our adaptation: input_residual=False, attention="channels" and a small inner_size, as plans have.
 Kept for the sake of checkpoints:
 - a token of the UVM block is not a pixel: it is C consecutive values of the (C, H, W) array, thus
   a run of pixels of one channel;
@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,11 @@ class UVMNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (2, 2), (2, 2), (2, 2), (2, 2))
+    planned_arguments: ClassVar[Mapping[str, Any]] = {
+        "inner_size": [16, 16],
+        "attention": "channels",
+        "input_residual": False,
+    }
 
     def __init__(
         self,

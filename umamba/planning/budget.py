@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from umamba.planning.footprint import GIB, StepCheck
 from umamba.planning.plans import (
     Plans,
     check_plan,
     get_configuration,
+    network_builder,
     preprocessed_folder,
     read_json,
     replan,
@@ -84,7 +86,7 @@ def fit_to_time(
     def choose(share: float) -> tuple[Fit, float, float]:
         """The size for what is left beside validation, its seconds, and those of validation."""
         left = seconds - OVERHEAD_SECONDS - share
-        found = fit(_sizes(part), measure, max(left, 1.0), memory)
+        found = fit(sizes_of(part), measure, max(left, 1.0), memory)
         size = found.candidate
         recipe = budget_recipe(found.n_iterations, size.batch_size, n_training, left)
         needed = validation_seconds(
@@ -127,7 +129,7 @@ def days_of_training(plans: Plans, configuration: str, n_iterations: int, device
     Measured is the narrowest network at the planned patch, and scaled by the arithmetic.
     """
     part = get_configuration(plans, configuration)
-    same_patch = [size for size in _sizes(part) if list(size.patch_size) == part["patch_size"]]
+    same_patch = [size for size in sizes_of(part) if list(size.patch_size) == part["patch_size"]]
     narrow = min(same_patch, key=lambda size: size.cost)
     step = _measure(plans, configuration, narrow, device)
     return step.seconds / narrow.cost * n_iterations / 86400
@@ -161,9 +163,9 @@ def candidates(
         batch = min(2, batch_size)
     planned = _work(features_per_stage, patch_size, batch_size)
     found: dict[tuple, Candidate] = {}
+    narrower = [tuple(min(f, _width(f * x)) for f in features_per_stage) for x in (0.5, 0.25)]
     for patch in _patches(patch_size, network_divisor(strides)):
-        for share in (1.0, 0.5, 0.25):
-            features = tuple(_width(f * share) for f in features_per_stage)
+        for features in (tuple(features_per_stage), *narrower):
             cost = _work(features, patch, batch) / planned
             found[(features, patch)] = Candidate(features, patch, batch, cost)
     return sorted(found.values(), key=lambda c: (math.prod(c.patch_size), c.cost))
@@ -282,10 +284,29 @@ def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> 
     return check_plan(changed, configuration, device)
 
 
-def _sizes(part: Mapping[str, Any]) -> list[Candidate]:
+def sizes_of(part: Mapping[str, Any]) -> list[Candidate]:
+    """The candidates of a configuration, without widths that its network does not take."""
     arguments = part["architecture"]["arch_kwargs"]
+    facts = part["planning"]
+
+    @functools.cache
+    def is_taken(features: tuple[int, ...]) -> bool:
+        architecture = {
+            **part["architecture"],
+            "arch_kwargs": {**arguments, "features_per_stage": list(features)},
+        }
+        channels, classes = facts["input_channels"], facts["num_classes"]
+        build = network_builder({"architecture": architecture}, channels, classes)
+        try:
+            with torch.device("meta"):
+                build()
+        except ValueError:
+            return False
+        return True
+
     features, strides = arguments["features_per_stage"], arguments["strides"]
-    return candidates(features, part["patch_size"], part["batch_size"], strides)
+    found = candidates(features, part["patch_size"], part["batch_size"], strides)
+    return [size for size in found if is_taken(size.features_per_stage)]
 
 
 def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[int, ...]]:
