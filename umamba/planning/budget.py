@@ -171,6 +171,31 @@ def candidates(
     return sorted(found.values(), key=lambda c: (math.prod(c.patch_size), c.cost))
 
 
+def sizes_of(part: Mapping[str, Any]) -> list[Candidate]:
+    """The candidates of a configuration, without widths that its network does not take."""
+    arguments = part["architecture"]["arch_kwargs"]
+    facts = part["planning"]
+
+    @functools.cache
+    def is_taken(features: tuple[int, ...]) -> bool:
+        architecture = {
+            **part["architecture"],
+            "arch_kwargs": {**arguments, "features_per_stage": list(features)},
+        }
+        channels, classes = facts["input_channels"], facts["num_classes"]
+        build = network_builder({"architecture": architecture}, channels, classes)
+        try:
+            with torch.device("meta"):
+                build()
+        except ValueError:
+            return False
+        return True
+
+    features, strides = arguments["features_per_stage"], arguments["strides"]
+    found = candidates(features, part["patch_size"], part["batch_size"], strides)
+    return [size for size in found if is_taken(size.features_per_stage)]
+
+
 def fit(
     sizes: Sequence[Candidate],
     measure: Callable[[Candidate], StepCheck],
@@ -282,31 +307,6 @@ def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> 
         features_per_stage=size.features_per_stage,
     )
     return check_plan(changed, configuration, device)
-
-
-def sizes_of(part: Mapping[str, Any]) -> list[Candidate]:
-    """The candidates of a configuration, without widths that its network does not take."""
-    arguments = part["architecture"]["arch_kwargs"]
-    facts = part["planning"]
-
-    @functools.cache
-    def is_taken(features: tuple[int, ...]) -> bool:
-        architecture = {
-            **part["architecture"],
-            "arch_kwargs": {**arguments, "features_per_stage": list(features)},
-        }
-        channels, classes = facts["input_channels"], facts["num_classes"]
-        build = network_builder({"architecture": architecture}, channels, classes)
-        try:
-            with torch.device("meta"):
-                build()
-        except ValueError:
-            return False
-        return True
-
-    features, strides = arguments["features_per_stage"], arguments["strides"]
-    found = candidates(features, part["patch_size"], part["batch_size"], strides)
-    return [size for size in found if is_taken(size.features_per_stage)]
 
 
 def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[int, ...]]:
