@@ -90,7 +90,8 @@ def shallow_arguments() -> Callable[[str], dict[str, Any]]:
     }
 
     def arguments_of(name: str) -> dict[str, Any]:
-        keywords = get_entry(name).keywords
-        return {key: x for key, x in everywhere.items() if key in keywords} | own.get(name, {})
+        entry = get_entry(name)
+        shared = {key: x for key, x in everywhere.items() if key in entry.keywords}
+        return shared | own.get(entry.control_of or name, {})
 
     return arguments_of

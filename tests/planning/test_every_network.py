@@ -14,9 +14,11 @@ from umamba.planning.topology import network_divisor
 NETWORKS = list_networks(controls=False)
 RGB = {"0": "R", "1": "G", "2": "B"}
 CHANNELS = {"flat": RGB, "odd_flat": RGB}
-FITTING = {kind: list_networks(2 if kind in CHANNELS else None, controls=False) for kind in (
-    "isotropic_ct", "anisotropic_mr", "flat", "odd", "odd_flat", "micro",
-)}  # fmt: skip
+KINDS = ("isotropic_ct", "anisotropic_mr", "flat", "odd", "odd_flat", "micro")
+# The controls, too, where the data are small.
+FITTING = {
+    kind: list_networks(2 if kind in CHANNELS else None, controls=kind == "odd") for kind in KINDS
+}
 
 
 def configuration_of(name: str, kind: str) -> str:
