@@ -7,8 +7,9 @@ import os
 # As umamba.cli.main sets it, before torch is imported: tests run in parallel processes.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +80,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shallow_arguments() -> Callable[[str], dict[str, Any]]:
+    """Gives a network's arguments for few features, and one block where there could be several."""
+    from umamba.networks import get_entry
+
+    everywhere = {"features_per_stage": [8], "depths": [1] * 4, "n_mamba_layers": 1}
+    own = {
+        "hymamba": {"n_blocks_per_stage": [0, 1, 1, 1, 1]},
+        "lightm_unet": {"n_conv_per_stage": [1] * 4},
+    }
+
+    def arguments_of(name: str) -> dict[str, Any]:
+        entry = get_entry(name)
+        shared = {key: x for key, x in everywhere.items() if key in entry.keywords}
+        return shared | own.get(entry.control_of or name, {})
+
+    return arguments_of

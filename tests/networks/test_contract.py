@@ -194,6 +194,19 @@ def test_networks_build_and_run_on_the_meta_device(name: str, dims: int) -> None
     assert outputs[0].is_meta
 
 
+@pytest.mark.parametrize(("channels", "classes"), [(1, 1), (3, 7), (4, 2)])
+@pytest.mark.parametrize("name", list_networks(controls=False))
+def test_any_numbers_of_channels_and_classes_are_taken(
+    name: str, channels: int, classes: int
+) -> None:
+    dims = max(get_entry(name).spatial_dims)
+    shape = shape_of(name, dims)
+    with torch.device("meta"):
+        network = create_network(name, channels, classes, **tiny_arguments(name, dims))
+        logits = network(torch.empty(BATCH, channels, *shape))
+    assert logits.shape == (BATCH, classes, *shape)
+
+
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_mixers_stay_in_float32_under_autocast(name: str, dims: int) -> None:
     network = build(name, dims).eval()

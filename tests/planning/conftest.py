@@ -18,6 +18,9 @@ FINGERPRINTS: dict[str, dict[str, Any]] = {
     "anisotropic_mr": {"shape": (20, 320, 310), "spacing": (3.6, 0.7, 0.7), "cases": 40},
     "flat": {"shape": (1, 520, 700), "spacing": (999.0, 1.0, 1.0), "cases": 90},
     "tiny": {"shape": (21, 34, 37), "spacing": (2.0, 1.0, 1.0), "cases": 6},
+    "odd": {"shape": (9, 37, 20), "spacing": (3.0, 1.0, 1.0), "cases": 6},
+    "odd_flat": {"shape": (1, 50, 70), "spacing": (999.0, 1.0, 1.0), "cases": 6},
+    "micro": {"shape": (6, 10, 12), "spacing": (3.0, 1.0, 1.0), "cases": 6},
 }
 
 

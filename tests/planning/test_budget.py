@@ -40,9 +40,19 @@ def test_sizes_shrink_in_width_and_patch_and_stay_divisible():
 
 def test_a_plan_with_pretrained_weights_keeps_its_widths():
     arguments = {"features_per_stage": [24, 96, 192], "strides": [[1, 1], [4, 4], [2, 2]]}
-    part = {"architecture": {"arch_kwargs": arguments}, "patch_size": [128, 96], "batch_size": 4}
-    assert len({c.features_per_stage for c in budget._sizes(part)}) == 3
-    found = budget._sizes({**part, "recipe": {"pretrained": "vssm_tiny"}})
+    arguments |= {"depths": [1, 1], "depths_decoder": [1, 1]}
+    part = {
+        "architecture": {
+            "network_class_name": "umamba.networks.vm_unet.VMUNet",
+            "arch_kwargs": arguments,
+            "_kw_requires_import": [],
+        },
+        "planning": {"input_channels": 1, "num_classes": 2},
+        "patch_size": [128, 96],
+        "batch_size": 4,
+    }
+    assert len({c.features_per_stage for c in budget.sizes_of(part)}) == 3
+    found = budget.sizes_of({**part, "recipe": {"pretrained": "vssm_tiny"}})
     assert {c.features_per_stage for c in found} == {(24, 96, 192)}
     assert len(found) > 1
 

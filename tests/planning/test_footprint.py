@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from umamba.networks import create_network
+from umamba.networks import create_network, get_entry, list_networks
 from umamba.planning.footprint import (
     conv_features,
     count_footprint,
@@ -130,3 +130,44 @@ def test_the_counted_memory_of_a_step_is_near_its_measured_peak():
     assert step.seconds > 0
     # The convolution library's own code and buffers come on top, whatever the size of the network.
     assert 0.7 * step.counted_bytes < step.peak_bytes < 1.4 * step.counted_bytes + 300e6
+
+
+NARROW = {"features_per_stage": [8, 16, 16, 16, 16]}
+STAGES = {"strides": [[1] * 3, [1, 2, 2], [2, 2, 2]], "features_per_stage": [8, 16, 24]}
+UNALIKE = {
+    "lightm_unet": {"features_per_stage": [8, 16, 16, 16]},
+    "mamba_clinix": STAGES,
+    "umamba_bot": STAGES,
+    "umamba_bot_v1": STAGES,
+    "umamba_enc": STAGES,
+    "umamba_enc_v1": STAGES,
+    "uvm_net": {"inner_size": [8, 6], "input_residual": False},
+}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("times", [1, 2], ids=["small", "large"])
+@pytest.mark.parametrize("name", list_networks(controls=False))
+def test_saved_bytes_are_what_autograd_keeps(name, times):
+    arguments = NARROW | UNALIKE.get(name, {})
+    patch = [16, 32, 32 * times] if 3 in get_entry(name).spatial_dims else [64, 64 * times]
+    if "patch_size" in get_entry(name).keywords:
+        arguments["patch_size"] = patch
+
+    def build() -> nn.Module:
+        return create_network(name, 1, 3, deep_supervision=True, **arguments)
+
+    network, image = build(), torch.randn(1, 1, *patch)
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        outputs = network(image)
+    saved = sum(storage.nbytes() for at, storage in kept.items() if at not in parameters)
+    assert len(outputs) == len(network.deep_supervision_scales)
+    assert count_footprint(build, 1, patch).saved_bytes == pytest.approx(saved, rel=0.1)

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from umamba.networks import get_entry, list_networks
+from umamba.networks import get_entry
 from umamba.networks.base import SegmentationNetwork
-from umamba.planning import budget
 from umamba.planning import planner as planner_file
 from umamba.planning.footprint import GIB
 from umamba.planning.planner import UMambaPlanner, default_plans_name, plan_dataset
@@ -158,6 +156,23 @@ def test_3d_of_flat_images_is_refused_in_a_sentence(fingerprinted):
         plan(fingerprinted("flat"), configurations=["3d_fullres"])
 
 
+def test_uvm_net_is_planned_for_segmentation_and_says_so(fingerprinted):
+    part = plan(fingerprinted("odd_flat"), "uvm_net")["configurations"]["2d"]
+    facts = part["planning"]
+    assert part["architecture"]["arch_kwargs"]["inner_size"] == [16, 16]
+    assert facts["parameters"] < 100e6
+    assert facts["training_bytes"] < 2 * GIB
+    assert any("inner_size [16, 16]" in reason for reason in facts["reasons"])
+
+
+def test_what_the_user_says_of_uvm_net_goes_before_what_plans_have(fingerprinted):
+    published = {"inner_size": [4, 5], "attention": "batch", "features_per_stage": [4] * 5}
+    part = plan(fingerprinted("tiny"), "uvm_net", network_args=published)["configurations"]["2d"]
+    arguments = part["architecture"]["arch_kwargs"]
+    assert (arguments["inner_size"], arguments["attention"]) == ([4, 5], "batch")
+    assert arguments["input_residual"] is False
+
+
 def test_a_network_with_fixed_strides_keeps_them_and_leaves_out_what_it_cannot(
     fingerprinted, monkeypatch
 ):
@@ -296,37 +311,3 @@ def test_too_little_memory_for_any_patch_is_said_in_the_reasons(fingerprinted):
         fingerprinted("flat"), network_args=wide, gpu_memory_target_in_gb=0.5, configurations=["2d"]
     )["configurations"]["2d"]
     assert any("more than there is" in reason for reason in part["planning"]["reasons"])
-
-
-@pytest.mark.parametrize("name", list_networks(controls=False))
-def test_every_network_is_planned_and_has_narrower_sizes_that_work(fingerprinted, name):
-    entry = get_entry(name)
-    # UVM-Net is published with a billion parameters and for restoration.
-    segmentation = {"inner_size": [8, 8], "attention": "channels", "input_residual": False}
-    arguments = segmentation if name == "uvm_net" else {}
-    dims = max(entry.spatial_dims)
-    configuration = "2d" if dims == 2 else "3d_fullres"
-    plans = plan(
-        fingerprinted("tiny"), network=name, network_args=arguments, configurations=[configuration]
-    )
-    part = get_configuration(plans, configuration)
-    sizes = budget.candidates(
-        part["architecture"]["arch_kwargs"]["features_per_stage"],
-        part["patch_size"],
-        part["batch_size"],
-        part["architecture"]["arch_kwargs"]["strides"],
-    )
-    narrowest, planned = sizes[0], max(sizes, key=lambda size: size.cost)
-    assert narrowest.features_per_stage < planned.features_per_stage
-    assert list(planned.patch_size) == part["patch_size"]
-    smaller = replan(
-        plans,
-        configuration,
-        patch_size=narrowest.patch_size,
-        batch_size=2,
-        features_per_stage=narrowest.features_per_stage,
-    )
-    with torch.device("meta"):
-        network = network_builder(get_configuration(smaller, configuration), 1, 3, False)()
-        logits = network(torch.empty(2, 1, *narrowest.patch_size))
-    assert logits.shape == (2, 3, *narrowest.patch_size)

@@ -23,9 +23,15 @@ def test_strides_with_unequal_axes_are_refused():
 
 @pytest.mark.parametrize(
     ("patch", "divisor", "expected"),
-    [((40, 56, 40), (8, 8, 8), (40, 56, 40)), ((41, 57, 3), (8, 8, 8), (48, 64, 8))],
+    [
+        ((40, 56, 40), (8, 8, 8), (40, 56, 40)),
+        ((41, 57, 3), (8, 8, 8), (48, 64, 8)),
+        ((6, 10, 12), (16, 16, 16), (16, 16, 32)),
+    ],
 )
-def test_a_patch_is_rounded_up_to_the_divisor(patch, divisor, expected):
+def test_a_patch_is_rounded_up_to_the_divisor_and_two_voxels_of_the_deepest_map(
+    patch, divisor, expected
+):
     assert round_patch(patch, divisor) == expected
 
 

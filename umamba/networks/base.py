@@ -24,11 +24,15 @@ class SegmentationNetwork(nn.Module):
     nnU-Net's trainer computes from the strides in the plans: all stages' but the deepest's. A
     network whose outputs skip a size has a larger stride there (4 in place of 2 and 2), one with
     fewer outputs declares its own scales, which our trainer takes and the stock trainer ignores.
+
+    planned_arguments: what plans give in place of the constructor's defaults, where a network as
+    published is not one for segmentation.
     """
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
     fixed_strides: ClassVar[tuple[tuple[int, ...], ...] | None] = None
     pretrained_files: ClassVar[tuple[str, ...]] = ()  # of the catalogue, the authors' choice first
+    planned_arguments: ClassVar[Mapping[str, Any]] = {}
 
     encoder: Any  # a module, or several
     decoder: nn.Module

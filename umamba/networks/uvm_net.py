@@ -11,7 +11,7 @@
 
 arXiv 2402.04139; equals zzr-idam/UVM-Net@d3d70d8, Ultra/ (no licence file), a network for image
 restoration: 3 channels in and out, and the image is added to the output. Its use for segmentation
-is our adaptation: give input_residual=False, attention="channels" and a small inner_size.
+is our adaptation: input_residual=False, attention="channels" and a small inner_size, as plans have.
 The official QUIRKS are kept. Different: every mixer computes in at least float32.
 """
 
@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,11 @@ class UVMNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (2, 2), (2, 2), (2, 2), (2, 2))
+    planned_arguments: ClassVar[Mapping[str, Any]] = {
+        "inner_size": [16, 16],
+        "attention": "channels",
+        "input_residual": False,
+    }
 
     def __init__(
         self,

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from umamba.planning.footprint import GIB, StepCheck
 from umamba.planning.plans import (
     Plans,
     check_plan,
     get_configuration,
+    network_builder,
     preprocessed_folder,
     read_json,
     replan,
@@ -86,7 +88,7 @@ def fit_to_time(
     def choose(share: float) -> tuple[Fit, float, float]:
         """The size for what is left beside validation, its seconds, and those of validation."""
         left = seconds - OVERHEAD_SECONDS - share
-        found = fit(_sizes(part), measure, max(left, 1.0), memory)
+        found = fit(sizes_of(part), measure, max(left, 1.0), memory)
         size = found.candidate
         recipe = budget_recipe(found.n_iterations, size.batch_size, n_training, left, is_named)
         needed = validation_seconds(
@@ -129,7 +131,7 @@ def days_of_training(plans: Plans, configuration: str, n_iterations: int, device
     Measured is the narrowest network at the planned patch, and scaled by the arithmetic.
     """
     part = get_configuration(plans, configuration)
-    same_patch = [size for size in _sizes(part) if list(size.patch_size) == part["patch_size"]]
+    same_patch = [size for size in sizes_of(part) if list(size.patch_size) == part["patch_size"]]
     narrow = min(same_patch, key=lambda size: size.cost)
     step = _measure(plans, configuration, narrow, device)
     return step.seconds / narrow.cost * n_iterations / 86400
@@ -151,11 +153,8 @@ def candidates(
     patch_size: Sequence[int],
     batch_size: int,
     strides: Sequence[Sequence[int]],
-    shares: Sequence[float] = (1.0, 0.5, 0.25),
 ) -> list[Candidate]:
     """Sizes from the smallest cost to the planned one: narrower networks, then smaller patches.
-
-    shares: of the planned widths, the networks to choose from.
 
     The batch is the smallest that nnU-Net plans with (2) in 3D; in 2D as many patches as hold
     2^17 pixels, at least 2 and at most the planned batch.
@@ -166,12 +165,43 @@ def candidates(
         batch = min(2, batch_size)
     planned = _work(features_per_stage, patch_size, batch_size)
     found: dict[tuple, Candidate] = {}
+    narrower = [tuple(min(f, _width(f * x)) for f in features_per_stage) for x in (0.5, 0.25)]
     for patch in _patches(patch_size, network_divisor(strides)):
-        for share in shares:
-            features = tuple(f if share == 1 else _width(f * share) for f in features_per_stage)
+        for features in (tuple(features_per_stage), *narrower):
             cost = _work(features, patch, batch) / planned
             found[(features, patch)] = Candidate(features, patch, batch, cost)
     return sorted(found.values(), key=lambda c: (math.prod(c.patch_size), c.cost))
+
+
+def sizes_of(part: Mapping[str, Any]) -> list[Candidate]:
+    """The candidates of a configuration, without widths that its network does not take.
+
+    Pretrained weights have the planned widths.
+    """
+    arguments = part["architecture"]["arch_kwargs"]
+    facts = part["planning"]
+    is_pretrained = bool(part.get("recipe", {}).get("pretrained"))
+
+    @functools.cache
+    def is_taken(features: tuple[int, ...]) -> bool:
+        if is_pretrained and list(features) != arguments["features_per_stage"]:
+            return False
+        architecture = {
+            **part["architecture"],
+            "arch_kwargs": {**arguments, "features_per_stage": list(features)},
+        }
+        channels, classes = facts["input_channels"], facts["num_classes"]
+        build = network_builder({"architecture": architecture}, channels, classes)
+        try:
+            with torch.device("meta"):
+                build()
+        except ValueError:
+            return False
+        return True
+
+    features, strides = arguments["features_per_stage"], arguments["strides"]
+    found = candidates(features, part["patch_size"], part["batch_size"], strides)
+    return [size for size in found if is_taken(size.features_per_stage)]
 
 
 def fit(
@@ -288,14 +318,6 @@ def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> 
         features_per_stage=size.features_per_stage,
     )
     return check_plan(changed, configuration, device)
-
-
-def _sizes(part: Mapping[str, Any]) -> list[Candidate]:
-    arguments = part["architecture"]["arch_kwargs"]
-    features, strides = arguments["features_per_stage"], arguments["strides"]
-    # Pretrained weights have the planned widths.
-    shares = {"shares": (1.0,)} if part.get("recipe", {}).get("pretrained") else {}
-    return candidates(features, part["patch_size"], part["batch_size"], strides, **shares)
 
 
 def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[int, ...]]:

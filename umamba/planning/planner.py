@@ -16,7 +16,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from umamba.networks.registry import get_entry
+from umamba.networks.registry import get_entry, list_networks
 from umamba.planning.footprint import (
     GIB,
     Footprint,
@@ -252,6 +252,11 @@ class UMambaPlanner(ExperimentPlanner):
             f"A training step of {name} at patch {_by(patch)} and batch {batch} needs about "
             f"{need / GIB:.1f} GB of {self.memory_gb:g} GB.",
         ]
+        arguments = plan["architecture"]["arch_kwargs"].items()
+        adapted = {k: v for k, v in arguments if self.entry.cls.planned_arguments.get(k) == v}
+        if adapted:
+            values = ", ".join(f"{key} {json.dumps(value)}" for key, value in adapted.items())
+            reasons.append(f"{name} as published is not for segmentation; we adapt it: {values}.")
         if need > self.memory_gb * GIB:
             logger.warning("%s: %s", plan["data_identifier"], reasons[-1])
             reasons.append("This is more than there is, and the patch cannot shrink any further.")
@@ -287,6 +292,7 @@ class UMambaPlanner(ExperimentPlanner):
         return existing
 
     def _select_configurations(self, found: dict[str, Any]) -> None:
+        possible = list(found)
         for name in list(found):
             if not self._is_wanted(name, 2 if name == "2d" else 3):
                 del found[name]
@@ -295,9 +301,12 @@ class UMambaPlanner(ExperimentPlanner):
             found.get("3d_lowres", {}).pop("next_stage", None)
         if not found:
             asked = ", ".join(self.wanted) or "any configuration"
+            dims = {2 if name == "2d" else 3 for name in possible}
+            fitting = sorted({name for d in dims for name in list_networks(d, controls=False)})
             raise ValueError(
                 f"{self.dataset_name} cannot be planned as {asked} with {self.entry.name}, which "
-                f"is a network for {' and '.join(f'{d}D' for d in self.entry.spatial_dims)}"
+                f"is a network for {' and '.join(f'{d}D' for d in self.entry.spatial_dims)}; its "
+                f"images allow {', '.join(possible)}, with one of {', '.join(fitting)}"
             )
 
     def _plan_cascade(self, configurations: dict[str, Any]) -> None:

@@ -25,9 +25,15 @@ def network_divisor(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def round_patch(patch_size: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:
-    """Returns the smallest patch that holds `patch_size` and is divisible by `divisor`."""
+    """Returns the smallest patch that holds `patch_size` and is divisible by `divisor`.
+
+    The deepest map gets two voxels at least: norms over the voxels fail on a single one.
+    """
     pairs = zip(patch_size, divisor, strict=True)
-    return tuple(max(-(-int(size) // step), 1) * step for size, step in pairs)
+    n_steps = [max(-(-int(size) // step), 1) for size, step in pairs]
+    if math.prod(n_steps) == 1:
+        n_steps[-1] = 2
+    return tuple(n * step for n, step in zip(n_steps, divisor, strict=True))
 
 
 def strides_for_axes(fixed_strides: Sequence[Sequence[int]], spatial_dims: int) -> Strides:
@@ -85,15 +91,16 @@ def network_arguments(
     """Returns arch_kwargs of a registered network from those of nnU-Net's planned U-Net.
 
     A network with fixed strides keeps its own numbers per stage; the user's arguments
-    (`network_args`) go before the name's (a control's mixer), and these before the planner's
-    (`stock`). The user's strides bring their own stages, and numbers per stage are fitted to them.
+    (`network_args`) go before the name's (a control's mixer), these before the class's
+    `planned_arguments`, and these before the planner's (`stock`). The user's strides bring their
+    own stages, and numbers per stage are fitted to them.
     """
     block: dict[str, Any]
     if entry.fixed_strides is None:
         block = {key: stock[key] for key in SHARED_ARGUMENTS if key in entry.keywords}
     else:
         block = entry.own_stages(dims)
-    block |= {**entry.arguments, **network_args}
+    block |= {**entry.cls.planned_arguments, **entry.arguments, **network_args}
     if "strides" in network_args:
         block["strides"] = strides_for_axes(network_args["strides"], dims)
         if "kernel_sizes" in block and "kernel_sizes" not in network_args:
