@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -108,15 +107,16 @@ def run_stock(dataset: Path, work: Path, n_iterations: int) -> dict:
 
 def timed(command: list[str], variables: dict[str, str]) -> dict:
     """Runs a command; wall and CPU seconds of its tree, peak memory (GiB) of one process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
-    subprocess.run(command, check=True, env=os.environ | variables)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    process = subprocess.Popen(command, env=os.environ | variables)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     return {
         "wall_seconds": round(time.monotonic() - started, 1),
-        "cpu_seconds": round(cpu, 1),
-        "peak_gib": round(after.ru_maxrss / 2**20, 2),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
     }
 
 
