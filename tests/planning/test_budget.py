@@ -98,6 +98,8 @@ def test_measuring_takes_a_small_share_of_the_time():
 
 def test_a_short_schedule_is_adamw_with_cosine_and_a_long_one_nnunets():
     short = budget.budget_recipe(1000, 2, 160, 700.0)
+    assert short["initial_lr"] == 3e-3
+    assert budget.budget_recipe(1000, 2, 160, 700.0, 1e-3)["initial_lr"] == 1e-3
     assert (short["optimizer"], short["schedule"], short["augmentation"]) == (
         "adamw",
         "cosine",

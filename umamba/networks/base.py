@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from umamba.networks.state_dict import KeyMap, Row
 
+SHORT_TRAINING_LR = 3e-3
+
 
 class SegmentationNetwork(nn.Module):
     """A network from (B, input_channels, *spatial) to logits (B, num_classes, *spatial).
@@ -26,13 +28,15 @@ class SegmentationNetwork(nn.Module):
     fewer outputs declares its own scales, which our trainer takes and the stock trainer ignores.
 
     planned_arguments: what plans give in place of the constructor's defaults, where a network as
-    published is not one for segmentation.
+    published is not one for segmentation. short_training_lr: AdamW's learning rate where plans are
+    made for a short time.
     """
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
     fixed_strides: ClassVar[tuple[tuple[int, ...], ...] | None] = None
     pretrained_files: ClassVar[tuple[str, ...]] = ()  # of the catalogue, the authors' choice first
     planned_arguments: ClassVar[Mapping[str, Any]] = {}
+    short_training_lr: ClassVar[float] = SHORT_TRAINING_LR
 
     encoder: Any  # a module, or several
     decoder: nn.Module

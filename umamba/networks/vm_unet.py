@@ -62,6 +62,7 @@ class VMUNet(SegmentationNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
+    short_training_lr = 1e-3  # at 3e-3 it does not begin to learn before the rate has come down
     pretrained_files = ("vssm_small", "vssm_tiny")
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pydoc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from umamba.networks.base import SHORT_TRAINING_LR
 from umamba.planning.footprint import GIB, StepCheck
 from umamba.planning.plans import (
     Plans,
@@ -80,6 +82,11 @@ def fit_to_time(
     memory = None if memory_gb is None else int(memory_gb * GIB)
     n_axes = len(part["patch_size"])
     is_named = part.get("recipe", {}).get("name") is not None
+    network_class = pydoc.locate(part["architecture"]["network_class_name"])
+    lr = getattr(network_class, "short_training_lr", SHORT_TRAINING_LR)
+    recipe_for = functools.partial(
+        budget_recipe, n_cases=n_training, initial_lr=lr, is_named=is_named
+    )
 
     @functools.cache
     def measure(size: Candidate) -> StepCheck:
@@ -90,7 +97,7 @@ def fit_to_time(
         left = seconds - OVERHEAD_SECONDS - share
         found = fit(sizes_of(part), measure, max(left, 1.0), memory)
         size = found.candidate
-        recipe = budget_recipe(found.n_iterations, size.batch_size, n_training, left, is_named)
+        recipe = recipe_for(found.n_iterations, size.batch_size, train_seconds=left)
         needed = validation_seconds(
             shapes,
             n_validation,
@@ -119,7 +126,7 @@ def fit_to_time(
         patch_size=size.patch_size,
         batch_size=size.batch_size,
         features_per_stage=size.features_per_stage,
-        recipe=budget_recipe(n_iterations, size.batch_size, n_training, train_seconds, is_named),
+        recipe=recipe_for(n_iterations, size.batch_size, train_seconds=train_seconds),
         reason=f"{_explain(found, max(left, 1.0))}; {train_seconds / 60:.1f} min of training, "
         f"{share / 60:.1f} min kept for validation",
     )
@@ -252,7 +259,12 @@ def fit(
 
 
 def budget_recipe(
-    n_iterations: int, batch_size: int, n_cases: int, train_seconds: float, is_named: bool = False
+    n_iterations: int,
+    batch_size: int,
+    n_cases: int,
+    train_seconds: float,
+    initial_lr: float = SHORT_TRAINING_LR,
+    is_named: bool = False,
 ) -> dict:
     """The recipe for `n_iterations` steps in `train_seconds`, as a plain dict for the plans.
 
@@ -271,7 +283,7 @@ def budget_recipe(
     }
     if is_long or is_named:
         return recipe
-    recipe |= {"optimizer": "adamw", "initial_lr": 3e-3, "weight_decay": 1e-2}
+    recipe |= {"optimizer": "adamw", "initial_lr": initial_lr, "weight_decay": 1e-2}
     recipe |= {"schedule": "cosine", "warmup": 0.05}
     if n_iterations * batch_size / max(1, n_cases) < FULL_AUGMENTATION_PASSES:
         # Mirrored patches are another task to learn: they cost a short schedule more than the
