@@ -9,8 +9,8 @@ kept in FOLDER/rows and skipped when the command is given again, so it may be st
 and several may run side by side with other rows. A row whose run fails keeps the error and is tried
 again. With `--matched` each row NAME is, instead, NAME's network without its scan, trained with the
 plan and for as many iterations as the finished row NAME: what the Mamba layers do at equal
-iterations, not at equal time. CPU seconds are those of the process tree, peak memory that of its
-largest process.
+iterations, not at equal time. CPU seconds are those of the process tree, peak memory that of
+the training process.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def outcome(command: list[str], work: Path, name: str, configuration: str) -> di
     plan = json.loads((fold.parent / "plans.json").read_text())["configurations"][configuration]
     chosen = {key: plan[key] for key in ("patch_size", "batch_size")}
     chosen["features_per_stage"] = plan["architecture"]["arch_kwargs"].get("features_per_stage")
-    cost = {key: training[key] for key in ("parameters", "iterations")}
+    cost = {key: training[key] for key in ("parameters", "iterations", "peak_gib")}
     return figures | cost | chosen | dice_of(fold)
 
 
