@@ -2,6 +2,7 @@
 
 import io
 import logging
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from umamba.evaluation.images import read_view
 from umamba.evaluation.overlap import Label, label_mask, label_values
-from umamba.evaluation.tables import case_of, label_of_key, mean_per_case, values_per_case
+from umamba.evaluation.tables import case_of, mean_per_case, values_per_case
 from umamba.report.figures import colour_of
 from umamba.report.html import (
     Markup,
@@ -82,7 +83,7 @@ def _pictures(run: Run, case: str, raw: Path | None, references: Path | None) ->
     given.append(Path(entry.get("reference_file") or name))
     predictions = [fold.folder / "validation" / name for fold in run.validated]
     predictions.append(Path(entry.get("prediction_file") or name))
-    labels = [label_of_key(key) for key in run.summary["label_names"]]
+    labels = [literal_eval(key) for key in run.summary["label_names"]]
     files = _first_file(images), _first_file(given), _first_file(predictions)
     try:
         pictures = draw_case(*files, labels)

@@ -1,7 +1,6 @@
 """Builds the report of one or several runs: a single HTML file that needs nothing else."""
 
 import contextlib
-import os
 import platform
 import re
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umamba.evaluation.statistics import compare_summaries
-from umamba.evaluation.tables import mean_per_case, spread_of
+from umamba.evaluation.tables import mean_per_case, spread_of, write_whole
 from umamba.report import figures
 from umamba.report.cases import cases_section
 from umamba.report.html import (
@@ -77,13 +76,7 @@ def build_report(
         parts += body
     parts.append(_versions())
     page_title = f"{dataset}: {', '.join(run.network for run in runs)}"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(document(page_title, joined(*parts)), encoding="utf-8")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(output, document(page_title, joined(*parts)))
     return output
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umamba.evaluation.summary import labels_of_dataset
-from umamba.evaluation.tables import label_key, spread_of, values_per_case
+from umamba.evaluation.tables import spread_of, values_per_case
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
         labels = labels_of_dataset(dataset_json)[0]
     except ValueError:
         labels = {}
-    label_names = {label_key(label): name for name, label in labels.items()}
+    label_names = {str(label): name for name, label in labels.items()}
     validated = [fold for fold in folds if fold.summary]
     return Run(
         folder=model_folder,
