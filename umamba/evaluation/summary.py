@@ -212,12 +212,8 @@ def _cases_in(folder: Path, ending: str) -> set[str]:
     return {name.removesuffix(ending) for name in names if name.endswith(ending)}
 
 
-def _named_labels(labels: Sequence[Label] | Mapping[str, Label]) -> dict[str, Label]:
-    items = labels.items() if isinstance(labels, Mapping) else ((None, label) for label in labels)
-    named: dict[str, Label] = {}
-    for name, label in items:
-        value = int(label) if np.isscalar(label) else tuple(int(v) for v in label)  # type: ignore
-        named[name if name is not None else str(value)] = value
+def _named_labels(labels: Sequence[Label] | Mapping[str, Label]) -> Mapping[str, Label]:
+    named = labels if isinstance(labels, Mapping) else {str(label): label for label in labels}
     if not named or any(v < 0 for value in named.values() for v in label_values(value)):
         raise ValueError(f"labels {labels}: give at least one label, whole numbers from 0 up")
     return named
