@@ -81,7 +81,6 @@ def build_report(
 
 
 def _lead(run: Run) -> Markup:
-    """Returns the run in one sentence."""
     parts: list[Any] = [element("strong", run.network), f", configuration {run.configuration}"]
     if run.seconds is not None:
         parts.append(f", trained for {duration(run.seconds)}")
@@ -132,7 +131,6 @@ def _paired(base: Run, run: Run) -> list[Markup]:
 
 
 def _tiles(run: Run) -> Markup:
-    """Returns the figures that one looks for first."""
     tiles = []
     if run.summary:
         more = {"NSD": f"at {run.summary['tolerance']}"}
@@ -258,14 +256,14 @@ def _plan(run: Run) -> Markup:
     if not part:
         sentence = "plans.json is missing or does not know this configuration."
         return section("Plan", missing(sentence))
-    planning, recipe = part.get("planning", {}), part.get("recipe")
+    planning, architecture = part.get("planning", {}), part.get("architecture", {})
     memory = stock = ""
     if "training_bytes" in planning:
         need = planning["training_bytes"] / 2**30
         memory = f"{need:.1f} GB of {planning['memory_gb']:g} GB"
         stock = f"{by(planning['nnunet_patch_size'])}, {planning['nnunet_batch_size']}"
     rows = {
-        "network": f"{run.network} ({run.network_class})",
+        "network": f"{run.network} ({architecture.get('network_class_name', '')})",
         "configuration": run.configuration,
         "patch size (z, y, x)": by(part.get("patch_size")),
         "batch size": part.get("batch_size"),
@@ -279,9 +277,8 @@ def _plan(run: Run) -> Markup:
     reasons = [element("li", reason) for reason in planning.get("reasons", [])]
     parts = [element("ul", *reasons, css="reasons")] if reasons else []
     parts.append(facts(rows))
-    arguments = part.get("architecture", {}).get("arch_kwargs", {})
-    parts.append(details("Arguments of the network", facts(arguments)))
-    if recipe:
+    parts.append(details("Arguments of the network", facts(architecture.get("arch_kwargs", {}))))
+    if recipe := part.get("recipe"):
         parts.append(details("Training recipe", facts(spaced(recipe))))
     else:
         parts.append(note("The training recipe is nnU-Net's own."))
@@ -289,7 +286,6 @@ def _plan(run: Run) -> Markup:
 
 
 def _data(run: Run) -> Markup:
-    """Returns what the network was trained on."""
     dataset, plans = run.dataset_json, run.plans
     if not dataset:
         return section("Data", missing("dataset.json is missing in the model folder."))

@@ -40,7 +40,6 @@ class Run:
 
     folder: Path
     network: str  # the registered name if the plans know it, else the name of the class
-    network_class: str
     plans_name: str
     configuration: str
     dataset_name: str
@@ -92,7 +91,6 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=model_folder,
         network=ours.get("network") or network_class.rsplit(".", 1)[-1] or "unknown network",
-        network_class=network_class,
         plans_name=plans.get("plans_name", plans_name),
         configuration=configuration,
         dataset_name=plans.get("dataset_name", model_folder.parent.name),
