@@ -296,7 +296,7 @@ def _check_tiff_pages(path: Path) -> None:
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
-        tiff.filehandle.seek(tiff.pages.next_page_offset)
+        tiff.filehandle.seek(tiff.pages.next_page_offset or 0)
         end = tiff.filehandle.read(tiff.tiff.offsetsize)
     if any(end) or len(end) < tiff.tiff.offsetsize:
         raise UnreadableImageError(path, "is cut short: pages are missing")
@@ -313,7 +313,6 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def _digest_of(array: np.ndarray) -> bytes:
-    """Return a digest of shape and values."""
     content = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
     content.update(str(array.shape).encode())
     return content.digest()
