@@ -43,7 +43,7 @@ def test_an_nnunet_folder_is_linked_file_by_file_under_its_own_name(tmp_path):
     source = make_nnunet(tmp_path / "Dataset123_Knee")
     before = files(source)
     raw, place = prepare_dataset(str(source), tmp_path / "W")
-    assert (raw.dataset_id, raw.name) == (123, "Dataset123_Knee")
+    assert raw.name == "Dataset123_Knee"
     assert raw.folder == place.raw / "Dataset123_Knee"
     assert not raw.folder.is_symlink()
     image = raw.folder / "imagesTr" / "a0_0000.nii.gz"

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from umamba.evaluation.overlap import OVERLAP_METRICS, overlap_metrics
+from umamba.evaluation.overlap import OVERLAP_METRICS, compare_labels
+
+
+def overlap_metrics(*maps_and_labels) -> dict:
+    return {label: metrics for label, metrics, _, _ in compare_labels(*maps_and_labels)}
 
 
 @pytest.fixture

@@ -72,8 +72,8 @@ def test_slice_with_most_disagreement_is_drawn_head_up(tmp_path: Path) -> None:
         for name, array in (("i", image), ("r", reference), ("p", prediction))
     ]
     pictures = draw_case(*files, [1])
-    assert [picture.plane for picture in pictures] == ["axial", "coronal", "sagittal"]
-    sagittal = imread(io.BytesIO(pictures[2].png))[..., :3].mean(axis=-1)
+    assert [plane for plane, _ in pictures] == ["axial", "coronal", "sagittal"]
+    sagittal = imread(io.BytesIO(pictures[2][1]))[..., :3].mean(axis=-1)
     height, width = sagittal.shape
     assert height > width  # 20 slices of 2 mm against 24 pixels of 1 mm
     assert sagittal[: height // 8].mean() > sagittal[-height // 8 :].mean() + 0.3

@@ -97,10 +97,8 @@ def map_labels(source: Path, target: Path, mapping: dict[int, int]) -> None:
     """
     if ending_of(source) in PIXELS:
         values = label_pixels(read_pixels(source))
-    elif ending_of(source) in NIFTI:
-        values = read_image(source, nibabel_geometry=True, is_label=True).values()[0]
     else:
-        values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(source)))
+        values = read_image(source, nibabel_geometry=True, is_label=True).values()[0]
     mapped = np.zeros(values.shape, np.uint8 if max(mapping.values()) < 255 else np.uint16)
     for old, new in mapping.items():
         mapped[values == old] = new

@@ -40,10 +40,6 @@ class RawDataset:
     def name(self) -> str:
         return self.folder.name
 
-    @property
-    def dataset_id(self) -> int:
-        return _id(self.name)
-
 
 def prepare_dataset(
     spec: str, workspace: str | Path | None = None, *, strict: bool = True

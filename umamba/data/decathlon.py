@@ -75,12 +75,11 @@ def _link_image(linked: LinkedFolder, image: Path, where: str, n_channels: int) 
     identifier, ending = _parts(image)
     if not image.is_file():
         files = [image.with_name(f"{identifier}_{i:04d}{ending}") for i in range(n_channels)]
-        absent = [file for file in files if not file.is_file()]
-        for file in files:
-            if file not in absent:
-                linked.link(f"{where}/{file.name}", file)
+        there = [file for file in files if file.is_file()]
+        for file in there:
+            linked.link(f"{where}/{file.name}", file)
         cure = f"restore it or remove its entry from {linked.source / 'dataset.json'}"
-        for file in absent if len(absent) < n_channels else [image]:
+        for file in [f for f in files if f not in there] if there else [image]:
             linked.faults.add(file, "is missing", cure)
         return False
     n_volumes = count_volumes(image)

@@ -47,16 +47,6 @@ class _Pairs:
         return [path for files in self.images.values() for path in files.values()]
 
 
-@dataclass
-class _Labels:
-    """names: name -> value for nnU-Net; mapping: value in the masks -> that value;
-    values: what each mask holds, empty where the audit must name the file."""
-
-    names: dict[str, int]
-    mapping: dict[int, int]
-    values: dict[str, list[int]]
-
-
 def find_bare_folders(folder: Path) -> tuple[Path, Path] | None:
     """Return the image and the label folder, None when the folder is of another kind."""
     images = [folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()]
@@ -88,17 +78,18 @@ def link_bare_folders(linked: LinkedFolder, images: Path, labels: Path) -> dict[
             case, i = _case_and_channel(parts[0], pairs.has_suffixes)
             if i in channels:
                 _link_image(linked, pairs, f"imagesTs/{case}", channels.index(i), path)
-    table = _read_labels(linked, list(pairs.labels.values()))
-    _link_labels(linked, pairs, table)
+    values = _values_per_file(linked, list(pairs.labels.values()))
+    names, mapping = _number_labels(linked, labels, values)
+    _link_labels(linked, pairs, values, mapping)
     n_channels = max(len(channels), pairs.n_colors, pairs.n_volumes)
     dataset_json = {
         "channel_names": _channel_names(linked, n_channels),
-        "labels": table.names,
+        "labels": names,
         "numTraining": len(pairs.images),
         "file_ending": pairs.ending,
     }
-    if any(old != new for old, new in table.mapping.items()):
-        dataset_json["label_values_in_source"] = {str(v): n for v, n in table.mapping.items()}
+    if any(old != new for old, new in mapping.items()):
+        dataset_json["label_values_in_source"] = {str(old): new for old, new in mapping.items()}
     return dataset_json
 
 
@@ -189,18 +180,19 @@ def _link_image(linked: LinkedFolder, pairs: _Pairs, stem: str, channel: int, pa
         linked.faults.add(path, what, "use one format for all images")
 
 
-def _link_labels(linked: LinkedFolder, pairs: _Pairs, table: _Labels) -> None:
+def _link_labels(
+    linked: LinkedFolder, pairs: _Pairs, values: dict[str, list[int]], numbers: dict[int, int]
+) -> None:
     for case, path in pairs.labels.items():
         name, ending = f"labelsTr/{case}{pairs.ending}", ending_of(path)
-        values = table.values[str(path)]
-        mapping = {value: table.mapping.get(value, value) for value in values}
+        mapping = {value: numbers.get(value, value) for value in values[str(path)]}
         needs_map = any(old != new for old, new in mapping.items())
         needs_gray = ending in NATURAL_ENDINGS and convert.count_colors(path) != 1
         is_same = convert.is_same_format(ending, pairs.ending)
         if not convert.can_convert(ending, pairs.ending):
             what = f"is a {ending} label for {pairs.ending} images"
             linked.faults.add(path, what, "use one kind of format for both")
-        elif values and (needs_gray or needs_map or not is_same):
+        elif mapping and (needs_gray or needs_map or not is_same):
             make = partial(convert.map_labels, path, mapping=mapping)
             linked.convert(name, path, f"labels {mapping}", make)
         elif is_same:
@@ -218,13 +210,14 @@ def _link_spacing(linked: LinkedFolder, stem: str, path: Path) -> None:
         linked.link(f"{stem}.json", aside)
 
 
-def _read_labels(linked: LinkedFolder, paths: list[Path]) -> _Labels:
-    """Read the masks (those that are new or changed) and number their values 0, 1, 2, ...
+def _number_labels(
+    linked: LinkedFolder, folder: Path, values: dict[str, list[int]]
+) -> tuple[dict[str, int], dict[int, int]]:
+    """Return name -> value for nnU-Net, and value in the masks -> that value.
 
     Names come from labels.json beside the folders. Raises ValueError when it is broken, or when
     the masks hold instances.
     """
-    values = _values_per_file(linked, paths)
     seen = {value for found in values.values() for value in found}
     file = linked.source / "labels.json"
     given = _read_names(file)
@@ -238,7 +231,7 @@ def _read_labels(linked: LinkedFolder, paths: list[Path]) -> _Labels:
                 linked.faults.add(path, what, "name them there or correct the mask")
     elif len(seen) > MOST_LABELS:
         raise ValueError(
-            f"The masks in {paths[0].parent} hold {len(seen)} different values; they look like "
+            f"The masks in {folder} hold {len(seen)} different values; they look like "
             "instances or gray levels: save one value per class, or name the values in labels.json"
         )
     else:
@@ -256,10 +249,11 @@ def _read_labels(linked: LinkedFolder, paths: list[Path]) -> _Labels:
     if changed:
         linked.notes.append(f"Label values are renumbered in copies: {_few(changed)}.")
     names = {"background": 0, **{name: mapping[value] for _, value, name in ordered}}
-    return _Labels(names, mapping, values)
+    return names, mapping
 
 
 def _values_per_file(linked: LinkedFolder, paths: list[Path]) -> dict[str, list[int]]:
+    """Return `_values` of each mask, read anew where it has changed."""
     known = linked.memory.get("label_values", {})
     stamps = {str(path): list(stamp_of(path)) for path in paths}
     todo = [path for path in paths if known.get(str(path), [None])[0] != stamps[str(path)]]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK
+from scipy.spatial import cKDTree
 
 from umamba.data.links import replacing, write_json
 
@@ -53,8 +54,8 @@ def make_case(
     in_plane = rng.uniform(0.9, 1.2)
     spacing = np.array([rng.uniform(1.6, 2.4), in_plane, in_plane])
     middle = (np.array(shape) - 1) / 2
-    mm = (np.indices(shape) - _as_column(middle)) * _as_column(spacing)  # (3, z, y, x)
-    mm -= rng.uniform(-2, 2, (3, 1, 1, 1))
+    mm = (np.moveaxis(np.indices(shape), 0, -1) - middle) * spacing  # (z, y, x, 3)
+    mm -= rng.uniform(-2, 2, 3)
     size = rng.uniform(0.9, 1.1)
     soft = float(spacing.mean()) / 2
     image = np.zeros(shape)
@@ -72,7 +73,7 @@ def make_case(
     paint(_ellipsoid(mm, place(0, 0, 0), size * np.array([60, 26, 27])), BODY, 0)
     t = np.linspace(-1, 1, 48)
     bone = np.stack([58 * t, 17 + 2 * t**2, rng.uniform(-3, 3) * t], axis=1)
-    paint(_tube(mm, size * bone, 4.5 * size), BONE, 0)
+    paint(cKDTree(size * bone).query(mm)[0] - 4.5 * size, BONE, 0)
     organ = place(8, -6, -8)
     radii = size * np.array([17, 12, 13]) * rng.uniform(0.88, 1.12, 3)
     organ_distance = _ellipsoid(mm, organ, radii, rng.uniform(-0.4, 0.4))
@@ -84,7 +85,8 @@ def make_case(
     bend, phase = rng.uniform(3, 6), rng.uniform(0, 2 * np.pi)
     y, x = 6 + bend * np.sin(2.5 * t + phase) / 2, 3 + bend * np.cos(2.0 * t + phase)
     vessel = size * np.stack([55 * t, y, x], axis=1)
-    paint(_tube(mm, vessel, rng.uniform(2.4, 3.0) * size), VESSEL, LABELS["vessel"])
+    vessel_distance = cKDTree(vessel).query(mm)[0] - rng.uniform(2.4, 3.0) * size
+    paint(vessel_distance, VESSEL, LABELS["vessel"])
     if has_lesion:
         center = organ + size * rng.uniform(-4.5, 4.5, 3)
         lesion = _ellipsoid(mm, center, size * rng.uniform(3.2, 4.8, 3))
@@ -96,34 +98,20 @@ def make_case(
     return first, second
 
 
-def _as_column(values: np.ndarray) -> np.ndarray:
-    """Return (z, y, x) values in the shape (3, 1, 1, 1)."""
-    return values.reshape(3, 1, 1, 1)
-
-
 def _ellipsoid(
     mm: np.ndarray, center: np.ndarray, radii: np.ndarray, turn: float = 0.0
 ) -> np.ndarray:
     """Return the signed distance (mm, first order) to an ellipsoid turned in the axial plane."""
-    z, y, x = mm - _as_column(center)
-    y, x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
-    r = np.sqrt((z / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2)
-    return (r - 1) * float(np.min(radii))
-
-
-def _tube(mm: np.ndarray, line: np.ndarray, radius: float) -> np.ndarray:
-    """Return the signed distance (mm) to a tube around the points of `line` (n, 3)."""
-    nearest = np.full(mm.shape[1:], np.inf)
-    for point in line:
-        np.minimum(nearest, ((mm - _as_column(point)) ** 2).sum(0), out=nearest)
-    return np.sqrt(nearest) - radius
+    c, s = np.cos(turn), np.sin(turn)
+    turned = (mm - center) @ np.array([[1, 0, 0], [0, c, s], [0, -s, c]])
+    return (np.linalg.norm(turned / radii, axis=-1) - 1) * float(np.min(radii))
 
 
 def _bias(rng: np.random.Generator, mm: np.ndarray) -> np.ndarray:
     """Return a smooth factor between about 0.8 and 1.2."""
-    unit = mm / np.abs(mm).max(axis=(1, 2, 3), keepdims=True)
+    unit = mm / np.abs(mm).max(axis=(0, 1, 2))
     slope, curve = rng.uniform(-0.12, 0.12, 3), rng.uniform(-0.08, 0.08, 3)
-    return 1 + np.tensordot(slope, unit, 1) + np.tensordot(curve, unit**2, 1)
+    return 1 + unit @ slope + unit**2 @ curve
 
 
 def _with_geometry(

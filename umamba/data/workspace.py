@@ -45,7 +45,7 @@ class Workspace:
 
     def describe(self) -> str:
         """Return one line that says where everything goes and why there."""
-        if self == _below(self.root, self.chosen_by):
+        if self == _workspace(self.root, self.chosen_by):
             return f"Workspace {self.root} ({self.chosen_by})"
         return (
             f"Workspace raw {self.raw}, preprocessed {self.preprocessed}, "
@@ -86,14 +86,10 @@ def resolve_workspace(
     return _workspace(root, "the dataset's folder cannot be written to")
 
 
-def _below(root: Path, chosen_by: str) -> Workspace:
-    return Workspace(root, root / "raw", root / "preprocessed", root / "results", chosen_by)
-
-
 def _workspace(root: Path, chosen_by: str) -> Workspace:
     if root.exists() and not root.is_dir():
         raise ValueError(f"The workspace {root} is a file; name a folder with --workspace DIR")
-    return _below(root, chosen_by)
+    return Workspace(root, root / "raw", root / "preprocessed", root / "results", chosen_by)
 
 
 def _from_variables() -> Workspace | None:

@@ -12,31 +12,18 @@ Label = int | tuple[int, ...]
 OVERLAP_METRICS = ("Dice", "IoU", "TP", "FP", "FN", "TN", "n_pred", "n_ref")
 
 
-def overlap_metrics(
-    reference: np.ndarray,
-    prediction: np.ndarray,
-    labels: Collection[Label],
-    ignore_label: int | None = None,
-) -> dict[Label, dict[str, float]]:
-    """Returns OVERLAP_METRICS of every label or region (a tuple of labels) of two label maps.
-
-    Voxels that carry `ignore_label` in the reference count nowhere. Dice and IoU are nan where
-    neither map holds the label, the rule of nnU-Net; where only one holds it they are 0.
-    Raises ValueError when the shapes differ.
-    """
-    compared = compare_labels(reference, prediction, labels, ignore_label)
-    return {label: metrics for label, metrics, _, _ in compared}
-
-
 def compare_labels(
     reference: np.ndarray,
     prediction: np.ndarray,
     labels: Collection[Label],
-    ignore_label: int | None,
+    ignore_label: int | None = None,
 ) -> Iterator[tuple[Label, dict[str, float], np.ndarray, np.ndarray]]:
-    """Yields each label, its `overlap_metrics` and its masks in reference and prediction.
+    """Yields each label or region, its OVERLAP_METRICS, its masks in reference and prediction.
 
     The masks are cut to the box that holds the label in both maps, with a margin of one voxel.
+    Voxels that carry `ignore_label` in the reference count nowhere. Dice and IoU are nan where
+    neither map holds the label, the rule of nnU-Net; where only one holds it they are 0.
+    Raises ValueError when the shapes differ.
     """
     if reference.shape != prediction.shape:
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 from umamba.evaluation.images import read_geometry, read_label_map
 from umamba.evaluation.overlap import Label, compare_labels, label_values
 from umamba.evaluation.surface import surface_metrics
-from umamba.evaluation.tables import label_key, summarize, write_summary
+from umamba.evaluation.tables import summarize, write_summary
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def evaluate_folder(
     if not results:
         raise ValueError("no case could be evaluated:\n" + "\n".join(f["error"] for f in failed))
     rules = {
-        "tolerance_mm": {label_key(label): mm for label, mm in tolerances.items()},
+        "tolerance_mm": {str(label): mm for label, mm in tolerances.items()},
         "ignore_label": ignore_label,
         "both_empty": "undefined, left out of every mean",
         "one_empty": f"Dice 0, IoU 0, NSD 0; HD95 and ASSD {_ONE_EMPTY[one_empty_hd95]}",
@@ -88,9 +88,9 @@ def evaluate_folder(
     }
     if ignore_label is not None:
         rules["ignored_voxels"] = "belong to no mask, neither in overlap nor in surfaces"
-    summary = summarize(results, list(map(label_key, tolerances))) | {
+    summary = summarize(results, list(map(str, tolerances))) | {
         "rules": rules,
-        "label_names": {label_key(label): name for name, label in named.items()},
+        "label_names": {str(label): name for name, label in named.items()},
         "failed": failed,
     }
     write_summary(summary, output if output is not None else predictions)
@@ -153,7 +153,7 @@ def _evaluate_case(
         values |= surface_metrics(ref, pred, spacing, tolerances[label], voxel_count)
         if diagonal and math.isinf(values["HD95"]):
             values["HD95"] = values["ASSD"] = extent
-        metrics[label_key(label)] = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        metrics[str(label)] = {n: v if math.isfinite(v) else None for n, v in values.items()}
     return {
         "case": case,
         "reference_file": str(reference_file),
@@ -212,12 +212,8 @@ def _cases_in(folder: Path, ending: str) -> set[str]:
     return {name.removesuffix(ending) for name in names if name.endswith(ending)}
 
 
-def _named_labels(labels: Sequence[Label] | Mapping[str, Label]) -> dict[str, Label]:
-    items = labels.items() if isinstance(labels, Mapping) else ((None, label) for label in labels)
-    named: dict[str, Label] = {}
-    for name, label in items:
-        value = int(label) if np.isscalar(label) else tuple(int(v) for v in label)  # type: ignore
-        named[name if name is not None else label_key(value)] = value
+def _named_labels(labels: Sequence[Label] | Mapping[str, Label]) -> Mapping[str, Label]:
+    named = labels if isinstance(labels, Mapping) else {str(label): label for label in labels}
     if not named or any(v < 0 for value in named.values() for v in label_values(value)):
         raise ValueError(f"labels {labels}: give at least one label, whole numbers from 0 up")
     return named
@@ -229,14 +225,14 @@ def _tolerances(
     """Returns the tolerance of NSD by label, mm."""
     if not isinstance(given, Mapping):
         given = {"default": given}
-    known = ["default", *named, *map(label_key, named.values())]
+    known = ["default", *named, *map(str, named.values())]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(
             f"tolerance for {', '.join(unknown)}: no such label; known: {sorted(known)}"
         )
     default = given.get("default", DEFAULT_TOLERANCE_MM)
-    chosen = {v: float(given.get(n, given.get(label_key(v), default))) for n, v in named.items()}
+    chosen = {v: float(given.get(n, given.get(str(v), default))) for n, v in named.items()}
     if any(not math.isfinite(tolerance) or tolerance < 0 for tolerance in chosen.values()):
         raise ValueError(f"tolerance {given}: must be a length of 0 mm or more")
     return chosen

@@ -212,23 +212,9 @@ def _outline(group: np.ndarray) -> np.ndarray:
 def _normals(outline: np.ndarray) -> np.ndarray:
     """Returns the normals of the triangles of the polygon, each as long as its area.
 
-    Where the polygon is not flat the largest triangles are taken: that gives the areas which the
-    `surface-distance` package tabulates.
+    Where the polygon is not flat, the fan of the largest triangles is taken: that gives the areas
+    which the `surface-distance` package tabulates.
     """
-    triangles = np.array(_triangulations(0, len(outline) - 1))  # (ways, triangles, corners)
-    a, b, c = (outline[triangles[..., corner]] for corner in range(3))
-    normals = np.cross(b - a, c - a) / 2
-    best: np.ndarray = normals[np.linalg.norm(normals, axis=-1).sum(axis=-1).argmax()]
-    return best
-
-
-def _triangulations(first: int, last: int) -> list[list[tuple[int, int, int]]]:
-    """Returns every way to cut the polygon first..last into triangles of its corners."""
-    if last - first < 2:
-        return [[]]
-    return [
-        [*left, (first, apex, last), *right]
-        for apex in range(first + 1, last)
-        for left in _triangulations(first, apex)
-        for right in _triangulations(apex, last)
-    ]
+    fans = [np.roll(outline, -first, axis=0) for first in range(len(outline))]
+    normals = [np.cross(fan[1:-1] - fan[0], fan[2:] - fan[0]) / 2 for fan in fans]
+    return max(normals, key=lambda normal: float(np.linalg.norm(normal, axis=-1).sum()))

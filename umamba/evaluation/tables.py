@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from umamba.evaluation.overlap import Label
-
 _SCORES = ("Dice", "IoU", "NSD", "NSD_voxel_count", "HD95", "ASSD")
 
 
 def summarize(results: Sequence[dict[str, Any]], labels: Iterable[str]) -> dict[str, Any]:
     """Returns nnU-Net's foreground_mean, mean and metric_per_case, and spread and empty.
 
-    results: entries of metric_per_case, at least one. labels: their keys as `label_key` spells.
+    results: entries of metric_per_case, at least one. labels: their keys ("1", "(1, 2)").
     """
     names = list(next(iter(results[0]["metrics"].values())))
     columns = {
@@ -58,9 +56,8 @@ def write_summary(summary: Mapping[str, Any], output: Path) -> None:
     output: the .json file, or a folder for summary.json.
     """
     file = output if output.suffix == ".json" else output / "summary.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(file, json.dumps(summary, indent=4, allow_nan=False) + "\n")
-    _write_whole(file.with_suffix(".csv"), _csv(summary))
+    write_whole(file, json.dumps(summary, indent=4, allow_nan=False) + "\n")
+    write_whole(file.with_suffix(".csv"), _csv(summary))
 
 
 def read_summary(file: Path) -> dict[str, Any]:
@@ -82,22 +79,18 @@ def read_summary(file: Path) -> dict[str, Any]:
 
 def values_per_case(summary: Mapping[str, Any], label: str, metric: str) -> dict[str, float]:
     """Returns case -> value of a label ("1", "(1, 2)"), without the undefined ones."""
-    values = {}
-    for entry in summary["metric_per_case"]:
-        value = entry["metrics"].get(label, {}).get(metric)
-        if value is not None:
-            values[case_of(entry)] = float(value)
-    return values
+    entries = summary["metric_per_case"]
+    found = {case_of(entry): entry["metrics"].get(label, {}).get(metric) for entry in entries}
+    return {case: float(value) for case, value in found.items() if value is not None}
 
 
 def mean_per_case(summary: Mapping[str, Any], metric: str = "Dice") -> dict[str, float]:
     """Returns case -> mean of the metric over the foreground labels that are defined in it."""
-    values = {}
-    for entry in summary["metric_per_case"]:
-        mean = _mean([m.get(metric) for label, m in entry["metrics"].items() if label != "0"])
-        if mean is not None:
-            values[case_of(entry)] = mean
-    return values
+    means = {
+        case_of(entry): _mean([m.get(metric) for key, m in entry["metrics"].items() if key != "0"])
+        for entry in summary["metric_per_case"]
+    }
+    return {case: mean for case, mean in means.items() if mean is not None}
 
 
 def case_of(entry: Mapping[str, Any]) -> str:
@@ -106,18 +99,6 @@ def case_of(entry: Mapping[str, Any]) -> str:
         return str(entry["case"])
     name = Path(entry["prediction_file"]).name
     return name[:-7] if name.endswith(".nii.gz") else name.rsplit(".", 1)[0]
-
-
-def label_key(label: Label) -> str:
-    """Returns the label as nnU-Net's summary spells it: "1", "(1, 2)"."""
-    return str(label)
-
-
-def label_of_key(key: str) -> Label:
-    """Returns the label that `label_key` spelled."""
-    if key.startswith("("):
-        return tuple(int(part) for part in key.strip("()").split(",") if part.strip())
-    return int(key)
 
 
 def _count_empty(n_ref: Sequence[int], n_pred: Sequence[int]) -> dict[str, int]:
@@ -147,7 +128,9 @@ def _csv(summary: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text file, whole or not at all; its folder is made where it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

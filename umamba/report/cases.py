@@ -2,9 +2,10 @@
 
 import io
 import logging
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from umamba.evaluation.images import read_view
 from umamba.evaluation.overlap import Label, label_mask, label_values
-from umamba.evaluation.tables import case_of, label_of_key, mean_per_case, values_per_case
+from umamba.evaluation.tables import case_of, mean_per_case, values_per_case
 from umamba.report.figures import colour_of
 from umamba.report.html import (
     Markup,
@@ -82,7 +83,7 @@ def _pictures(run: Run, case: str, raw: Path | None, references: Path | None) ->
     given.append(Path(entry.get("reference_file") or name))
     predictions = [fold.folder / "validation" / name for fold in run.validated]
     predictions.append(Path(entry.get("prediction_file") or name))
-    labels = [label_of_key(key) for key in run.summary["label_names"]]
+    labels = [literal_eval(key) for key in run.summary["label_names"]]
     files = _first_file(images), _first_file(given), _first_file(predictions)
     try:
         pictures = draw_case(*files, labels)
@@ -123,13 +124,6 @@ def _case_table(summary: Mapping[str, Any]) -> list[Markup]:
     return parts
 
 
-class Picture(NamedTuple):
-    """A plane of a case as PNG."""
-
-    plane: str
-    png: bytes
-
-
 def chosen_cases(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """Returns (what it is, case, mean Dice) of the best, the median and the worst case."""
     ranked = sorted(mean_per_case(summary).items(), key=lambda item: (-item[1], item[0]))
@@ -141,11 +135,12 @@ def chosen_cases(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 
 def draw_case(
     image_file: Path, reference_file: Path, prediction_file: Path, labels: Sequence[Label]
-) -> list[Picture]:
-    """Returns three planes of a volume, one of a 2D image, cut to the surroundings of the labels.
+) -> list[tuple[str, bytes]]:
+    """Returns three planes of a volume, one of a 2D image, as (name, PNG).
 
-    Each shows the slice in which reference and prediction disagree most. Raises FileNotFoundError
-    or ValueError where a file is missing, unreadable or of another shape than the image.
+    Each is cut to the surroundings of the labels and shows the slice in which reference and
+    prediction disagree most. Raises FileNotFoundError or ValueError where a file is missing,
+    unreadable or of another shape than the image.
     """
     image, reference, prediction = map(read_view, (image_file, reference_file, prediction_file))
     shape = image.array.shape[: len(image.spacing)]
@@ -178,7 +173,7 @@ def draw_case(
         if image.anatomical and axis > 0:
             planes = [plane[::-1] for plane in planes]  # the head is up
         pixel = [spacing[other] for other in others]
-        pictures.append(Picture("" if flat else names[axis], _draw(planes, pixel, labels, limits)))
+        pictures.append(("" if flat else names[axis], _draw(planes, pixel, labels, limits)))
     return pictures
 
 

@@ -1,7 +1,6 @@
 """Builds the report of one or several runs: a single HTML file that needs nothing else."""
 
 import contextlib
-import os
 import platform
 import re
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umamba.evaluation.statistics import compare_summaries
-from umamba.evaluation.tables import mean_per_case, spread_of
+from umamba.evaluation.tables import mean_per_case, spread_of, write_whole
 from umamba.report import figures
 from umamba.report.cases import cases_section
 from umamba.report.html import (
@@ -77,18 +76,11 @@ def build_report(
         parts += body
     parts.append(_versions())
     page_title = f"{dataset}: {', '.join(run.network for run in runs)}"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(document(page_title, joined(*parts)), encoding="utf-8")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(output, document(page_title, joined(*parts)))
     return output
 
 
 def _lead(run: Run) -> Markup:
-    """Returns the run in one sentence."""
     parts: list[Any] = [element("strong", run.network), f", configuration {run.configuration}"]
     if run.seconds is not None:
         parts.append(f", trained for {duration(run.seconds)}")
@@ -139,7 +131,6 @@ def _paired(base: Run, run: Run) -> list[Markup]:
 
 
 def _tiles(run: Run) -> Markup:
-    """Returns the figures that one looks for first."""
     tiles = []
     if run.summary:
         more = {"NSD": f"at {run.summary['tolerance']}"}
@@ -265,14 +256,14 @@ def _plan(run: Run) -> Markup:
     if not part:
         sentence = "plans.json is missing or does not know this configuration."
         return section("Plan", missing(sentence))
-    planning, recipe = part.get("planning", {}), part.get("recipe")
+    planning, architecture = part.get("planning", {}), part.get("architecture", {})
     memory = stock = ""
     if "training_bytes" in planning:
         need = planning["training_bytes"] / 2**30
         memory = f"{need:.1f} GB of {planning['memory_gb']:g} GB"
         stock = f"{by(planning['nnunet_patch_size'])}, {planning['nnunet_batch_size']}"
     rows = {
-        "network": f"{run.network} ({run.network_class})",
+        "network": f"{run.network} ({architecture.get('network_class_name', '')})",
         "configuration": run.configuration,
         "patch size (z, y, x)": by(part.get("patch_size")),
         "batch size": part.get("batch_size"),
@@ -286,9 +277,8 @@ def _plan(run: Run) -> Markup:
     reasons = [element("li", reason) for reason in planning.get("reasons", [])]
     parts = [element("ul", *reasons, css="reasons")] if reasons else []
     parts.append(facts(rows))
-    arguments = part.get("architecture", {}).get("arch_kwargs", {})
-    parts.append(details("Arguments of the network", facts(arguments)))
-    if recipe:
+    parts.append(details("Arguments of the network", facts(architecture.get("arch_kwargs", {}))))
+    if recipe := part.get("recipe"):
         parts.append(details("Training recipe", facts(spaced(recipe))))
     else:
         parts.append(note("The training recipe is nnU-Net's own."))
@@ -296,7 +286,6 @@ def _plan(run: Run) -> Markup:
 
 
 def _data(run: Run) -> Markup:
-    """Returns what the network was trained on."""
     dataset, plans = run.dataset_json, run.plans
     if not dataset:
         return section("Data", missing("dataset.json is missing in the model folder."))

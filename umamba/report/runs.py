@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umamba.evaluation.summary import labels_of_dataset
-from umamba.evaluation.tables import label_key, spread_of, values_per_case
+from umamba.evaluation.tables import spread_of, values_per_case
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ class Run:
 
     folder: Path
     network: str  # the registered name if the plans know it, else the name of the class
-    network_class: str
     plans_name: str
     configuration: str
     dataset_name: str
@@ -87,12 +86,11 @@ def read_run(folder: Path) -> Run:
         labels = labels_of_dataset(dataset_json)[0]
     except ValueError:
         labels = {}
-    label_names = {label_key(label): name for name, label in labels.items()}
+    label_names = {str(label): name for name, label in labels.items()}
     validated = [fold for fold in folds if fold.summary]
     return Run(
         folder=model_folder,
         network=ours.get("network") or network_class.rsplit(".", 1)[-1] or "unknown network",
-        network_class=network_class,
         plans_name=plans.get("plans_name", plans_name),
         configuration=configuration,
         dataset_name=plans.get("dataset_name", model_folder.parent.name),
