@@ -11,6 +11,7 @@ from umamba.evaluation.statistics import (
     compare_paired,
     compare_summaries,
     holm,
+    seed_spread,
     wilcoxon_p,
 )
 
@@ -98,3 +99,12 @@ def test_summaries_are_compared_by_label_with_holm_and_without_undefined_cases()
 def test_summaries_without_a_common_case_are_refused() -> None:
     with pytest.raises(ValueError, match="no case in common"):
         compare_summaries(summary_of({"a": {"1": 0.5}}), summary_of({"b": {"1": 0.5}}))
+
+
+def test_seed_spread_of_three_seeds_is_known() -> None:
+    spread = seed_spread([0.80, 0.82, 0.84])
+    assert spread.mean == pytest.approx(0.82)
+    assert spread.std == pytest.approx(0.02)
+    assert spread.interval[1] == pytest.approx(0.82 + 4.302653 * 0.02 / 3**0.5)
+    with pytest.raises(ValueError, match="at least two"):
+        seed_spread([0.8])

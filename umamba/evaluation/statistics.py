@@ -1,4 +1,4 @@
-"""Paired statistics of two evaluations on the same cases.
+"""Paired statistics of two evaluations on the same cases, and the spread over seeds.
 
 The unit of every test is the case: voxels and classes of one case are not independent.
 """
@@ -35,6 +35,15 @@ class PairedComparison:
     ties: int
     losses: int
     detectable: float
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """Spread of a mean over repeated trainings; interval is Student's t at 95 %."""
+
+    mean: float
+    std: float
+    interval: tuple[float, float]
 
 
 def compare_summaries(
@@ -121,3 +130,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(order))
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
     return [float(p) for p in adjusted]
+
+
+def seed_spread(means: Sequence[float]) -> SeedSpread:
+    """Returns the spread of one figure (a mean Dice) over trainings that differ in seed only.
+
+    Raises ValueError for fewer than two seeds: one training says nothing of the spread.
+    """
+    n = len(means)
+    if n < 2:
+        raise ValueError(f"{n} seed given; the spread needs at least two trainings")
+    mean, std = float(np.mean(means)), float(np.std(means, ddof=1))
+    half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
+    return SeedSpread(mean, std, (mean - half, mean + half))
