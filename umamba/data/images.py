@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 import zlib
 from collections import Counter
@@ -29,10 +30,7 @@ NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
 PIXELS = (".png", ".bmp", *TIFF)
 # the decoders' own exceptions all derive from these
-READ_ERRORS = (
-    *(OSError, EOFError, ValueError, RuntimeError, SyntaxError, OverflowError),
-    *(struct.error, zlib.error),
-)
+READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, SyntaxError, OverflowError, zlib.error)
 CHUNK, MOST_BINS = 1 << 22, 1 << 20  # voxels counted at once; values counted by bins
 APART = "save each component as an image of its own"
 
@@ -60,8 +58,9 @@ class ImageContent:
 
     def values(self) -> np.ndarray:
         """Return the array with the scaling applied."""
-        is_plain = (self.slope, self.intercept) == (1, 0)
-        return self.array if is_plain else self.array * self.slope + self.intercept
+        if self.slope == 1.0 and self.intercept == 0.0:
+            return self.array
+        return self.array * self.slope + self.intercept
 
 
 def split_ending(name: str) -> tuple[str, str] | None:
@@ -130,8 +129,12 @@ def label_counts(content: ImageContent) -> dict[float, int]:
 
 
 def _count(values: np.ndarray) -> dict[float, int]:
-    is_small = values.dtype.kind == "f" and (np.abs(values) <= MOST_BINS).all()
-    if is_small and (values == np.rint(values)).all():
+    if (
+        values.dtype.kind == "f"
+        and np.isfinite(values).all()
+        and (values == np.rint(values)).all()
+        and np.abs(values).max() <= MOST_BINS
+    ):
         values = values.astype(np.int32)
     if values.dtype.kind != "f":
         low = int(values.min())
@@ -292,14 +295,29 @@ def _spacing_beside(path: Path) -> tuple[float, float, float]:
 
 
 def _check_tiff_pages(path: Path) -> None:
-    """Insist on the zero that ends the chain of pages: tifffile drops those it does not find."""
-    import tifffile
+    """Walk the chain of pages: tifffile silently drops those behind the end of a cut file."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
+        if not order or len(head) < 4:
+            return
 
-    with tifffile.TiffFile(path) as tiff:
-        tiff.filehandle.seek(tiff.pages.next_page_offset or 0)
-        end = tiff.filehandle.read(tiff.tiff.offsetsize)
-    if any(end) or len(end) < tiff.tiff.offsetsize:
-        raise UnreadableImageError(path, "is cut short: pages are missing")
+        def number(kind: str) -> int:
+            data = file.read(struct.calcsize(order + kind))
+            if len(data) < struct.calcsize(order + kind):
+                raise UnreadableImageError(path, "is cut short: pages are missing")
+            return int(struct.unpack(order + kind, data)[0])
+
+        is_big = struct.unpack(order + "H", head[2:])[0] == 43
+        offset_kind, count_kind, entry_size = ("Q", "Q", 20) if is_big else ("I", "H", 12)
+        file.seek(8 if is_big else 4)
+        position = number(offset_kind)
+        seen: set[int] = set()
+        while position and position not in seen:
+            seen.add(position)
+            file.seek(position)
+            file.seek(number(count_kind) * entry_size, os.SEEK_CUR)
+            position = number(offset_kind)
 
 
 def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
