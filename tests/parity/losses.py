@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ def terms_of(case: Mapping[str, Any]) -> Iterator[Term]:
     """The terms of a loss case; NotRegisteredError where we have no such loss."""
     if case["reference"].startswith("CYB08/MambaClinix-PyTorch@"):
         yield from mambaclinix_terms(case)
-    elif case["name"].startswith("supervised-"):
+    elif case["terms"].keys() <= RECIPES_OF_TERMS.keys():
         yield from supervised_terms(case)
     else:
         raise NotRegisteredError(f"no losses of {case['reference']}")
@@ -57,7 +58,8 @@ def terms_of(case: Mapping[str, Any]) -> Iterator[Term]:
 def mambaclinix_terms(case: Mapping[str, Any]) -> Iterator[Term]:
     name, shape = case["name"], case["shape"]
     noise = image(f"{name}:target", (shape[0], 1, *shape[2:]))
-    target = torch.from_numpy((noise > 0.3).astype(np.float32) + (noise > 1.2))
+    bounds = [float(bound) for bound in re.findall(r"t>([-.\d]+)", case["target"])]
+    target = torch.from_numpy(np.digitize(noise, bounds).astype(np.float32))
     for expected in case["cases"]:
         arguments = expected["arguments"]
         is_compound = "weight_rs" in arguments
@@ -71,10 +73,11 @@ def mambaclinix_terms(case: Mapping[str, Any]) -> Iterator[Term]:
 
 def region_tversky(arguments: Mapping[str, Any]) -> nn.Module:
     return RegionTversky(
-        arguments["batch_dice"],
-        regions=arguments["num_region_per_axis"],
+        arguments.get("batch_dice", True),
+        regions=arguments.get("num_region_per_axis", (16, 16, 16)),
         alpha=arguments.get("alpha", 0.3),
         beta=arguments.get("beta", 0.4),
+        smooth=arguments.get("smooth", 1e-5),
         background=arguments.get("do_bg", False),
     )
 
