@@ -31,7 +31,7 @@ MSVM = {"depths": [1, 1, 2], "dims": [8, 16, 32], "ssm_d_state": 2, "ssm_ratio":
 # The case's name of the network, its arguments, the image, official keys and shapes.
 VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], dict[str, tuple[int, ...]]]] = {
     "bot-2d-7": (
-        *("umamba-bot", PLAN_2D, (1, 3, 64, 32)),
+        *("umamba-bot", PLAN_2D, (1, 3, 128, 64)),
         {
             "encoder.stem.1.conv2.conv.weight": (32, 32, 3, 3),
             "encoder.stages.3.1.conv1.conv.weight": (128, 128, 3, 3),
@@ -46,11 +46,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], dict[str, tuple[
         {"encoder.mamba_layers.3.norm.weight": (15,), "encoder.mamba_layers.1.mamba.D": (64,)},
     ),
     "enc-3d-7": (
-        *("umamba-enc", {**PLAN_3D, "input_size": [32, 64, 32]}, (1, 3, 32, 64, 32)),
-        {"encoder.mamba_layers.5.norm.weight": (4,), "encoder.mamba_layers.2.norm.bias": (64,)},
+        *("umamba-enc", {**PLAN_3D, "input_size": [64, 64, 32]}, (1, 3, 64, 64, 32)),
+        {"encoder.mamba_layers.5.norm.weight": (16,), "encoder.mamba_layers.2.norm.bias": (64,)},
     ),
     "bot-v1-7": (
-        *("umamba-bot-v1", PLAN_3D, (1, 3, 32, 64, 32)),
+        *("umamba-bot-v1", PLAN_3D, (1, 3, 64, 64, 32)),
         {
             "encoder.stages.6.blocks.1.conv2.conv.bias": (256,),
             "encoder.stages.2.blocks.0.skip.1.conv.weight": (64, 32, 1, 1, 1),
@@ -69,7 +69,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], dict[str, tuple[
         },
     ),
     "clinix-7": (
-        *("mambaclinix", PLAN_3D, (1, 3, 32, 64, 32)),
+        *("mambaclinix", PLAN_3D, (1, 3, 64, 64, 32)),
         {
             "encoder.encoder_layers.3.hgConvs.reconv.3.weight": (64, 32, 1, 1, 1),
             "encoder.encoder_layers.4.norm.weight": (256,),
@@ -268,3 +268,16 @@ def decoder_depths(name: str) -> dict[str, Any]:
     return {"vm_unet": {"depths_decoder": [1, 1]}, "msvm_unet": {"depths_decoder": [1]}}.get(
         name, {}
     )
+
+
+@pytest.mark.parametrize(("name", "count"), [("umamba-bot", 397 - 190), ("umamba-enc", 518 - 256)])
+def test_the_published_3d_networks_have_as_many_keys_without_duplicates(
+    name: str, count: int
+) -> None:
+    six = {"features_per_stage": [32, 64, 128, 256, 320, 320], "n_stages": 6}
+    strides = [1, [1, 2, 2], 2, 2, 2, [1, 2, 2]]
+    config = {**UNET, **six, "dims": 3, "strides": strides, "input_size": [40, 224, 192]}
+    subject = subject_of({"builder": name, "reference": "", "config": config})
+    with torch.device("meta"):
+        network = subject.build({**config, "kernel_sizes": [[1, 3, 3], *[3] * 5]})
+    assert len(subject.key_map.to_official(network.state_dict())) == count
