@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -32,13 +32,19 @@ RECIPES_OF_TERMS: dict[str, dict[str, Any]] = {
     "vm_unet_isic_dice": {"loss": "dice_ce_all", "loss_weights": [0, 1]},
 }
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+# What the recipe's compound has, as MambaClinix's trainer.
+TRAINED = {"num_region_per_axis": list(TVERSKY_REGIONS), "alpha": 0.3, "beta": 0.4}
+TRAINED |= {"smooth": 1e-5, "do_bg": False, "weight_rs": TVERSKY_WEIGHT}
+
 
 @dataclass
 class Term:
     """A loss, what it is called with, and what the case says of it; gradients may be missing."""
 
     label: str
-    loss: nn.Module
+    loss: Loss
     logits: Tensor
     target: Tensor
     expected: Mapping[str, Any]
@@ -82,12 +88,14 @@ def region_tversky(arguments: Mapping[str, Any]) -> nn.Module:
     )
 
 
-def compound(arguments: Mapping[str, Any]) -> nn.Module:
-    assert (arguments["weight_rs"], arguments["alpha"]) == (TVERSKY_WEIGHT, 0.3)
-    assert (arguments["beta"], tuple(arguments["num_region_per_axis"])) == (0.4, TVERSKY_REGIONS)
+def compound(arguments: Mapping[str, Any]) -> Loss:
     names = ("batch_dice", "smooth", "do_bg")
     dice = {name: arguments[name] for name in names} | {"ddp": False}
-    stock = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    weights = {name: arguments.get(name, 1) for name in ("weight_ce", "weight_dice")}
+    stock = DC_and_CE_loss(dice, {}, **weights, dice_class=MemoryEfficientSoftDiceLoss)
+    if {**arguments, **TRAINED} != arguments:
+        tversky, weight = region_tversky(arguments), arguments["weight_rs"]
+        return lambda logits, target: stock(logits, target) + weight * tversky(logits, target)
     return loss_of("mamba_clinix_tversky", stock, arguments["batch_dice"])
 
 
