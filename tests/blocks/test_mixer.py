@@ -246,3 +246,17 @@ def pointwise_layer(four_views: bool = False, projects: bool = False) -> Pointwi
         if "norm" in key and value.is_floating_point():
             value.uniform_(0.5, 1.5)
     return layer.double().eval()
+
+
+def test_only_the_first_direction_starts_with_spread_step_sizes() -> None:
+    mixer = Mamba(64, orders=("raster", "raster_reversed", "inter_slice_5"))
+    first, *others = mixer.directions
+    steps = functional.softplus(first.dt_proj_bias)
+    assert 0.0009 < steps.min() < 0.003 < 0.03 < steps.max() < 0.1001
+    for other in others:  # as a plain linear layer of 4 inputs
+        assert 0.4 < other.dt_proj_bias.abs().max() <= 0.5
+    for direction in mixer.directions:
+        assert (direction.D == 1).all()
+        assert 0.48 < direction.dt_proj_weight.abs().max() <= 0.5
+        assert 0.08 < direction.x_proj_weight.abs().max() <= 128**-0.5
+        torch.testing.assert_close(direction.A_log.exp()[5], torch.arange(1.0, 17))

@@ -96,7 +96,7 @@ def test_the_decoder_mirrors_depths_and_stochastic_depth() -> None:
 
 def test_official_arguments_tell_the_network_from_the_module_inside_it() -> None:
     outer = MambaUNet.official_arguments({"yaml": "vmamba_tiny.yaml", "num_classes": 4})
-    assert (outer["input_channels"], outer["depths"]) == (1, [2, 2, 2, 2])
+    assert (outer["input_channels"], outer["depths"]) == (3, [2, 2, 2, 2])
     inner = MambaUNet.official_arguments({"in_chans": 2, "num_classes": 4, "dims": [16, 32]})
     assert (inner["input_channels"], inner["features_per_stage"]) == (2, [16, 16, 32])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -31,13 +32,19 @@ RECIPES_OF_TERMS: dict[str, dict[str, Any]] = {
     "vm_unet_isic_dice": {"loss": "dice_ce_all", "loss_weights": [0, 1]},
 }
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+# What the recipe's compound has, as MambaClinix's trainer.
+TRAINED = {"num_region_per_axis": list(TVERSKY_REGIONS), "alpha": 0.3, "beta": 0.4}
+TRAINED |= {"smooth": 1e-5, "do_bg": False, "weight_rs": TVERSKY_WEIGHT}
+
 
 @dataclass
 class Term:
     """A loss, what it is called with, and what the case says of it; gradients may be missing."""
 
     label: str
-    loss: nn.Module
+    loss: Loss
     logits: Tensor
     target: Tensor
     expected: Mapping[str, Any]
@@ -48,7 +55,7 @@ def terms_of(case: Mapping[str, Any]) -> Iterator[Term]:
     """The terms of a loss case; NotRegisteredError where we have no such loss."""
     if case["reference"].startswith("CYB08/MambaClinix-PyTorch@"):
         yield from mambaclinix_terms(case)
-    elif case["name"].startswith("supervised-"):
+    elif case["terms"].keys() <= RECIPES_OF_TERMS.keys():
         yield from supervised_terms(case)
     else:
         raise NotRegisteredError(f"no losses of {case['reference']}")
@@ -57,7 +64,8 @@ def terms_of(case: Mapping[str, Any]) -> Iterator[Term]:
 def mambaclinix_terms(case: Mapping[str, Any]) -> Iterator[Term]:
     name, shape = case["name"], case["shape"]
     noise = image(f"{name}:target", (shape[0], 1, *shape[2:]))
-    target = torch.from_numpy((noise > 0.3).astype(np.float32) + (noise > 1.2))
+    bounds = [float(bound) for bound in re.findall(r"t>([-.\d]+)", case["target"])]
+    target = torch.from_numpy(np.digitize(noise, bounds).astype(np.float32))
     for expected in case["cases"]:
         arguments = expected["arguments"]
         is_compound = "weight_rs" in arguments
@@ -71,20 +79,23 @@ def mambaclinix_terms(case: Mapping[str, Any]) -> Iterator[Term]:
 
 def region_tversky(arguments: Mapping[str, Any]) -> nn.Module:
     return RegionTversky(
-        arguments["batch_dice"],
-        regions=arguments["num_region_per_axis"],
+        arguments.get("batch_dice", True),
+        regions=arguments.get("num_region_per_axis", (16, 16, 16)),
         alpha=arguments.get("alpha", 0.3),
         beta=arguments.get("beta", 0.4),
+        smooth=arguments.get("smooth", 1e-5),
         background=arguments.get("do_bg", False),
     )
 
 
-def compound(arguments: Mapping[str, Any]) -> nn.Module:
-    assert (arguments["weight_rs"], arguments["alpha"]) == (TVERSKY_WEIGHT, 0.3)
-    assert (arguments["beta"], tuple(arguments["num_region_per_axis"])) == (0.4, TVERSKY_REGIONS)
+def compound(arguments: Mapping[str, Any]) -> Loss:
     names = ("batch_dice", "smooth", "do_bg")
     dice = {name: arguments[name] for name in names} | {"ddp": False}
-    stock = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    weights = {name: arguments.get(name, 1) for name in ("weight_ce", "weight_dice")}
+    stock = DC_and_CE_loss(dice, {}, **weights, dice_class=MemoryEfficientSoftDiceLoss)
+    if {**arguments, **TRAINED} != arguments:
+        tversky, weight = region_tversky(arguments), arguments["weight_rs"]
+        return lambda logits, target: stock(logits, target) + weight * tversky(logits, target)
     return loss_of("mamba_clinix_tversky", stock, arguments["batch_dice"])
 
 

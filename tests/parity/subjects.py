@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from umamba.blocks.lbmamba import AlternatingLayers
+from umamba.blocks.lbmamba import AlternatingLayers, LBMamba
 from umamba.blocks.mamba import Mamba
 from umamba.blocks.mamba2 import Mamba2
 from umamba.blocks.sampling import LargeKernelPatchExpand, PatchMerging
@@ -40,6 +40,13 @@ from umamba.networks.vmamba import VMambaClassifier, VMambaEncoder
 # Repositories whose cases of one mixer (those with a d_model) are Mamba-1, of 1 to 3 directions.
 MAMBA_1 = ("state-spaces/mamba@", "FengheTan9/MambaMIM@", "ge-xing/SegMamba@")
 
+# Arguments of official mixers that say how they start or on what they run, not what they compute.
+WITHOUT_EFFECT = {
+    *("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "conv_init", "A_init_range"),
+    *("use_fast_path", "use_mem_eff_path", "layer_idx", "device", "dtype", "lbm"),
+    *("initialize", "dropout", "process_group", "sequence_parallel"),
+}
+
 # The networks that cases call by other names than the registry, or that are not in it.
 NETWORKS: dict[str, Any] = {
     "lightmunet": "lightm_unet",
@@ -53,6 +60,10 @@ NETWORKS: dict[str, Any] = {
     "ssl_unet": UNetSmall,
     "swin_unet": SwinUNet,
 }
+
+
+# What VMamba's VSSM has where VMambaEncoder, by default vssm_tiny, has something else.
+VSSM_DEFAULTS = {"forward_type": "v2", "mlp_ratio": 4.0, "downsample_version": "v2"}
 
 
 class NotRegisteredError(LookupError):
@@ -71,21 +82,25 @@ class Subject:
 def subject_of(case: Mapping[str, Any]) -> Subject:
     """The network or block of ours that a case is about."""
     config = case.get("config") or {}
+    keys = {key for key, _ in case.get("state_dict", ())}
     repository = case["reference"].removeprefix("math of ")
-    if "headdim" in config:
-        return Subject(lambda c: Mamba2(**c), KeyMap(mamba2_rows("", "")))
+    if "dt_bias" in keys:
+        return mamba_2(case)
     if repository.startswith(MAMBA_1) and "d_model" in config:
         return mamba_1(case)
+    if repository.startswith("cvlab-stonybrook/LBMamba@") and "A_log" in keys:
+        rows = KeyMap(mamba_rows("", ""))
+        return Subject(lambda c: LBMamba(**mixer_arguments(c)), rows)
     if repository.startswith("cvlab-stonybrook/LBMamba@"):
         rows = KeyMap(alternating_rows("", ""))
         return Subject(lambda c: AlternatingLayers(**c), rows, first_mixer_and_last_layer)
-    if list(config) == ["c", "w", "h"]:
+    if set(config) == {"c", "w", "h"}:
         return uvm_block(config)
     if case.get("builder") in BLOCKS:
         return BLOCKS[case["builder"]](config)
     names = [case[key] for key in ("network", "builder") if key in case]
     if not names and "state_dict" in case:
-        fitting = recognize_network([key for key, _ in case["state_dict"]])
+        fitting = recognize_network(keys)
         names = [name for name in fitting if get_entry(name).reference == case["reference"]]
     wanted = (names or [case["reference"]])[0]
     found = NETWORKS.get(wanted, wanted)
@@ -97,17 +112,38 @@ def subject_of(case: Mapping[str, Any]) -> Subject:
 
 
 def mamba_1(case: Mapping[str, Any]) -> Subject:
-    """Mamba-1 with the directions that the case's keys show."""
+    """Mamba-1 with the directions that the case's keys show, where the official code scans them."""
     keys = {key for key, _ in case["state_dict"]}
     config = dict(case["config"])
-    orders = ["raster"]
-    if "A_b_log" in keys:
-        orders.append("raster_reversed")
-    if "A_s_log" in keys:
-        orders.append(f"inter_slice_{config.pop('nslices')}")
     merge = "mean" if config.pop("if_divide_out", False) else "sum"
-    rows = mamba_rows("", "", len(orders))
-    return Subject(lambda _: Mamba(**config, orders=orders, merge=merge), KeyMap(rows))
+    orders = ["raster", "raster_reversed", f"inter_slice_{config.pop('nslices', 5)}"]
+    n_directions = 1 + ("A_b_log" in keys) + ("A_s_log" in keys)
+    # "v1" of MambaMIM's copy, and the slow path of SegMamba's, save all directions and scan one.
+    scans_one = config.pop("bimamba_type", "v2") not in ("v2", "v3")
+    scans_one |= n_directions == 3 and not config.get("use_fast_path", True)
+    n_scanned = 1 if scans_one else n_directions
+    every, scanned = (mamba_rows("", "", n) for n in (n_directions, n_scanned))
+    ignored = {row.official for row in every} - {row.official for row in scanned}
+    arguments = {"orders": orders[:n_scanned], "merge": merge}
+    return Subject(
+        lambda _: Mamba(**mixer_arguments(config), **arguments), KeyMap(scanned, ignored=ignored)
+    )
+
+
+def mixer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An official mixer's arguments for ours: those that change what it computes."""
+    own = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
+    if own.get("dt_rank") == "auto":
+        own["dt_rank"] = None
+    return own
+
+
+def mamba_2(case: Mapping[str, Any]) -> Subject:
+    """Mamba2, or Mamba2Simple, where the case names it or has its initial states."""
+    named = "".join(case.get(key, "") for key in ("builder", "network", "reference"))
+    simple = "simple" in named.lower() or "learnable_init_states" in case["config"]
+    arguments = {**mixer_arguments(case["config"]), "grouped_norm": not simple}
+    return Subject(lambda _: Mamba2(**arguments), KeyMap(mamba2_rows("", "")))
 
 
 def mamba2_rows(official: str, own: str) -> list[Row]:
@@ -135,16 +171,19 @@ def uvm_block(config: Mapping[str, Any]) -> Subject:
 
 
 def ss2d_v0(config: Mapping[str, Any]) -> Subject:
-    return Subject(lambda c: SS2D(**c), KeyMap(ss2d_rows("", "")))
+    return Subject(lambda c: SS2D(**mixer_arguments(c)), KeyMap(ss2d_rows("", "")))
 
 
 def vmamba_ss2d(config: Mapping[str, Any]) -> Subject:
-    options = ss2d_options(config["forward_type"])
+    options = ss2d_options(config.get("forward_type", "v2"))
 
     def build(c: dict[str, Any]) -> nn.Module:
-        kept = {name: c[name] for name in ("d_state", "conv_bias") if name in c}
-        block = SS2D(c["d_model"], expand=c["ssm_ratio"], **kept, **options)
-        return channels_first(block) if c["channel_first"] else block
+        own = mixer_arguments(c)
+        first = own.pop("channel_first", False)
+        own["expand"] = own.pop("ssm_ratio", 2)
+        own.pop("forward_type", None)
+        block = SS2D(**own, **options)
+        return channels_first(block) if first else block
 
     return Subject(build, KeyMap(ss2d_rows("", "", options["out_norm"])))
 
@@ -152,7 +191,9 @@ def vmamba_ss2d(config: Mapping[str, Any]) -> Subject:
 def vss_block_v0(config: Mapping[str, Any]) -> Subject:
     def build(c: dict[str, Any]) -> nn.Module:
         width = c["hidden_dim"]
-        return VSSBlock(width, functools.partial(SS2D, width, d_state=c["d_state"]))
+        norm = functools.partial(nn.LayerNorm, eps=c.get("norm_eps", 1e-6))
+        mixer = functools.partial(SS2D, width, d_state=c.get("d_state", 16))
+        return VSSBlock(width, mixer, norm=norm)
 
     return Subject(build, KeyMap(vss_block_rows("", "", old=True)))
 
@@ -164,15 +205,27 @@ def patch_merging_v0(config: Mapping[str, Any]) -> Subject:
 def vmamba_backbone(config: Mapping[str, Any]) -> Subject:
     def build(c: dict[str, Any]) -> nn.Module:
         encoder = VMambaEncoder(**VMambaEncoder.official_arguments(c))
-        return VMambaClassifier(encoder, c["num_classes"])
+        return VMambaClassifier(encoder, c.get("num_classes", 1000))
 
-    return Subject(build, VMambaClassifier.official_key_map())
+    given = {**VSSM_DEFAULTS, **config}
+    out_norm = ss2d_options(given["forward_type"])["out_norm"]
+    key_map = VMambaClassifier.official_key_map(out_norm)
+    return Subject(lambda c: build({**VSSM_DEFAULTS, **c}), key_map)
 
 
 def core_of(network: Any) -> Callable[[Mapping[str, Any]], Subject]:
     """The module inside an official network, whose keys have no prefix."""
     key_map = network.official_key_map(prefix="")
-    return lambda _: Subject(lambda c: network(**network.official_arguments(c)), key_map)
+
+    def build(c: dict[str, Any]) -> nn.Module:
+        core = network(**network.official_arguments({"in_chans": 3, **c}))
+        if core.input_channels == 1:  # the wrapper is what repeats gray images
+            embed = core.encoder.patch_embed
+            width, patch = embed.proj.out_channels, embed.proj.kernel_size
+            embed.proj = nn.Conv2d(1, width, patch, patch)
+        return core
+
+    return lambda _: Subject(build, key_map)
 
 
 def msvm_msvss(config: Mapping[str, Any]) -> Subject:

@@ -124,6 +124,45 @@ class SegmentationNetwork(nn.Module):
             raise ValueError(f"{type(self).__name__} has strides like {wanted}, got {given}")
 
 
+STEM_CHANNELS = 3  # of a GrayRepeatingNetwork of one input channel
+
+
+class GrayRepeatingNetwork(SegmentationNetwork):
+    """A 2D network that repeats images of one channel to the three of its stem.
+
+    A network of three channels takes images of one channel, too. `encoder.patch_embed.proj` is the
+    stem's convolution.
+    """
+
+    def stem_images(self, images: Tensor) -> Tensor:
+        """images (B, input_channels, H, W), after the check, as the stem takes them."""
+        self.check_input(images)
+        return images.expand(-1, self.encoder.patch_embed.proj.in_channels, -1, -1)
+
+    def check_input(self, images: Tensor) -> None:
+        if self.input_channels == STEM_CHANNELS and images.ndim == 4 and images.shape[1] == 1:
+            images = images.expand(-1, STEM_CHANNELS, -1, -1)
+        super().check_input(images)
+
+
+def stem_channels(input_channels: int) -> int:
+    """The channels that the stem of a GrayRepeatingNetwork has."""
+    return STEM_CHANNELS if input_channels == 1 else input_channels
+
+
+def check_official(config: Mapping[str, Any], **only: Any) -> None:
+    """Raises ValueError if an official argument has another value than the only one we have.
+
+    only: that value, or a tuple of values that mean the same, by the argument's name.
+    """
+    for name, value in only.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if name in config and config[name] not in values:
+            raise ValueError(
+                f"the official argument {name} is {config[name]!r}; only {values[0]!r} is available"
+            )
+
+
 def check_stages(stages: Sequence[Any], **per_stage: Sequence[Any]) -> None:
     """Raises ValueError unless each argument has one entry per stage."""
     for name, values in per_stage.items():

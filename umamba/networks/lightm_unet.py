@@ -27,7 +27,7 @@ from torch.nn import functional
 from umamba.blocks.conv import convolution
 from umamba.blocks.mixer import ProjectedMixerLayer
 from umamba.blocks.sampling import LinearUpsample
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import SegmentationNetwork, check_official, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, projected_mixer_rows
 from umamba.networks.umamba import Counts, Encoder, block_counts
@@ -107,6 +107,9 @@ class LightMUNet(SegmentationNetwork):
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        check_official(config, use_conv_final=True, upsample_mode="nontrainable")
+        kind, options = config.get("norm", ("GROUP", {"num_groups": 8}))
+        check_official({"norm": kind.upper()}, norm="GROUP")
         dims, width = config.get("spatial_dims", 3), config.get("init_filters", 8)
         blocks = list(config.get("blocks_down", (1, 2, 2, 4)))
         return {
@@ -116,6 +119,7 @@ class LightMUNet(SegmentationNetwork):
             "features_per_stage": [width * 2**level for level in range(len(blocks))],
             "n_conv_per_stage": blocks,
             "n_conv_per_stage_decoder": list(config.get("blocks_up", (1, 1, 1))),
+            "n_groups": options["num_groups"],
         }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from umamba.networks.umamba import (
     Counts,
     Encoder,
     residual_stages,
+    spread_stages,
     stage_arguments,
     thin_blocks,
 )
@@ -119,6 +120,10 @@ class MambaClinix(SegmentationNetwork):
     @classmethod
     def official_key_map(cls) -> KeyMap:
         return KeyMap(ROWS, ALIASES)
+
+    @classmethod
+    def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().official_arguments(spread_stages(config))
 
 
 class ClinixEncoder(Encoder):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from umamba.blocks.patch_unet import PatchDecoder
 from umamba.blocks.ss2d import initialize_linear
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import GrayRepeatingNetwork, check_official, check_stages, stem_channels
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
 from umamba.networks.vmamba import (
@@ -35,6 +35,7 @@ from umamba.networks.vmamba import (
     encoder_arguments,
     encoder_rows,
     mirrored_stages,
+    official_widths,
     vss_stage,
 )
 
@@ -46,7 +47,6 @@ QUIRKS = (
     "images of one channel are repeated to three",
     "one output, no deep supervision",
 )
-STEM_CHANNELS = 3  # of images of one channel
 
 
 @register(
@@ -56,7 +56,7 @@ STEM_CHANNELS = 3  # of images of one channel
     licence="Apache-2.0",
     quirks=QUIRKS,
 )
-class MambaUNet(SegmentationNetwork):
+class MambaUNet(GrayRepeatingNetwork):
     """2D U-Net of VSS blocks on patches of 4 x 4 pixels, skips concatenated."""
 
     spatial_dims = (2,)
@@ -89,9 +89,8 @@ class MambaUNet(SegmentationNetwork):
         check_stages(strides, features_per_stage=features_per_stage)
         check_stages(strides[1:], depths=depths)
         widths = features_per_stage[1:]
-        self.stem_channels = STEM_CHANNELS if input_channels == 1 else input_channels
         self.encoder = VMambaEncoder(
-            self.stem_channels,
+            stem_channels(input_channels),
             features_per_stage=widths,
             depths=depths,
             d_state=d_state,
@@ -110,8 +109,7 @@ class MambaUNet(SegmentationNetwork):
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """images (B, input_channels, H, W) -> logits; a list of them under deep supervision."""
-        self.check_input(images)
-        inputs, outputs = self.encoder.stage_maps(images.expand(-1, self.stem_channels, -1, -1))
+        inputs, outputs = self.encoder.stage_maps(self.stem_images(images))
         return self.decoder(outputs[-1], inputs[:-1])
 
     def pretrained_maps(self) -> list[KeyMap]:
@@ -138,14 +136,16 @@ class MambaUNet(SegmentationNetwork):
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Of MambaUnet's, which takes one channel, or of those of the VSSM inside it."""
-        widths = list(config.get("dims", (96, 192, 384, 768)))
+        """Of MambaUNet's, or of those of the VSSM inside it."""
+        depths = list(config.get("depths", (2, 2, 2, 2)))
+        widths = official_widths(config.get("dims", 96), len(depths))
+        check_official(config, patch_size=4, dims_decoder=widths[::-1])
         return {
-            "input_channels": config.get("in_chans", 1),
+            "input_channels": config.get("in_chans", 3),
             "num_classes": config["num_classes"],
             "strides": [[1, 1], [4, 4], *[[2, 2]] * (len(widths) - 1)],
             "features_per_stage": [widths[0], *widths],
-            "depths": list(config.get("depths", (2, 2, 2, 2))),
+            "depths": depths,
             "d_state": config.get("d_state", 16),
             "drop_path_rate": config.get("drop_path_rate", 0.2),
         }

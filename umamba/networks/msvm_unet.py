@@ -26,7 +26,7 @@ from umamba.blocks.mamba import uniform
 from umamba.blocks.sampling import LargeKernelPatchExpand
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock
 from umamba.blocks.unet_decoder import go_up
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import GrayRepeatingNetwork, check_official, check_stages, stem_channels
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, renamed_rows, vss_block_rows
 from umamba.networks.vmamba import SIZES, VMambaEncoder, drop_path_rates, encoder_arguments
@@ -48,7 +48,7 @@ DROP_PATH_RATES = {"tiny_0230s": 0.2, "small_0229s": 0.3}  # of the official enc
     licence="no licence file",
     quirks=QUIRKS,
 )
-class MSVMUNet(SegmentationNetwork):
+class MSVMUNet(GrayRepeatingNetwork):
     """2D U-Net of VSS blocks; image sizes divisible by 32, with the default stages."""
 
     spatial_dims = (2,)
@@ -78,10 +78,8 @@ class MSVMUNet(SegmentationNetwork):
         check_stages(strides, features_per_stage=features_per_stage)
         check_stages(strides[1:], depths=depths)
         check_stages(strides[2:], depths_decoder=depths_decoder)
-        # parity: MSVMUNet.forward repeats gray images, and its stem has three channels.
-        self.stem_channels = 3 if input_channels == 1 else input_channels
         self.encoder = VMambaEncoder(
-            self.stem_channels,
+            stem_channels(input_channels),
             features_per_stage=features_per_stage[1:],
             depths=depths,
             forward_type="v05_noz",
@@ -105,8 +103,7 @@ class MSVMUNet(SegmentationNetwork):
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """images (B, input_channels, H, W) -> logits; a list of them under deep supervision."""
-        self.check_input(images)
-        return self.decoder(self.encoder(images.expand(-1, self.stem_channels, -1, -1)))
+        return self.decoder(self.encoder(self.stem_images(images)))
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)
@@ -133,7 +130,12 @@ class MSVMUNet(SegmentationNetwork):
         if name not in DROP_PATH_RATES:
             raise ValueError(f"enc_name is {name!r}; choose one of {', '.join(DROP_PATH_RATES)}")
         encoder = {"drop_path_rate": DROP_PATH_RATES[name], **SIZES[f"vssm1_{name}"]}
-        encoder |= VMambaEncoder.official_arguments(config.get("encoder", {}))
+        given = config.get("encoder", {})
+        check_official(
+            given, patch_size=4, forward_type="v05_noz", ssm_dt_rank="auto", ssm_conv=3,
+            ssm_conv_bias=False, downsample_version="v3", patchembed_version="v2",
+        )  # fmt: skip
+        encoder |= VMambaEncoder.official_arguments(given)
         widths = list(encoder["features_per_stage"])
         kept = ("depths", "d_state", "expand", "mlp_ratio", "drop_path_rate")
         return {

@@ -221,7 +221,7 @@ class NnMambaClassifier(nn.Module):
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our arguments for the official constructor's."""
-        return official_arguments(config)
+        return official_arguments({"number_classes": 1, **config})
 
 
 class Encoder(nn.Module):
@@ -360,7 +360,7 @@ def voxel_means(features: Tensor) -> Tensor:
 def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our arguments for the official constructors', with the widths of the encoder's stages."""
     return {
-        "input_channels": config["in_ch"],
+        "input_channels": config.get("in_ch", 1),
         "num_classes": config["number_classes"],
         "features_per_stage": [config.get("channels", 32) * 2**stage for stage in range(4)],
         "n_blocks_per_stage": config.get("blocks", 3),

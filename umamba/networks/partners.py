@@ -33,8 +33,14 @@ from umamba.blocks.conv import NEGATIVE_SLOPE, convolution
 from umamba.blocks.patch_unet import PatchDecoder, PatchEncoder
 from umamba.blocks.sampling import PatchEmbed, PatchMerging, channels_to_pixels
 from umamba.blocks.ss2d import MLP, VSSBlock, initialize_linear
-from umamba.networks.base import SegmentationNetwork, check_stages
-from umamba.networks.mamba_unet import REFERENCE, STEM_CHANNELS, decoder_rows
+from umamba.networks.base import (
+    GrayRepeatingNetwork,
+    SegmentationNetwork,
+    check_official,
+    check_stages,
+    stem_channels,
+)
+from umamba.networks.mamba_unet import REFERENCE, decoder_rows
 from umamba.networks.registry import register_module
 from umamba.networks.state_dict import KeyMap, Row
 from umamba.networks.vmamba import drop_path_rates
@@ -135,7 +141,7 @@ def double_conv(in_channels: int, out_channels: int, dropout: float) -> nn.Seque
 
 
 @register_module("swin_unet", paper="arXiv:2105.05537", reference=REFERENCE, licence="Apache-2.0")
-class SwinUNet(SegmentationNetwork):
+class SwinUNet(GrayRepeatingNetwork):
     """A 2D U-Net of attention in windows; image sizes divisible by 224, with the defaults."""
 
     spatial_dims = (2,)
@@ -149,6 +155,7 @@ class SwinUNet(SegmentationNetwork):
         depths: Sequence[int] = (2, 2, 2, 2),
         n_heads: Sequence[int] = (3, 6, 12, 24),
         window_sizes: Sequence[int] = (7, 7, 7, 7),
+        mlp_ratio: float = 4,
         drop_path_rate: float = 0.2,
     ) -> None:
         """Sequences per stage of the encoder, at 1/4, 1/8, ... of the size; the decoder mirrors it.
@@ -162,25 +169,23 @@ class SwinUNet(SegmentationNetwork):
         check_stages(features_per_stage, **stages)
         shares = [PATCH * 2**i * window for i, window in enumerate(window_sizes)]
         self.divisor = (math.lcm(*shares),) * 2
-        self.stem_channels = STEM_CHANNELS if input_channels == 1 else input_channels
         rates = drop_path_rates(0, drop_path_rate, depths)
         stage = [*zip(features_per_stage, n_heads, window_sizes, rates, strict=True)]
         self.encoder = PatchEncoder(
-            PatchEmbed(self.stem_channels, features_per_stage[0], PATCH),
-            [swin_stage(*arguments) for arguments in stage],
+            PatchEmbed(stem_channels(input_channels), features_per_stage[0], PATCH),
+            [swin_stage(*arguments, mlp_ratio) for arguments in stage],
             [PatchMerging(above, width) for above, width in pairwise(features_per_stage)],
         )
         self.decoder = PatchDecoder(
             num_classes,
             (features_per_stage[0], *features_per_stage),
-            [swin_stage(*arguments) for arguments in stage[-2::-1]],
+            [swin_stage(*arguments, mlp_ratio) for arguments in stage[-2::-1]],
         )
         initialize_linear(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, input_channels, H, W) -> logits (B, num_classes, H, W)."""
-        self.check_input(images)
-        inputs, outputs = self.encoder.stage_maps(images.expand(-1, self.stem_channels, -1, -1))
+        inputs, outputs = self.encoder.stage_maps(self.stem_images(images))
         return self.decoder(outputs[-1], inputs[:-1])
 
     @classmethod
@@ -207,23 +212,31 @@ class SwinUNet(SegmentationNetwork):
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Of SwinUnet's, which takes one channel, or of those of the network inside it."""
+        """Of SwinUnet's, or of those of the network inside it."""
+        # The official constructor takes a scale of false for none: that of the heads' width.
+        check_official(
+            config, patch_size=PATCH, qkv_bias=True, qk_scale=(False, None), ape=False,
+            patch_norm=True,
+        )  # fmt: skip
         width, depths = config.get("embed_dim", 96), list(config.get("depths", (2, 2, 2, 2)))
         window, size = config.get("window_size", 7), config.get("img_size", 224) // PATCH
         return {
-            "input_channels": config.get("in_chans", 1),
+            "input_channels": config.get("in_chans", 3),
             "num_classes": config["num_classes"],
             "features_per_stage": [width * 2**i for i in range(len(depths))],
             "depths": depths,
             "n_heads": list(config.get("num_heads", (3, 6, 12, 24))),
             "window_sizes": [min(window, size // 2**i) for i in range(len(depths))],
+            "mlp_ratio": config.get("mlp_ratio", 4),
             "drop_path_rate": config.get("drop_path_rate", 0.2),
         }
 
 
-def swin_stage(width: int, n_heads: int, window: int, drop_path: Sequence[float]) -> nn.Sequential:
+def swin_stage(
+    width: int, n_heads: int, window: int, drop_path: Sequence[float], mlp_ratio: float
+) -> nn.Sequential:
     """A block for each rate of drop_path; the windows of every second one are shifted by half."""
-    mlp = functools.partial(MLP, width)
+    mlp = functools.partial(MLP, width, mlp_ratio)
     return nn.Sequential(
         *(
             VSSBlock(

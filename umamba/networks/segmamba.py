@@ -31,7 +31,7 @@ from umamba.blocks.gating import GatedSpatialConv
 from umamba.blocks.mixer import MixerLayer
 from umamba.blocks.norm import InstanceNorm
 from umamba.blocks.unet_decoder import unetr_decoder
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import SegmentationNetwork, check_official, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import (
     KeyMap,
@@ -115,6 +115,7 @@ class SegMamba(SegmentationNetwork):
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        check_official(config, norm_name="instance")
         widths = [*config.get("feat_size", (48, 96, 192, 384)), config.get("hidden_size", 768)]
         return {
             "input_channels": config.get("in_chans", 1),

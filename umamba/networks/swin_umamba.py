@@ -35,7 +35,7 @@ from umamba.blocks.conv import ResidualBlock, convolution, initialize_convolutio
 from umamba.blocks.norm import InstanceNorm
 from umamba.blocks.sampling import PatchExpand
 from umamba.blocks.unet_decoder import go_up, unetr_decoder
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import SegmentationNetwork, check_official, check_stages
 from umamba.networks.registry import register
 from umamba.networks.state_dict import (
     KeyMap,
@@ -49,6 +49,7 @@ from umamba.networks.vmamba import (
     drop_path_rates,
     encoder_arguments,
     encoder_rows,
+    official_widths,
     vss_stage,
 )
 
@@ -155,15 +156,21 @@ class SwinUMamba(SegmentationNetwork):
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        given = {**config, **config.get("encoder", {})}
-        names = {
-            "in_chans": "input_channels",
-            "out_chans": "num_classes",
-            "feat_size": "features_per_stage",
-            "depths": "depths",
-            "deep_supervision": "deep_supervision",
+        """encoder: those of the VSSMEncoder, which the official constructor leaves at defaults."""
+        encoder = config.get("encoder", {})
+        widths = list(config.get("feat_size", (48, 96, 192, 384, 768)))
+        check_official(
+            config, hidden_size=widths[-1], norm_name="instance", res_block=True, spatial_dims=2
+        )
+        check_official(encoder, dims=widths[1:], patch_size=2, in_chans=widths[0])
+        names = ("depths", "d_state", "drop_path_rate")
+        return {
+            "input_channels": config.get("in_chans", 1),
+            "num_classes": config.get("out_chans", 13),
+            "features_per_stage": widths,
+            "deep_supervision": config.get("deep_supervision", False),
+            **{name: encoder[name] for name in names if name in encoder},
         }
-        return {own: given[official] for official, own in names.items() if official in given}
 
 
 @register("swin_umamba_d", paper=PAPER, reference=REFERENCE, licence="Apache-2.0", quirks=QUIRKS_D)
@@ -184,6 +191,7 @@ class SwinUMambaD(SegmentationNetwork):
         depths: Sequence[int] = (2, 2, 9, 2),
         depths_decoder: Sequence[int] = (2, 2, 2),
         d_state: int = 16,
+        d_state_decoder: int | None = None,
         expand: float = 2,
         drop_path_rate: float = 0.2,
         drop_path_rate_decoder: float = 0.2,
@@ -193,9 +201,10 @@ class SwinUMambaD(SegmentationNetwork):
         """features_per_stage: widths at the full size (in front of its head), 1/4, 1/8, 1/16, 1/32.
 
         strides: as fixed_strides, with as many stages as wanted. depths, depths_decoder: VSS blocks
-        per stage, finest first in the encoder, deepest first in the decoder. drop_path_rate: of the
-        encoder's last block, rising from 0; drop_path_rate_decoder: of the decoder's first block,
-        falling to 0. mixer: "scan", "none" or "conv".
+        per stage, finest first in the encoder, deepest first in the decoder. d_state_decoder: of
+        the decoder's blocks, by default d_state. drop_path_rate: of the encoder's last block,
+        rising from 0; drop_path_rate_decoder: of the decoder's first block, falling to 0. mixer:
+        "scan", "none" or "conv".
         """
         super().__init__(input_channels, num_classes, strides=strides)
         self.check_strides(strides, [(1, 1), (4, 4), *[(2, 2)] * (len(strides) - 2)])
@@ -212,7 +221,7 @@ class SwinUMambaD(SegmentationNetwork):
             drop_path_rate=drop_path_rate,
             mixer=mixer,
         )
-        ss2d = {"d_state": d_state, "expand": expand}
+        ss2d = {"d_state": d_state_decoder or d_state, "expand": expand}
         self.decoder = VSSDecoder(
             num_classes,
             features_per_stage,
@@ -238,20 +247,29 @@ class SwinUMambaD(SegmentationNetwork):
 
     @classmethod
     def arguments_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        return encoder_arguments(shapes, finest=shapes["decoder.seg_layers.3.weight"][1])
+        arguments = encoder_arguments(shapes, finest=shapes["decoder.seg_layers.3.weight"][1])
+        d_state = shapes["decoder.stages.0.0.mixer.A_log"][-1]
+        return {**arguments, "d_state_decoder": d_state}
 
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         encoder, decoder = config["vss_args"], config["decoder_args"]
-        features = decoder["features_per_stage"]
-        names = ("depths", "d_state", "drop_path_rate")
+        depths = list(encoder.get("depths", (2, 2, 9, 2)))
+        widths = official_widths(encoder.get("dims", 96), len(depths))
+        check_official(encoder, patch_size=4)
+        check_official(decoder, features_per_stage=widths)
         return {
-            "input_channels": encoder["in_chans"],
+            "input_channels": encoder.get("in_chans", 3),
             "num_classes": decoder["num_classes"],
-            "features_per_stage": [features[0], *features],
-            "drop_path_rate_decoder": decoder["drop_path_rate"],
-            "deep_supervision": decoder["deep_supervision"],
-            **{name: encoder[name] for name in names if name in encoder},
+            "strides": [[1, 1], [4, 4], *[[2, 2]] * (len(widths) - 1)],
+            "features_per_stage": [widths[0], *widths],
+            "depths": depths,
+            "depths_decoder": [2] * (len(widths) - 1),
+            "d_state": encoder.get("d_state", 16),
+            "d_state_decoder": decoder.get("d_state", 16),
+            "drop_path_rate": encoder.get("drop_path_rate", 0.2),
+            "drop_path_rate_decoder": decoder.get("drop_path_rate", 0.2),
+            "deep_supervision": decoder.get("deep_supervision", False),
         }
 
 

@@ -104,6 +104,10 @@ class UMamba(SegmentationNetwork):
         )
         initialize_convolutions(self)
 
+    @classmethod
+    def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().official_arguments(spread_stages(config))
+
     def add_mixers(self, layer: Callable[..., MixerLayer], stages: Mapping[str, Any]) -> None:
         """Adds the Mamba layers; layer(d_model, tokens=...) makes one."""
         raise NotImplementedError
@@ -239,6 +243,20 @@ def residual_stages(
     stages = zip(widths, kernel_sizes, strides, n_conv_per_stage, strict=True)
     for (below, width), kernel, stride, n_blocks in stages:
         yield residual_stage(below, width, kernel, stride, n_blocks, shortcut)
+
+
+def spread_stages(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Official arguments with an entry per stage, and kernels and strides with one per axis.
+
+    The official constructors take one number for all stages or all axes, too.
+    """
+    spread = dict(config)
+    for name in {"features_per_stage", "kernel_sizes", "strides"} & config.keys():
+        if isinstance(config[name], int):
+            spread[name] = [config[name]] * config["n_stages"]
+        if name != "features_per_stage":
+            spread[name] = [[n] * config["dims"] if isinstance(n, int) else n for n in spread[name]]
+    return spread
 
 
 def stage_arguments(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from umamba.blocks.conv import convolution
 from umamba.blocks.sampling import PatchExpand
 from umamba.blocks.ss2d import initialize_linear
-from umamba.networks.base import SegmentationNetwork, check_stages
+from umamba.networks.base import GrayRepeatingNetwork, check_official, check_stages, stem_channels
 from umamba.networks.registry import register
 from umamba.networks.state_dict import KeyMap, Row, vss_block_rows
 from umamba.networks.vmamba import (
@@ -37,6 +37,7 @@ from umamba.networks.vmamba import (
     encoder_arguments,
     encoder_rows,
     mirrored_stages,
+    official_widths,
     vss_stage,
 )
 
@@ -47,7 +48,6 @@ QUIRKS = (
     "images of one channel are repeated to three, for which the stem was trained",
     "one output, no deep supervision",
 )
-STEM_CHANNELS = 3  # of images of one channel
 
 
 @register(
@@ -57,7 +57,7 @@ STEM_CHANNELS = 3  # of images of one channel
     licence="Apache-2.0",
     quirks=QUIRKS,
 )
-class VMUNet(SegmentationNetwork):
+class VMUNet(GrayRepeatingNetwork):
     """2D U-Net of VSS blocks only; image sizes divisible by 32, with the default stages."""
 
     spatial_dims = (2,)
@@ -92,7 +92,7 @@ class VMUNet(SegmentationNetwork):
         check_stages(strides, features_per_stage=features_per_stage)
         check_stages(strides[1:], depths=depths, depths_decoder=depths_decoder)
         self.encoder = VMambaEncoder(
-            STEM_CHANNELS if input_channels == 1 else input_channels,
+            stem_channels(input_channels),
             features_per_stage=features_per_stage[1:],
             depths=depths,
             patch=patch,
@@ -113,20 +113,9 @@ class VMUNet(SegmentationNetwork):
         )
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """images (B, input_channels, H, W) -> logits; a list of them under deep supervision.
-
-        A network of three channels takes images of one channel, too.
-        """
-        self.check_input(images)
-        if images.shape[1] == 1:
-            images = images.expand(-1, STEM_CHANNELS, -1, -1)
-        inputs, outputs = self.encoder.stage_maps(images)
+        """images (B, input_channels, H, W) -> logits; a list of them under deep supervision."""
+        inputs, outputs = self.encoder.stage_maps(self.stem_images(images))
         return self.decoder(outputs[-1], inputs[1:])
-
-    def check_input(self, images: Tensor) -> None:
-        if self.input_channels == STEM_CHANNELS and images.ndim == 4 and images.shape[1] == 1:
-            images = images.expand(-1, STEM_CHANNELS, -1, -1)
-        super().check_input(images)
 
     def pretrained_maps(self) -> list[KeyMap]:
         # parity: load_from also copies the encoder's stages into the decoder's of the same width.
@@ -154,7 +143,9 @@ class VMUNet(SegmentationNetwork):
     @classmethod
     def official_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Of VMUNet's arguments, or of those of the VSSM inside it, which has no sigmoid."""
-        widths = list(config.get("dims", (96, 192, 384, 768)))
+        depths = list(config.get("depths", (2, 2, 9, 2)))
+        widths = official_widths(config.get("dims", 96), len(depths))
+        check_official(config, dims_decoder=widths[::-1])
         patch = config.get("patch_size", 4)
         channels = config.get("in_chans", config.get("input_channels", 3))
         inner = "in_chans" in config
@@ -163,7 +154,7 @@ class VMUNet(SegmentationNetwork):
             "num_classes": config["num_classes"],
             "strides": [[1, 1], [patch, patch], *[[2, 2]] * (len(widths) - 1)],
             "features_per_stage": [widths[0] // patch, *widths],
-            "depths": list(config.get("depths", (2, 2, 9, 2))),
+            "depths": depths,
             "depths_decoder": list(config.get("depths_decoder", (2, 9, 2, 2))),
             "d_state": config.get("d_state", 16),
             "drop_path_rate": config.get("drop_path_rate", 0.2),

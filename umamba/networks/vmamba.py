@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from umamba.blocks.patch_unet import PatchEncoder
 from umamba.blocks.sampling import ConvDownsample, ConvPatchEmbed, PatchEmbed, PatchMerging
 from umamba.blocks.ss2d import MLP, SS2D, VSSBlock, initialize_linear, ss2d_options
-from umamba.networks.base import check_stages
+from umamba.networks.base import check_official, check_stages
 from umamba.networks.registry import register_module
 from umamba.networks.state_dict import (
     KeyMap,
@@ -146,13 +146,15 @@ class VMambaEncoder(PatchEncoder):
             "downsample_version": "downsample",
             "drop_path_rate": "drop_path_rate",
         }
+        check_official(
+            config, ssm_act_layer="silu", mlp_act_layer="gelu", gmlp=False, patch_norm=True,
+            post_norm=False, posembed=False,
+        )  # fmt: skip
         own = {names[name]: value for name, value in config.items() if name in names}
         if own.get("dt_rank") == "auto":
             own["dt_rank"] = None
-        widths = config.get("dims", 96)
-        if isinstance(widths, int):
-            widths = [widths * 2**i for i in range(len(own.get("depths", (2, 2, 9, 2))))]
-        return {**own, "features_per_stage": widths}
+        n_stages = len(own.get("depths", (2, 2, 9, 2)))
+        return {**own, "features_per_stage": official_widths(config.get("dims", 96), n_stages)}
 
 
 for _size, _arguments in SIZES.items():
@@ -181,11 +183,11 @@ class VMambaClassifier(nn.Module):
         return self.head(self.norm(self.encoder(images)[-1]).mean(dim=(1, 2)))
 
     @staticmethod
-    def official_key_map() -> KeyMap:
-        """Reads both spellings of the official names and writes the newer one."""
+    def official_key_map(out_norm: str = "layer") -> KeyMap:
+        """Reads both spellings of the official names and writes the newer one. out_norm: SS2D's."""
         return KeyMap(
             [
-                *encoder_rows("", "encoder."),
+                *encoder_rows("", "encoder.", out_norm=out_norm),
                 Row("classifier.{layer}.{p}", "{layer}.{p}"),
                 *encoder_rows("", "encoder.", old=True),
                 Row("norm.{p}", "norm.{p}"),
@@ -223,6 +225,11 @@ def vss_stage(
     return nn.Sequential(
         *(VSSBlock(width, build, mixer=mixer, drop_path=rate, mlp=mlp) for rate in drop_path)
     )
+
+
+def official_widths(dims: int | Sequence[int], n_stages: int) -> list[int]:
+    """The widths of the stages for VMamba's argument `dims`: a single one doubles per stage."""
+    return [dims * 2**i for i in range(n_stages)] if isinstance(dims, int) else list(dims)
 
 
 def drop_path_rates(first: float, last: float, depths: Sequence[int]) -> list[list[float]]:
