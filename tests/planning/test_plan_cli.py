@@ -8,6 +8,7 @@ import torch
 
 from umamba.cli import plan as plan_command
 from umamba.cli.main import UsageError
+from umamba.networks import get_entry
 from umamba.networks.vmamba import VMambaClassifier, VMambaEncoder
 
 
@@ -18,20 +19,21 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def test_network_arguments_are_json_and_bare_words_are_text():
-    words = ["d_state=32", "features-per-stage=[8, 16]", "mixer=conv", "expand=1.5", "x=null"]
-    assert plan_command.parse_network_args(words) == {
+    words = ["d_state=32", "features-per-stage=[8, 16]", "mixer=conv", "expand=1.5"]
+    words.append("kernel_sizes=null")
+    assert plan_command.parse_network_args(words, get_entry("umamba_bot")) == {
         "d_state": 32,
         "features_per_stage": [8, 16],
         "mixer": "conv",
         "expand": 1.5,
-        "x": None,
+        "kernel_sizes": None,
     }
 
 
 @pytest.mark.parametrize("word", ["d_state", "=3", "strides=[[1,1]"])
 def test_a_malformed_network_argument_is_a_usage_error(word):
     with pytest.raises(UsageError, match="--network-arg"):
-        plan_command.parse_network_args([word])
+        plan_command.parse_network_args([word], get_entry("umamba_bot"))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,7 @@ def test_a_malformed_network_argument_is_a_usage_error(word):
         (["--network", "umamba_bt"], "umamba_bot"),
         (["-c", "3d_fulres"], "did you mean 3d_fullres"),
         (["--network-arg", "d_stat=3"], "did you mean d_state"),
+        (["--network-arg", "features_per_stage=8"], "a list of whole numbers"),
         (["--memory", "-1"], "gigabytes above 0"),
         (["-np", "0"], "at least 1"),
         (["-overwrite_target_spacing", "1", "1"], "three numbers"),
