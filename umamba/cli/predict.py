@@ -67,8 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     ending = predictor.dataset_json["file_ending"]
-    # nnU-Net's reader of 3-D TIFF finds the spacing by the length of the name with its channel.
-    bare_names = predictor.n_channels == 1 and _reader_name(predictor) != "Tiff3DIO"
+    # A color picture is one file of all channels.  nnU-Net's reader of 3-D TIFF finds the spacing
+    # by the length of the name with its channel.
+    reader_name = _reader_name(predictor)
+    bare_names = reader_name == "NaturalImage2DIO" or (
+        predictor.n_channels == 1 and reader_name != "Tiff3DIO"
+    )
     found = plan_cases(
         find_images(args.input, ending, bare_names=bare_names),
         output,
