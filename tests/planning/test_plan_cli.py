@@ -68,6 +68,13 @@ def test_pretrained_weights_that_are_not_there_stop_before_the_data_are_touched(
         plan_command.run(parse(str(tmp_path / "nowhere"), *words, "--pretrained"))
 
 
+def test_pretrained_weights_that_cannot_be_read_stop_before_the_data_are_touched(tmp_path):
+    (tmp_path / "cut.pth").write_bytes(b"PK")
+    words = ["--network", "swin_umamba", "--pretrained", str(tmp_path / "cut.pth")]
+    with pytest.raises(ValueError, match=r"cut\.pth is damaged"):
+        plan_command.run(parse(str(tmp_path / "nowhere"), *words))
+
+
 def test_pretrained_weights_enter_the_recipe_of_plans_of_their_own(
     sphere_dataset, nnunet_folders, capsys
 ):

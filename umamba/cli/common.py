@@ -105,16 +105,19 @@ def pretrained_recipe(args: argparse.Namespace) -> dict[str, str]:
     """The recipe's part of --pretrained, empty without it.
 
     Raises UsageError where the network has no such weights, FileNotFoundError where the file is not
-    there yet.
+    there yet, ValueError where it cannot be read.
     """
     if args.pretrained is None:
         return {}
     entry = find_network(args.network)
+    from umamba.networks.checkpoint import read_weights
     from umamba.networks.pretrained import choose_file, find_file
 
     with usage_errors():
         chosen = choose_file(entry, args.pretrained)
-    print(f"pretrained weights: {find_file(chosen)}")
+    file = find_file(chosen)
+    read_weights(file)
+    print(f"pretrained weights: {file}")
     return {"pretrained": chosen}
 
 
