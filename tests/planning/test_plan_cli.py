@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from umamba.cli import common
 from umamba.cli import plan as plan_command
 from umamba.cli.main import UsageError
 from umamba.networks import get_entry
 from umamba.networks.vmamba import VMambaClassifier, VMambaEncoder
+from umamba.training.recipes import get_recipe
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -66,6 +68,17 @@ def test_pretrained_weights_that_are_not_there_stop_before_the_data_are_touched(
     monkeypatch.setenv("UMAMBA_PRETRAINED", str(tmp_path / "weights"))
     with pytest.raises(kind, match=said):
         plan_command.run(parse(str(tmp_path / "nowhere"), *words, "--pretrained"))
+
+
+def test_a_loss_for_labels_is_refused_on_regions():
+    recipe = get_recipe("mamba_clinix_tversky")
+    labels = {"background": 0, "whole": [1, 2], "core": 2}
+    dataset = argparse.Namespace(name="D", dataset_json={"labels": labels})
+    with pytest.raises(UsageError, match="overlapping regions"):
+        common.check_recipe(recipe, dataset)
+    common.check_recipe(get_recipe("mamba_clinix"), dataset)
+    dataset.dataset_json["labels"] = {"background": 0, "core": 1, "ignore": 2}
+    common.check_recipe(recipe, dataset)
 
 
 def test_pretrained_weights_that_cannot_be_read_stop_before_the_data_are_touched(tmp_path):

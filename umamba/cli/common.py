@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,17 @@ def find_recipe(name: str | None) -> dict[str, Any]:
 
     with usage_errors():
         return {} if name is None else get_recipe(name)
+
+
+def check_recipe(recipe: Mapping[str, Any], dataset: RawDataset) -> None:
+    """UsageError for a recipe's loss that is not defined on the dataset's labels."""
+    labels = dataset.dataset_json["labels"].values()
+    regions = any(isinstance(label, list | tuple) and len(label) > 1 for label in labels)
+    if recipe.get("loss") == "region_tversky" and regions:
+        raise UsageError(
+            f"recipe {recipe.get('name')} is for labels that exclude each other, and "
+            f"{dataset.name} has overlapping regions: choose another --recipe, or none"
+        )
 
 
 def check_numbers(args: argparse.Namespace) -> None:

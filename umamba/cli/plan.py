@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     dataset, _ = common.open_dataset(args, strict=args.no_audit)
     if not args.no_audit:
         common.refuse_faults(dataset)
+    common.check_recipe(recipe, dataset)
     n_workers = args.np or default_workers(dataset.name)
     fingerprint_dataset(dataset.name, n_workers)
     name = default_plans_name(entry.name, network_args, recipe.get("name"))

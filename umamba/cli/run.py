@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
     common.refuse_faults(dataset)
+    common.check_recipe(recipe, dataset)
 
     plans, configuration = make_plans(
         args, entry.name, network_args, recipe, dataset, workspace, fold, device, started
