@@ -142,6 +142,12 @@ def test_images_in_two_dimensions_keep_their_format(tmp_path):
     assert read_array(tmp_path / "out" / "p.png").shape == (33, 21)
 
 
+def test_an_output_that_is_another_file_is_a_usage_error(model, images, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.txt is a file; give a folder"):
+        call("-m", model, "-i", images, "-o", tmp_path / "notes.txt")
+
+
 def test_a_color_picture_needs_no_channel_number(tmp_path):
     plans = make_plans(
         n_channels=3, patch_size=(16, 12), spacing=(1.0, 1.0), reader="NaturalImage2DIO"

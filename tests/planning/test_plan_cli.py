@@ -9,6 +9,7 @@ import torch
 from umamba.cli import common
 from umamba.cli import plan as plan_command
 from umamba.cli.main import UsageError
+from umamba.cli.train import check_start
 from umamba.networks import get_entry
 from umamba.networks.vmamba import VMambaClassifier, VMambaEncoder
 from umamba.training.recipes import get_recipe
@@ -46,6 +47,7 @@ def test_a_malformed_network_argument_is_a_usage_error(word):
         (["--network-arg", "d_stat=3"], "did you mean d_state"),
         (["--network-arg", "features_per_stage=8"], "a list of whole numbers"),
         (["--memory", "-1"], "gigabytes above 0"),
+        (["--memory", "nan"], "gigabytes above 0"),
         (["-np", "0"], "at least 1"),
         (["-overwrite_target_spacing", "1", "1"], "three numbers"),
     ],
@@ -134,3 +136,11 @@ def test_no_preprocess_stops_after_the_plans(sphere_dataset, nnunet_folders):
     home = nnunet_folders / "preprocessed" / sphere_dataset
     assert (home / "umamba_enc.json").is_file()
     assert [path for path in home.iterdir() if path.is_dir()] == []
+
+
+def test_a_file_that_is_no_checkpoint_is_no_start_of_a_training(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        check_start(tmp_path / "gone.pth")
+    torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="no network_weights"):
+        check_start(tmp_path / "bare.pth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -106,7 +107,7 @@ def check_recipe(recipe: Mapping[str, Any], dataset: RawDataset) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """UsageError for a --memory or -np that makes no sense."""
-    if args.memory is not None and args.memory <= 0:
+    if args.memory is not None and not 0 < args.memory < math.inf:
         raise UsageError(f"--memory {args.memory:g} makes no sense; give gigabytes above 0")
     if args.np is not None and args.np < 1:
         raise UsageError(f"-np {args.np} makes no sense; give at least 1")

@@ -63,9 +63,11 @@ def run(args: argparse.Namespace) -> int:
     """Predicts; returns 0, or 3 where some cases failed, or 1 where all did."""
     predictor = _load_predictor(args)
 
-    from umamba.inference.cases import find_images, is_whole, plan_cases
+    from umamba.inference.cases import find_images, is_whole, output_folder, plan_cases
 
     output = Path(args.output)
+    if output.is_file() and output_folder(output, predictor.dataset_json["file_ending"]) == output:
+        raise UsageError(f"-o {output} is a file; give a folder")
     ending = predictor.dataset_json["file_ending"]
     # A color picture is one file of all channels.  nnU-Net's reader of 3-D TIFF finds the spacing
     # by the length of the name with its channel.

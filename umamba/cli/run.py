@@ -6,6 +6,7 @@ Killed or stopped, the same command goes on where it was.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import time
 from typing import TYPE_CHECKING
@@ -38,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     common.check_numbers(args)
     if args.minutes is not None and args.epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other")
-    if args.minutes is not None and args.minutes < 1:
-        raise UsageError(f"--minutes {args.minutes:g} is too short; give at least 1")
+    if args.minutes is not None and not 1 <= args.minutes < math.inf:
+        raise UsageError(f"--minutes {args.minutes:g} is too short or endless; give at least 1")
     if args.epochs is not None and args.epochs < 1:
         raise UsageError(f"--epochs {args.epochs} makes no sense; give at least 1")
     fold = common.parse_fold(args.fold)
