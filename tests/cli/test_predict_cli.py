@@ -142,6 +142,27 @@ def test_images_in_two_dimensions_keep_their_format(tmp_path):
     assert read_array(tmp_path / "out" / "p.png").shape == (33, 21)
 
 
+def test_an_output_that_is_another_file_is_a_usage_error(model, images, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.txt is a file; give a folder"):
+        call("-m", model, "-i", images, "-o", tmp_path / "notes.txt")
+
+
+def test_a_color_picture_needs_no_channel_number(tmp_path):
+    plans = make_plans(
+        n_channels=3, patch_size=(16, 12), spacing=(1.0, 1.0), reader="NaturalImage2DIO"
+    )
+    model = make_model_folder(
+        tmp_path / "m", plans, make_dataset_json(3, ending=".png"), mirror_axes=(0, 1)
+    )
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(1, 255, (33, 21, 3)).astype(np.uint8)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels, isVector=True), str(images / "p.png"))
+    assert call("-m", model, "-i", images, "-o", tmp_path / "out") == 0
+    assert read_array(tmp_path / "out" / "p.png").shape == (33, 21)
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [

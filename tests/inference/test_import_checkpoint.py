@@ -148,11 +148,22 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> No
     fast["configurations"]["3d_fullres"]["resampling_fn_seg"] = "fast_resample_data_or_seg_to_shape"
     refuses("write resample_data_or_seg_to_shape", plans=write_json(tmp_path / "fast.json", fast))
 
+    for key in ("patch_size", "spacing"):
+        partial = new_plans()
+        del partial["configurations"]["3d_fullres"][key]
+        refuses(f"does not tell {key}", plans=write_json(tmp_path / "part.json", partial))
+    unnamed = {key: value for key, value in DATASET.items() if key != "labels"}
+    refuses("channel_names and labels", dataset_json=write_json(tmp_path / "d.json", unnamed))
+    refuses(r"no file .*gone\.json", dataset_json=tmp_path / "gone.json")
+    refuses("is a file; choose a folder", output_folder=files["checkpoint"])
+
     whole = files["checkpoint"].read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     refuses(r"cut\.pth cannot be read, it seems truncated", checkpoint=tmp_path / "cut.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     refuses(r"text\.pth", checkpoint=tmp_path / "text.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    refuses(r"text\.pth cannot be read", checkpoint=tmp_path / "text.pth")
     torch.save({"network_weights": network}, tmp_path / "code.pth")
     refuses(r"code\.pth is damaged or holds objects", checkpoint=tmp_path / "code.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")

@@ -195,6 +195,9 @@ def test_a_missing_file_is_named_with_its_place_and_its_address(
     (tmp_path / entry.also[0]).touch()
     assert find_file("vssm_tiny").name == entry.also[0]
     assert find_file(str(tmp_path / entry.also[0])) == tmp_path / entry.also[0]
+    monkeypatch.setenv("UMAMBA_PRETRAINED", str(tmp_path / entry.also[0]))
+    with pytest.raises(ValueError, match="is a file: set UMAMBA_PRETRAINED to a folder"):
+        find_file("vssm_tiny")
 
 
 def official(classifier: VMambaClassifier) -> dict[str, Tensor]:

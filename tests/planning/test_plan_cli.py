@@ -6,9 +6,13 @@ import json
 import pytest
 import torch
 
+from umamba.cli import common
 from umamba.cli import plan as plan_command
 from umamba.cli.main import UsageError
+from umamba.cli.train import check_start
+from umamba.networks import get_entry
 from umamba.networks.vmamba import VMambaClassifier, VMambaEncoder
+from umamba.training.recipes import get_recipe
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -18,20 +22,21 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def test_network_arguments_are_json_and_bare_words_are_text():
-    words = ["d_state=32", "features-per-stage=[8, 16]", "mixer=conv", "expand=1.5", "x=null"]
-    assert plan_command.parse_network_args(words) == {
+    words = ["d_state=32", "features-per-stage=[8, 16]", "mixer=conv", "expand=1.5"]
+    words.append("kernel_sizes=null")
+    assert plan_command.parse_network_args(words, get_entry("umamba_bot")) == {
         "d_state": 32,
         "features_per_stage": [8, 16],
         "mixer": "conv",
         "expand": 1.5,
-        "x": None,
+        "kernel_sizes": None,
     }
 
 
 @pytest.mark.parametrize("word", ["d_state", "=3", "strides=[[1,1]"])
 def test_a_malformed_network_argument_is_a_usage_error(word):
     with pytest.raises(UsageError, match="--network-arg"):
-        plan_command.parse_network_args([word])
+        plan_command.parse_network_args([word], get_entry("umamba_bot"))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,9 @@ def test_a_malformed_network_argument_is_a_usage_error(word):
         (["--network", "umamba_bt"], "umamba_bot"),
         (["-c", "3d_fulres"], "did you mean 3d_fullres"),
         (["--network-arg", "d_stat=3"], "did you mean d_state"),
+        (["--network-arg", "features_per_stage=8"], "a list of whole numbers"),
         (["--memory", "-1"], "gigabytes above 0"),
+        (["--memory", "nan"], "gigabytes above 0"),
         (["-np", "0"], "at least 1"),
         (["-overwrite_target_spacing", "1", "1"], "three numbers"),
     ],
@@ -63,6 +70,24 @@ def test_pretrained_weights_that_are_not_there_stop_before_the_data_are_touched(
     monkeypatch.setenv("UMAMBA_PRETRAINED", str(tmp_path / "weights"))
     with pytest.raises(kind, match=said):
         plan_command.run(parse(str(tmp_path / "nowhere"), *words, "--pretrained"))
+
+
+def test_a_loss_for_labels_is_refused_on_regions():
+    recipe = get_recipe("mamba_clinix_tversky")
+    labels = {"background": 0, "whole": [1, 2], "core": 2}
+    dataset = argparse.Namespace(name="D", dataset_json={"labels": labels})
+    with pytest.raises(UsageError, match="overlapping regions"):
+        common.check_recipe(recipe, dataset)
+    common.check_recipe(get_recipe("mamba_clinix"), dataset)
+    dataset.dataset_json["labels"] = {"background": 0, "core": 1, "ignore": 2}
+    common.check_recipe(recipe, dataset)
+
+
+def test_pretrained_weights_that_cannot_be_read_stop_before_the_data_are_touched(tmp_path):
+    (tmp_path / "cut.pth").write_bytes(b"PK")
+    words = ["--network", "swin_umamba", "--pretrained", str(tmp_path / "cut.pth")]
+    with pytest.raises(ValueError, match=r"cut\.pth is damaged"):
+        plan_command.run(parse(str(tmp_path / "nowhere"), *words))
 
 
 def test_pretrained_weights_enter_the_recipe_of_plans_of_their_own(
@@ -111,3 +136,11 @@ def test_no_preprocess_stops_after_the_plans(sphere_dataset, nnunet_folders):
     home = nnunet_folders / "preprocessed" / sphere_dataset
     assert (home / "umamba_enc.json").is_file()
     assert [path for path in home.iterdir() if path.is_dir()] == []
+
+
+def test_a_file_that_is_no_checkpoint_is_no_start_of_a_training(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        check_start(tmp_path / "gone.pth")
+    torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="no network_weights"):
+        check_start(tmp_path / "bare.pth")

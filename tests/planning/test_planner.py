@@ -266,6 +266,11 @@ def test_an_argument_that_the_network_lacks_or_that_is_planned_is_refused(finger
         plan(fingerprinted("tiny"), network_args={argument: 3})
 
 
+def test_arguments_that_do_not_build_a_network_are_named(fingerprinted):
+    with pytest.raises(ValueError, match=r"--network-arg expand=0 .*`umamba models show"):
+        plan(fingerprinted("tiny"), network_args={"expand": 0}, configurations=["2d"])
+
+
 def test_unknown_networks_and_configurations_name_the_nearest(fingerprinted):
     dataset = fingerprinted("tiny")
     with pytest.raises(ValueError, match="umamba_bot"):

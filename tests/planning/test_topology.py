@@ -1,9 +1,14 @@
 """Divisors, rounding of patches, and the stages of a patch."""
 
+import inspect
+import json
+
 import pytest
 
+from umamba.networks import get_entry, list_networks
 from umamba.planning.topology import (
     MIN_EDGE,
+    check_network_args,
     fit_stages,
     network_divisor,
     round_patch,
@@ -55,3 +60,38 @@ def test_widths_double_up_to_the_maximum_and_counts_repeat():
     assert fit_stages([32, 64], 5, True, 320) == [32, 64, 128, 256, 320]
     assert fit_stages([1, 3, 4], 2, False, 0) == [1, 3]
     assert fit_stages([2, 1], 4, False, 0) == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("network", "argument", "value"),
+    [
+        ("umamba_bot", "features_per_stage", 8),
+        ("umamba_bot", "features_per_stage", [0, 8]),
+        ("umamba_bot", "features_per_stage", ["a"]),
+        ("umamba_bot", "strides", [1, 2, 2]),
+        ("umamba_bot", "strides", [[1, 1, 1]]),
+        ("umamba_bot", "strides", [[1, 1, 1], [2, 2]]),
+        ("umamba_bot", "strides", [[2, 2, 2], [2, 2, 2]]),  # logits of half the size
+        ("umamba_bot", "kernel_sizes", [3, 3]),
+        ("umamba_bot", "n_conv_per_stage", 0),
+        ("umamba_bot", "d_state", True),
+        ("umamba_bot", "expand", "2"),
+        ("mamba_clinix", "drop_path", 1.5),
+        ("mamba_unet", "depths", 3),
+        ("uvm_net", "attention", 3),
+        ("uvm_net", "input_residual", 1),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_what_the_argument_is(network, argument, value):
+    with pytest.raises(ValueError, match=f"^{network}'s {argument} cannot be .*: it is "):
+        check_network_args(get_entry(network), {argument: value})
+
+
+@pytest.mark.parametrize("name", list_networks())
+def test_the_defaults_of_every_network_are_of_their_kinds(name):
+    entry = get_entry(name)
+    parameters = inspect.signature(entry.cls).parameters
+    defaults = {key: parameters[key].default for key in entry.keywords}
+    given = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
+    given.pop("deep_supervision")
+    check_network_args(entry, json.loads(json.dumps(given)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +94,20 @@ def find_recipe(name: str | None) -> dict[str, Any]:
         return {} if name is None else get_recipe(name)
 
 
+def check_recipe(recipe: Mapping[str, Any], dataset: RawDataset) -> None:
+    """UsageError for a recipe's loss that is not defined on the dataset's labels."""
+    labels = dataset.dataset_json["labels"].values()
+    regions = any(isinstance(label, list | tuple) and len(label) > 1 for label in labels)
+    if recipe.get("loss") == "region_tversky" and regions:
+        raise UsageError(
+            f"recipe {recipe.get('name')} is for labels that exclude each other, and "
+            f"{dataset.name} has overlapping regions: choose another --recipe, or none"
+        )
+
+
 def check_numbers(args: argparse.Namespace) -> None:
     """UsageError for a --memory or -np that makes no sense."""
-    if args.memory is not None and args.memory <= 0:
+    if args.memory is not None and not 0 < args.memory < math.inf:
         raise UsageError(f"--memory {args.memory:g} makes no sense; give gigabytes above 0")
     if args.np is not None and args.np < 1:
         raise UsageError(f"-np {args.np} makes no sense; give at least 1")
@@ -105,16 +117,19 @@ def pretrained_recipe(args: argparse.Namespace) -> dict[str, str]:
     """The recipe's part of --pretrained, empty without it.
 
     Raises UsageError where the network has no such weights, FileNotFoundError where the file is not
-    there yet.
+    there yet, ValueError where it cannot be read.
     """
     if args.pretrained is None:
         return {}
     entry = find_network(args.network)
+    from umamba.networks.checkpoint import read_weights
     from umamba.networks.pretrained import choose_file, find_file
 
     with usage_errors():
         chosen = choose_file(entry, args.pretrained)
-    print(f"pretrained weights: {find_file(chosen)}")
+    file = find_file(chosen)
+    read_weights(file)
+    print(f"pretrained weights: {file}")
     return {"pretrained": chosen}
 
 

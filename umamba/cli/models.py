@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from umamba.cli.common import add_command, find_network, parse_fold, usage_errors
+from umamba.cli.common import add_command, find_network, parse_fold
 from umamba.cli.fetch import run_fetch
 from umamba.cli.plan import parse_network_args
 
@@ -113,12 +113,8 @@ def run_import(args: argparse.Namespace) -> int:
     Reads it with the plans.json and dataset.json of its training; `umamba predict -m` and nnU-Net
     load the folder. Arguments of the network that neither tells can be given with --network-arg.
     """
-    fold, network_args = parse_fold(args.fold), parse_network_args(args.network_arg)
-    entry = find_network(args.network)
-    from umamba.planning.topology import check_network_args
-
-    with usage_errors():
-        check_network_args(entry, network_args)
+    fold, entry = parse_fold(args.fold), find_network(args.network)
+    network_args = parse_network_args(args.network_arg, entry)
     from umamba.inference.import_checkpoint import import_checkpoint
 
     files = (args.checkpoint, args.plans, args.dataset_json, args.output)

@@ -9,10 +9,13 @@ import argparse
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
+
+if TYPE_CHECKING:
+    from umamba.networks import NetworkEntry
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -34,12 +37,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans and preprocesses; prints what was planned, where it is, and the next command."""
+    from umamba.planning.topology import check_configurations
+
     common.check_numbers(args)
     spacing = args.target_spacing
     if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
         raise UsageError("-overwrite_target_spacing takes three numbers above 0, in mm")
-    network_args = parse_network_args(args.network_arg)
     entry = common.find_network(args.network)
+    network_args = parse_network_args(args.network_arg, entry)
+    with common.usage_errors():
+        check_configurations(args.configuration)
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import plans_file
@@ -48,15 +55,12 @@ def run(args: argparse.Namespace) -> int:
         fingerprint_dataset,
         preprocess_dataset,
     )
-    from umamba.planning.topology import check_configurations, check_network_args
 
-    with common.usage_errors():
-        check_network_args(entry, network_args)
-        check_configurations(args.configuration)
     device = common.choose_device(args.device) if args.check else None
     dataset, _ = common.open_dataset(args, strict=args.no_audit)
     if not args.no_audit:
         common.refuse_faults(dataset)
+    common.check_recipe(recipe, dataset)
     n_workers = args.np or default_workers(dataset.name)
     fingerprint_dataset(dataset.name, n_workers)
     name = default_plans_name(entry.name, network_args, recipe.get("name"))
@@ -95,8 +99,13 @@ def pretrained_suffix(args: argparse.Namespace) -> str:
     return "" if args.pretrained is None else "_pretrained"
 
 
-def parse_network_args(words: Sequence[str]) -> dict[str, Any]:
-    """Returns `key=json` words as a dict; a value that is no JSON is taken as text."""
+def parse_network_args(words: Sequence[str], entry: NetworkEntry) -> dict[str, Any]:
+    """Returns `key=json` words as a dict; a value that is no JSON is taken as text.
+
+    Raises UsageError for what is not such a word, or no argument of the network.
+    """
+    from umamba.planning.topology import check_network_args
+
     arguments: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -109,6 +118,8 @@ def parse_network_args(words: Sequence[str]) -> dict[str, Any]:
             if value[:1] in "[{":
                 raise UsageError(f"--network-arg {word!r}: the value is not valid JSON") from None
             arguments[key] = value
+    with common.usage_errors():
+        check_network_args(entry, arguments)
     return arguments
 
 

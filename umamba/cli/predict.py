@@ -63,12 +63,18 @@ def run(args: argparse.Namespace) -> int:
     """Predicts; returns 0, or 3 where some cases failed, or 1 where all did."""
     predictor = _load_predictor(args)
 
-    from umamba.inference.cases import find_images, is_whole, plan_cases
+    from umamba.inference.cases import find_images, is_whole, output_folder, plan_cases
 
     output = Path(args.output)
+    if output.is_file() and output_folder(output, predictor.dataset_json["file_ending"]) == output:
+        raise UsageError(f"-o {output} is a file; give a folder")
     ending = predictor.dataset_json["file_ending"]
-    # nnU-Net's reader of 3-D TIFF finds the spacing by the length of the name with its channel.
-    bare_names = predictor.n_channels == 1 and _reader_name(predictor) != "Tiff3DIO"
+    # A color picture is one file of all channels.  nnU-Net's reader of 3-D TIFF finds the spacing
+    # by the length of the name with its channel.
+    reader_name = _reader_name(predictor)
+    bare_names = reader_name == "NaturalImage2DIO" or (
+        predictor.n_channels == 1 and reader_name != "Tiff3DIO"
+    )
     found = plan_cases(
         find_images(args.input, ending, bare_names=bare_names),
         output,

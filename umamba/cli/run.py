@@ -6,6 +6,7 @@ Killed or stopped, the same command goes on where it was.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import time
 from typing import TYPE_CHECKING
@@ -32,24 +33,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chain; prints where things went and the predict command to use next."""
+    from umamba.planning.topology import check_configurations
+
     started = time.monotonic()
     common.check_numbers(args)
     if args.minutes is not None and args.epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other")
-    if args.minutes is not None and args.minutes < 1:
-        raise UsageError(f"--minutes {args.minutes:g} is too short; give at least 1")
+    if args.minutes is not None and not 1 <= args.minutes < math.inf:
+        raise UsageError(f"--minutes {args.minutes:g} is too short or endless; give at least 1")
     if args.epochs is not None and args.epochs < 1:
         raise UsageError(f"--epochs {args.epochs} makes no sense; give at least 1")
     fold = common.parse_fold(args.fold)
-    network = common.find_network(args.network).name
+    entry = common.find_network(args.network)
+    network_args = parse_network_args(args.network_arg, entry)
+    with common.usage_errors():
+        check_configurations([args.configuration] if args.configuration else None)
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
     common.refuse_faults(dataset)
+    common.check_recipe(recipe, dataset)
 
     plans, configuration = make_plans(
-        args, network, recipe, dataset, workspace, fold, device, started
+        args, entry.name, network_args, recipe, dataset, workspace, fold, device, started
     )
     print(describe_configuration(plans, configuration))
     print("training")
@@ -66,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def make_plans(
     args: argparse.Namespace,
     network: str,
+    network_args: dict,
     named: dict,
     dataset: RawDataset,
     workspace: Workspace,
@@ -79,7 +87,6 @@ def make_plans(
     from umamba.planning.plans import get_configuration, load_plans, save_plans
     from umamba.planning.preprocess import fingerprint_dataset, preprocess_dataset
 
-    network_args = parse_network_args(args.network_arg)
     asked = ("minutes", "epochs", "memory", "configuration", "seed")
     request = {
         "network": network,
@@ -115,6 +122,7 @@ def make_plans(
         memory_gb=args.memory,
         network_args=network_args,
         recipe=recipe,
+        configurations=[args.configuration] if args.configuration else None,
     )
     default = "3d_fullres" if "3d_fullres" in plans["configurations"] else "2d"
     configuration = args.configuration or default

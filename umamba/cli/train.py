@@ -59,11 +59,23 @@ def run(args: argparse.Namespace) -> int:
     file = home / f"{args.plans.replace('-', '_')}.json"
     with common.usage_errors(FileNotFoundError):
         plans = load_plans(file if file.is_file() else home / f"{args.plans}.json")
+    if args.pretrained_weights:
+        check_start(Path(args.pretrained_weights))
     dataset_json = json.loads((home / "dataset.json").read_text())
     options = {field: getattr(args, field) for field in FIELDS}
     folder = train(plans, dataset_json, args.configuration, fold, device, args, **options)
     tell_results(folder, f"umamba report {shlex.quote(str(folder))}")
     return 0
+
+
+def check_start(file: Path) -> None:
+    """Reads a checkpoint to start from; ValueError or FileNotFoundError where it is none."""
+    from umamba.networks.checkpoint import read_checkpoint
+
+    if "network_weights" not in read_checkpoint(file):
+        raise ValueError(
+            f"{file} is not a checkpoint of a training here: it has no network_weights"
+        )
 
 
 def tell_results(folder: Path, report: str) -> None:
@@ -100,6 +112,8 @@ def train(
     folder = fold_folder(TrainingRun(plans, configuration, fold, dataset_json))
     files = {name: folder / f"checkpoint_{name}.pth" for name in ("final", "latest", "best")}
     there = [name for name, file in files.items() if file.is_file()]
+    if options.get("only_validation") and not there:
+        raise ValueError(f"{folder} has no checkpoint to validate: train it first, without --val")
     if args.restart:
         for name in there:
             files[name].unlink()
@@ -113,7 +127,12 @@ def train(
         else:
             print(f"resuming the training in {folder} (--restart begins anew)")
             options["continue_training"] = True
-    return train_fold(TrainingRun(plans, configuration, fold, dataset_json, **options))
+    try:
+        return train_fold(TrainingRun(plans, configuration, fold, dataset_json, **options))
+    except AssertionError as error:  # nnU-Net's, of a missing key or another shape
+        if not (start := options.get("pretrained_weights")):
+            raise
+        raise ValueError(f"{start} is not of the network in these plans: {error}") from error
 
 
 def check_same_plan(folder: Path, plans: dict, configuration: str) -> None:

@@ -29,6 +29,7 @@ OLD_FIELDS = {
 }
 WIDTHS = ("UNet_base_num_features", "unet_max_num_features")
 OLD_ONLY = {"UNet_class_name", "num_pool_per_axis", *WIDTHS, *OLD_FIELDS}
+PREPARATION = ("patch_size", "spacing")
 NEEDED = ("strides", "features_per_stage", "kernel_sizes", "n_conv_per_stage")
 
 # Preparation of networks that were not trained in nnU-Net, where nnU-Net's plans can say the same.
@@ -68,7 +69,15 @@ def import_checkpoint(
     key_map = entry.cls.official_key_map()
     if not key_map.covers(weights):
         raise ValueError(f"{checkpoint} is not a checkpoint of {entry.name}; {_look(weights)}")
+    for file in filter(None, (plans, dataset_json)):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}; check the path")
     dataset = read_json(dataset_json)
+    if not ({"channel_names", "modality"} & dataset.keys() and dataset.get("labels")):
+        raise ValueError(
+            f"{dataset_json} does not tell channel_names and labels; give the dataset.json of the "
+            "training"
+        )
     if plans is None:
         new_plans = official_plans(entry, dataset)
         plans = output_folder / "plans.json"
@@ -85,6 +94,12 @@ def import_checkpoint(
 
     manager = PlansManager(new_plans)
     settings = manager.get_configuration(chosen)
+    untold = [key for key in PREPARATION if key not in settings.configuration]
+    if untold:
+        raise ValueError(
+            f"{plans}: {chosen} does not tell {', '.join(untold)}; give the plans.json that the "
+            "checkpoint was trained with"
+        )
     dims = len(settings.patch_size)
     if settings.network_arch_class_name != entry.class_path:
         raise ValueError(f"{entry.name} has no {dims}D form, which {chosen} needs")
@@ -107,7 +122,10 @@ def import_checkpoint(
         own, report = key_map.to_own(weights, shapes_for(*counts))
     except ValueError as error:
         check_counts(shapes_for, counts, given, f"{checkpoint} with configuration {chosen}")
-        raise ValueError(f"{checkpoint} with configuration {chosen}: {error}") from error
+        raise ValueError(
+            f"{checkpoint} with configuration {chosen}: {error}; what plans do not tell is given "
+            "with --network-arg"
+        ) from error
 
     axes = content.get("inference_allowed_mirroring_axes", range(dims))
     init_args = {"plans": new_plans, "configuration": chosen, "fold": fold, "dataset_json": dataset}
@@ -298,6 +316,8 @@ def _block(entry: NetworkEntry, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _write_model_folder(folder: Path, checkpoint: dict[str, Any]) -> None:
     """Writes plans.json, dataset.json and, last, the fold with its checkpoint."""
     training = checkpoint["init_args"]
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; choose a folder")
     plans, target = training["plans"], folder / f"fold_{training['fold']}"
     if target.exists():
         raise ValueError(f"{target} exists already; choose another folder or fold")

@@ -15,8 +15,8 @@ from umamba.networks.state_dict import unwrap
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU.
 
-    Raises FileNotFoundError, or ValueError for a truncated file, one that wants to run code, and
-    one that holds no dictionary.
+    Raises FileNotFoundError, or ValueError for a truncated file or one of another kind, one that
+    wants to run code, and one that holds no dictionary.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}; check the path")
@@ -31,9 +31,10 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             f"{file} is damaged or holds objects other than tensors and numbers, and is not read; "
             "copy it again, or use another checkpoint"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # torch's reader of old files meets a text file with any of them
         raise ValueError(
-            f"{file} cannot be read, it seems truncated; copy it again, or use another checkpoint"
+            f"{file} cannot be read, it seems truncated or is no checkpoint; copy it again, or use "
+            "another one"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no dictionary of weights; it is not a checkpoint")

@@ -121,9 +121,18 @@ def choose_file(entry: NetworkEntry, wanted: str = "") -> str:
 
 
 def pretrained_folder() -> Path:
-    """Where published files are kept: $UMAMBA_PRETRAINED, else ~/.cache/umamba/pretrained."""
+    """Where published files are kept: $UMAMBA_PRETRAINED, else ~/.cache/umamba/pretrained.
+
+    Raises ValueError where that is a file.
+    """
     given = os.environ.get(FOLDER_VARIABLE, "").strip()
-    return Path(given or "~/.cache/umamba/pretrained").expanduser().absolute()
+    folder = Path(given or "~/.cache/umamba/pretrained").expanduser().absolute()
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file: set {FOLDER_VARIABLE} to a folder, or give the file itself as "
+            "--pretrained FILE"
+        )
+    return folder
 
 
 def find_file(chosen: str) -> Path:

@@ -9,9 +9,9 @@
 
 arXiv 2401.04722; equals bowang-lab/U-Mamba@530739b, nets/UMamba{Bot,Enc}.py (Apache-2.0), one
 class for 2D and 3D. Against the current version: transposed convolutions, average-pooled
-shortcuts, a stem of one convolution, all skips joined, block counts as planned, any image size.
-Kept: QUIRKS. The official Bot leaves its Mamba
-under autocast; here every mixer computes in float32.
+shortcuts, a stem of one convolution, all skips joined, block counts as planned.
+Kept: QUIRKS. The official Bot leaves its Mamba under autocast; here every mixer computes in
+float32.
 """
 
 from __future__ import annotations

@@ -235,7 +235,16 @@ class UMambaPlanner(ExperimentPlanner):
         key = ("footprint", patch, str(block["strides"]))
         if key not in cache:
             build = network_builder(plan, self.input_channels, self.num_classes)
-            cache[key] = count_footprint(build, self.input_channels, patch, self.half_precision)
+            try:
+                cache[key] = count_footprint(build, self.input_channels, patch, self.half_precision)
+            except Exception as error:
+                if not self.network_args:
+                    raise
+                given = ", ".join(f"{k}={json.dumps(v)}" for k, v in self.network_args.items())
+                raise ValueError(
+                    f"{self.entry.name} does not work with --network-arg {given} ({error}); "
+                    f"`umamba models show {self.entry.name}` tells its arguments"
+                ) from error
         return cache[key]
 
     def _explain(

@@ -1,8 +1,10 @@
 """The network's part of a plan: divisors, stages of a patch, numbers per stage, arguments."""
 
 import difflib
+import inspect
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from umamba.networks.registry import NetworkEntry
@@ -40,7 +42,10 @@ def strides_for_axes(fixed_strides: Sequence[Sequence[int]], spatial_dims: int) 
     """Returns `fixed_strides` for 2 or 3 axes; a 2D network takes the last axes of a 3D entry."""
     given = len(fixed_strides[0])
     if given < spatial_dims:
-        raise ValueError(f"strides of {given} axes cannot serve a network of {spatial_dims} axes")
+        raise ValueError(
+            f"strides of {given} axes cannot serve a network of {spatial_dims} axes: give "
+            f"{spatial_dims} numbers a stage, or choose the configuration 2d (-c 2d)"
+        )
     return tuple(tuple(int(s) for s in stride[given - spatial_dims :]) for stride in fixed_strides)
 
 
@@ -111,13 +116,72 @@ def network_arguments(
 
 
 def check_network_args(entry: NetworkEntry, network_args: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument that the network does not have or that is planned."""
+    """Raises ValueError for an argument that the network has not or that is planned, and for a
+    value that is not of the argument's kind."""
     allowed = [key for key in entry.keywords if key not in PLANNED_ARGUMENTS]
-    for key in network_args:
+    for key, value in network_args.items():
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(allowed)}"
             raise ValueError(f"{entry.name} has no argument {key!r} to set: {hint}")
+        parameter = inspect.signature(entry.cls).parameters[key]
+        default, (kind, _, optional) = parameter.default, str(parameter.annotation).partition(" | ")
+        own_kind = "drop_path" if key.startswith("drop_path") else key
+        told, fits = KINDS.get(own_kind) or KINDS[kind]
+        lowest = 0 if isinstance(default, tuple) and 0 in default else 1
+        if not (fits(value, lowest) or (optional and value is None)):
+            example = "" if default in (None, parameter.empty) else f", as {json.dumps(default)}"
+            raise ValueError(
+                f"{entry.name}'s {key} cannot be {json.dumps(value)}: it is {told}{example}"
+            )
+
+
+def _is_count(value: Any, lowest: int) -> bool:
+    return type(value) is int and value >= lowest
+
+
+def _is_number(value: Any, below: float) -> bool:
+    return type(value) in (int, float) and 0 <= value < below
+
+
+def _are_counts(value: Any, lowest: int) -> bool:
+    whole = isinstance(value, list | tuple) and len(value) > 0
+    return whole and all(_is_count(number, lowest) for number in value)
+
+
+def _are_sizes(value: Any, lowest: int) -> bool:
+    whole = isinstance(value, list | tuple) and len(value) > 0
+    whole = whole and all(_are_counts(sizes, lowest) for sizes in value)
+    return whole and len({len(sizes) for sizes in value}) == 1
+
+
+def _are_strides(value: Any, lowest: int) -> bool:
+    return _are_sizes(value, lowest) and len(value) > 1 and max(value[0]) == 1
+
+
+# What an argument's annotation (or, for some, its name) stands for, in words, and whether a JSON
+# value is that; the second argument is the lowest number that a list may hold.
+KINDS: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
+    "int": ("a whole number above 0", _is_count),
+    "float": ("a number, not negative", lambda value, _: _is_number(value, math.inf)),
+    "drop_path": ("a rate of at least 0 and below 1", lambda value, _: _is_number(value, 1)),
+    "bool": ("true or false", lambda value, _: isinstance(value, bool)),
+    "str": ("a word", lambda value, _: isinstance(value, str)),
+    "Sequence[int]": ("a list of whole numbers above 0", _are_counts),
+    "Sequence[Sequence[int]]": (
+        "a list of stages, each a list of whole numbers above 0, one an axis",
+        _are_sizes,
+    ),
+    "strides": (
+        "a list of two stages or more, each a list of whole numbers above 0, one an axis, and in "
+        "the first stage all 1",
+        _are_strides,
+    ),
+    "Counts": (
+        "a whole number above 0, or a list of them, one a stage",
+        lambda value, lowest: _is_count(value, lowest) or _are_counts(value, lowest),
+    ),
+}
 
 
 def check_configurations(names: Sequence[str] | None) -> tuple[str, ...]:
