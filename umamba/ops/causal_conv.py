@@ -10,6 +10,7 @@ from torch import Tensor
 
 from umamba.ops.dispatch import choose, without_autocast
 from umamba.ops.layout import empty_tokens
+from umamba.ops.reference import wide_type
 
 MAX_TAPS = 8  # of the C library
 
@@ -36,7 +37,7 @@ def causal_conv1d_silu(
         raise ValueError(f"the convolution has {weight.shape[1]} taps; 1 to {MAX_TAPS} are allowed")
     if bias is not None and bias.shape != x.shape[1:2]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, x needs {tuple(x.shape[1:2])}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_type(x.dtype)
     wide_bias = None if bias is None else bias.to(wide)
     return torch.ops.umamba.causal_conv1d_silu(x, weight.to(wide), wide_bias, reverse)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umamba.ops import reference
 from umamba.ops.layout import CHUNK, empty_tokens
 
 LIBRARY = Path(__file__).with_name("libumamba_cpu.so")
@@ -58,15 +59,15 @@ def forward(
 
     With a window, out is that of reference.local_scan; takes_window says which there are.
     """
+    if u.numel() == 0:
+        plain = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse)
+        return reference.forward(*plain, save_states)
     batch, channels, length = u.shape
     n_states = A.shape[1]
     n_chunks = math.ceil(length / CHUNK)
     out = empty_tokens(u)
     last_state = torch.empty(batch, channels, n_states)
     states = torch.empty((batch, n_chunks, n_states, channels) if save_states else (0,))
-    if u.numel() == 0:
-        last_state = last_state.zero_() if initial_state is None else initial_state.float().clone()
-        return out, last_state, states.zero_()
     dense = [_dense(x) for x in (A, D, delta_bias, initial_state)]
     arguments = _ScanForward(
         *(batch, channels, length, n_states, B.shape[1]),
@@ -88,6 +89,9 @@ def backward(
     du, ddelta, dz have the type of their input and lie channel-last; dB and dC have the type of B
     and C and lie token-major ((B, G, L, N) in memory); the others are float32.
     """
+    if u.numel() == 0:
+        plain = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, states)
+        return reference.backward(dout, dlast_state, *plain, reverse)
     batch, channels, length = u.shape
     n_states, n_groups = A.shape[1], B.shape[1]
     du, ddelta = empty_tokens(u), empty_tokens(delta)
@@ -100,21 +104,14 @@ def backward(
     dD = None if D is None else torch.empty(batch, channels)
     dbias = None if delta_bias is None else torch.empty(batch, channels)
     dinitial = None if initial_state is None else torch.empty(batch, channels, n_states)
-    if u.numel() == 0:
-        for empty in (dB, dC, dA, dD, dbias):
-            if empty is not None:
-                empty.zero_()
-        if dinitial is not None:
-            dinitial = dinitial.zero_() if dlast_state is None else dlast_state.float().clone()
-    else:
-        dense = [_dense(x) for x in (A, D, delta_bias, states, dlast_state)]
-        arguments = _ScanBackward(
-            *(batch, channels, length, n_states, n_groups),
-            *(delta_softplus, reverse, window, torch.get_num_threads()),
-            *map(_tensor, (u, delta, z, B, C, dout, du, ddelta, dz, dB, dC)),
-            *map(_data, (*dense, dA, dD, dbias, dinitial)),
-        )
-        _call("umamba_scan_backward", arguments)
+    dense = [_dense(x) for x in (A, D, delta_bias, states, dlast_state)]
+    arguments = _ScanBackward(
+        *(batch, channels, length, n_states, n_groups),
+        *(delta_softplus, reverse, window, torch.get_num_threads()),
+        *map(_tensor, (u, delta, z, B, C, dout, du, ddelta, dz, dB, dC)),
+        *map(_data, (*dense, dA, dD, dbias, dinitial)),
+    )
+    _call("umamba_scan_backward", arguments)
     total_A, total_D, total_bias = (None if x is None else _total(x) for x in (dA, dD, dbias))
     return (du, ddelta, total_A, dB, dC, total_D, dz, total_bias, dinitial)
 

@@ -3,8 +3,8 @@
 B batch, E d_inner, L tokens, N d_state, R dt_rank, K directions, taps = d_conv.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,9 +70,7 @@ def scan_directions(
     _check(features, walked, parameters, gate, merge)
     if stacked is None:
         stacked = features.is_cuda
-    scan: _Scan = selective_scan
-    if window is not None:
-        scan = functools.partial(local_scan, window=window)
+    scan: _Scan = selective_scan if window is None else partial(local_scan, window=window)
     directions = list(zip(walked, parameters, strict=True))
     results: dict[int, Tensor] = {}
     spatial = tuple(features.shape[2:])

@@ -47,11 +47,11 @@ def forward(
     extension does not know, goes to the chunked backend.
     """
     batch, channels, length = u.shape
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
     if initial_state is not None or u.numel() == 0:
         _explain_detour("an initial state or no tokens")
-        arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-        return chunked.forward(*arguments, reverse, save_states)
-    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, reverse)
+        return chunked.forward(*tensors, delta_softplus, initial_state, reverse, save_states)
+    inputs = _inputs(tensors, reverse)
     out, kept, *gated = _extension().fwd(*inputs, delta_softplus)
     shape = (batch, -(-length // CHUNK), A.shape[1], channels) if save_states else (0,)
     states = A.new_full(shape, float("nan"))
@@ -68,12 +68,13 @@ def backward(
 
     The extension ignores the gradient of the last state: with one, the chunked backend serves.
     """
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
     if dlast_state is not None or initial_state is not None or u.numel() == 0:
         _explain_detour("the gradient of the last state, an initial state or no tokens")
-        arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+        arguments = (*tensors, delta_softplus, initial_state)
         _, _, states = chunked.forward(*arguments, reverse, True)
         return chunked.backward(dout, dlast_state, *arguments, states, reverse)
-    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, reverse)
+    inputs = _inputs(tensors, reverse)
     out, kept, *_ = _extension().fwd(*inputs, delta_softplus)
     ungated = None if z is None else out
     upstream = _walked(dout, u.dtype, reverse)
@@ -92,11 +93,9 @@ def backward(
     )
 
 
-def _inputs(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, reverse: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _inputs(tensors: tuple[Any, ...], reverse: bool) -> tuple[Tensor | None, ...]:
     """Return the tensors as the extension takes them: one type, tokens innermost, in walk order."""
+    u, delta, A, B, C, D, z, delta_bias = tensors
     tokens = [None if x is None else _walked(x, u.dtype, reverse) for x in (u, delta, B, C, z)]
     skip, bias = (None if x is None else x.float().contiguous() for x in (D, delta_bias))
     return (*tokens[:2], A.float().contiguous(), *tokens[2:4], skip, tokens[4], bias)

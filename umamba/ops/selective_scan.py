@@ -11,6 +11,7 @@ from torch import Tensor
 
 from umamba.ops.dispatch import choose, takes_window, without_autocast
 from umamba.ops.layout import CHUNK, empty_tokens
+from umamba.ops.reference import wide_type
 
 
 @overload
@@ -79,7 +80,7 @@ def run_scan(
     B, C = [x.unsqueeze(1) if x.ndim == 3 else x for x in (B, C)]
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     dtype = result_type(u, delta, B, C, z)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_type(dtype)
     if wide == torch.float64:
         B, C = B.to(wide), C.to(wide)
     D, bias, initial = [None if x is None else x.to(wide) for x in (D, delta_bias, initial_state)]
