@@ -1,7 +1,5 @@
 """The named recipes: the settings that official code trains with, selectable for any network."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +11,12 @@ class NamedRecipe:
     """One training setting.
 
     source: where the official code has it. values: fields of `Recipe` that differ from nnU-Net's.
-    networks: registered names that the official code trains so, and their controls. beyond: what
-    the official training has that a recipe does not say.
+    networks: registered names that the official code trains so, and their controls.
     """
 
     source: str
     values: Mapping[str, Any] = field(default_factory=dict)
     networks: tuple[str, ...] = ()
-    beyond: str = ""
 
 
 _SINGLE_OUTPUT = {"enable_deep_supervision": False}
@@ -31,7 +27,6 @@ _VM_UNET = {
     **{**_SLICES, **_ADAMW, "num_epochs": 300},
     **{"initial_lr": 1e-3, "final_lr": 1e-5, "weight_decay": 1e-2},
 }
-_NO_PLANS = "no gradient clipping; an epoch is a pass over all slices, here it is 250 iterations"
 
 RECIPES: dict[str, NamedRecipe] = {
     "nnunet": NamedRecipe("nnunetv2 2.8.1, nnUNetTrainer"),
@@ -53,19 +48,16 @@ RECIPES: dict[str, NamedRecipe] = {
             "freeze_encoder": 0.01,
         },
         ("swin_umamba", "swin_umamba_d"),
-        "an encoder pretrained on ImageNet; results of checkpoints after 100 to 350 epochs",
     ),
     "segmamba": NamedRecipe(
         "SegMamba, 3_train.py: plain cross-entropy",
         {"loss": "ce", "rate_per_iteration": True, **_SINGLE_OUTPUT},
         ("segmamba",),
-        "patches of 128 x 128 x 128 in batches of 2",
     ),
     "nnmamba": NamedRecipe(
         "nnMamba, nnUNetTrainerV2_fullGIL_mamba",
         {"initial_lr": 1e-4, "precision": "fp32"},
         ("nnmamba", "nnmamba_single"),
-        "200 epochs for four of the five BraTS tasks (--epochs 200)",
     ),
     "lightm_unet": NamedRecipe(
         "LightM-UNet, nnUNetTrainerLightMUNet",
@@ -77,21 +69,16 @@ RECIPES: dict[str, NamedRecipe] = {
         "MambaClinix, nnUNetTrainerMambaClinixTRS: Dice, cross-entropy and region-specific Tversky",
         {**_ADAM, "loss": "region_tversky"},
         ("mamba_clinix",),
-        "a second trainer has 500 epochs (--epochs 500)",
     ),
     "vm_unet_synapse": NamedRecipe(
         "VM-UNet, train_synapse.py",
         {**_VM_UNET, "n_swings": 3},
         ("vm_unet",),
-        f"batches of 32 slices of 224 x 224; {_NO_PLANS}; flips and rotations only; the epoch of "
-        "the lowest training loss is kept",
     ),
     "vm_unet_isic": NamedRecipe(
         "VM-UNet, train.py: binary cross-entropy and Dice where the dataset has regions",
         {**_VM_UNET, "n_swings": 6},
         ("vm_unet",),
-        f"batches of 32 images of 256 x 256; {_NO_PLANS}; flips and rotations only; the epoch of "
-        "the lowest validation loss is kept",
     ),
     "mamba_unet": NamedRecipe(
         "Mamba-UNet, train_fully_supervised_2D_VIM.py: 10,000 iterations",
@@ -105,7 +92,6 @@ RECIPES: dict[str, NamedRecipe] = {
             "num_epochs": 40,
         },
         ("mamba_unet",),
-        "batches of 24 slices of 224 x 224; no gradient clipping; flips and rotations only",
     ),
     "msvm_unet": NamedRecipe(
         "MSVM-UNet, train_synapse.py",
@@ -120,8 +106,6 @@ RECIPES: dict[str, NamedRecipe] = {
             "freeze_encoder": 10 / 300,
         },
         ("msvm_unet",),
-        f"batches of 32 slices of 224 x 224; {_NO_PLANS}; an encoder pretrained on ImageNet; "
-        "augmentation of its own; weight decay 1e-4 on ACDC; stops after 15 epochs without gain",
     ),
 }
 
