@@ -131,7 +131,8 @@ class UMambaTrainer(nnUNetTrainer):
 
     @property
     def _bare_network(self) -> Any:
-        return self.network.module if self.is_ddp else self.network
+        network = self.network.module if self.is_ddp else self.network
+        return getattr(network, "_orig_mod", network)
 
     def _build_loss(self) -> torch.nn.Module:
         """The recipe's loss; without deep supervision where the network has a single output."""
@@ -167,8 +168,7 @@ class UMambaTrainer(nnUNetTrainer):
     def _take_pretrained(self, file: Path) -> None:
         if not self.was_initialized:
             self.initialize()
-        network = self.network.module if self.is_ddp else self.network
-        report = initialize_encoder(getattr(network, "_orig_mod", network), file)
+        report = initialize_encoder(self._bare_network, file)
         self.print_to_log_file(f"pretrained {file}: {report}")
         if self.local_rank == 0:
             print(f"pretrained: {report} ({file.name})")
