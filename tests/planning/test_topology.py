@@ -9,7 +9,7 @@ from umamba.networks import get_entry, list_networks
 from umamba.planning.topology import (
     MIN_EDGE,
     check_network_args,
-    fit_stages,
+    fit_arguments,
     network_divisor,
     round_patch,
     stages_for_patch,
@@ -57,9 +57,16 @@ def test_the_stages_of_a_patch_divide_it_and_leave_the_smallest_edge(patch):
 
 
 def test_widths_double_up_to_the_maximum_and_counts_repeat():
-    assert fit_stages([32, 64], 5, True, 320) == [32, 64, 128, 256, 320]
-    assert fit_stages([1, 3, 4], 2, False, 0) == [1, 3]
-    assert fit_stages([2, 1], 4, False, 0) == [2, 1, 1, 1]
+    arguments = {
+        "strides": [[1, 1, 1], *[[2, 2, 2]] * 4],
+        "features_per_stage": [32, 64],
+        "n_conv_per_stage": [2, 1],
+        "n_conv_per_stage_decoder": [1, 3, 4, 5, 6],
+    }
+    fit_arguments(arguments)
+    assert arguments["features_per_stage"] == [32, 64, 128, 256, 320]
+    assert arguments["n_conv_per_stage"] == [2, 1, 1, 1, 1]
+    assert arguments["n_conv_per_stage_decoder"] == [1, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -68,26 +68,20 @@ def stages_for_patch(
     return strides, kernel_sizes, tuple(int(size) for size in patch)
 
 
-def fit_stages(values: Sequence[int], n_stages: int, grow: bool, maximum: int) -> list[int]:
-    """Returns `values` cut or extended to `n_stages`.
-
-    With `grow` (features) each further stage is twice as wide, up to `maximum`; without (numbers
-    of blocks) the last value repeats.
-    """
-    fitted = [int(value) for value in values[:n_stages]]
-    while len(fitted) < n_stages:
-        fitted.append(min(2 * fitted[-1], max(maximum, fitted[-1])) if grow else fitted[-1])
-    return fitted
-
-
 def fit_arguments(arguments: dict[str, Any]) -> None:
-    """Cuts or extends the numbers per stage to as many stages as there are strides, in place."""
+    """Cuts or extends the numbers per stage to as many stages as there are strides, in place.
+
+    Each further stage is twice as wide, up to nnU-Net's maximum; of blocks the last number repeats.
+    """
     strides = arguments["strides"]
     for key in STAGE_COUNTS:
         if isinstance(arguments.get(key), list | tuple):
             n_values = len(strides) - 1 if key.endswith("decoder") else len(strides)
-            grow, maximum = key == "features_per_stage", MAX_FEATURES[len(strides[0])]
-            arguments[key] = fit_stages(arguments[key], n_values, grow, maximum)
+            fitted = [int(value) for value in arguments[key][:n_values]]
+            while len(fitted) < n_values:
+                wider = min(2 * fitted[-1], max(MAX_FEATURES[len(strides[0])], fitted[-1]))
+                fitted.append(wider if key == "features_per_stage" else fitted[-1])
+            arguments[key] = fitted
 
 
 def network_arguments(
