@@ -1,7 +1,5 @@
 """Fits a plan to a given time: width, patch, iterations and schedule from measured steps."""
 
-from __future__ import annotations
-
 import functools
 import math
 import pydoc
@@ -171,13 +169,13 @@ def candidates(
     else:
         batch = min(2, batch_size)
     planned = _work(features_per_stage, patch_size, batch_size)
-    found: dict[tuple, Candidate] = {}
     narrower = [tuple(min(f, _width(f * x)) for f in features_per_stage) for x in (0.5, 0.25)]
-    for patch in _patches(patch_size, network_divisor(strides)):
-        for features in (tuple(features_per_stage), *narrower):
-            cost = _work(features, patch, batch) / planned
-            found[(features, patch)] = Candidate(features, patch, batch, cost)
-    return sorted(found.values(), key=lambda c: (math.prod(c.patch_size), c.cost))
+    found = [
+        Candidate(features, patch, batch, _work(features, patch, batch) / planned)
+        for patch in _patches(patch_size, network_divisor(strides))
+        for features in dict.fromkeys((tuple(features_per_stage), *narrower))
+    ]
+    return sorted(found, key=lambda c: (math.prod(c.patch_size), c.cost))
 
 
 def sizes_of(part: Mapping[str, Any]) -> list[Candidate]:

@@ -1,7 +1,5 @@
 """What is told of each network at a glance, for `umamba models list` and the README's table."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
