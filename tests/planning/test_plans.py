@@ -141,7 +141,6 @@ def test_replanning_changes_what_is_asked_and_nothing_else(plans):
         "2d",
         batch_size=3,
         features_per_stage=narrow,
-        n_conv=1,
         recipe={"initial_lr": 0.003},
         reason="it must fit five minutes",
     )
@@ -151,8 +150,6 @@ def test_replanning_changes_what_is_asked_and_nothing_else(plans):
     n_stages = len(arguments["strides"])
     assert part["batch_size"] == 3
     assert arguments["features_per_stage"] == narrow[:n_stages]
-    assert arguments["n_conv_per_stage"] == [1] * n_stages
-    assert arguments["n_conv_per_stage_decoder"] == [1] * (n_stages - 1)
     assert part["recipe"] == {"initial_lr": 0.003}
     assert "it must fit five minutes" in part["planning"]["reasons"][-1]
     assert (

@@ -14,7 +14,6 @@ from torch import nn
 from umamba.planning.footprint import StepCheck, count_footprint, measure_step
 from umamba.planning.topology import (
     fit_arguments,
-    fit_stages,
     network_divisor,
     round_patch,
     stages_for_patch,
@@ -165,7 +164,6 @@ def replan(
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
     features_per_stage: Sequence[int] | None = None,
-    n_conv: int | Sequence[int] | None = None,
     recipe: Mapping[str, Any] | None = None,
     reason: str = "as asked",
 ) -> Plans:
@@ -173,8 +171,7 @@ def replan(
 
     A new patch (voxels per axis) gets nnU-Net's stages for it, unless the network's strides are
     fixed, is rounded up to the divisor and enters the arguments of a network that is tied to it;
-    the numbers per stage are cut or extended to the stages. `n_conv` is for every stage, or one
-    number per stage, of which the decoder takes the first ones; `recipe` is merged over the
+    the numbers per stage are cut or extended to the stages. `recipe` is merged over the
     configuration's. A configuration that inherits keeps doing so for all that is not changed.
     """
     changed: Plans = copy.deepcopy(dict(plans))
@@ -188,11 +185,6 @@ def replan(
     if features_per_stage is not None:
         arguments["features_per_stage"] = list(features_per_stage)
     fit_arguments(arguments)
-    if n_conv is not None:
-        n_stages = len(arguments["strides"])
-        counts = [n_conv] * n_stages if isinstance(n_conv, int) else n_conv
-        arguments["n_conv_per_stage"] = fit_stages(counts, n_stages, False, 0)
-        arguments["n_conv_per_stage_decoder"] = fit_stages(counts, n_stages - 1, False, 0)
     if batch_size is not None:
         if batch_size < 1:
             raise ValueError(f"a batch size must be at least 1, got {batch_size}")
