@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from umamba.planning import budget
+from umamba.planning.footprint import StepCheck
 from umamba.planning.planner import plan_dataset
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)]
@@ -62,6 +63,38 @@ def test_a_2d_batch_holds_as_many_pixels_whatever_the_patch():
     large = budget.candidates((32, 64), (512, 512), 12, [(1, 1), (2, 2)])
     assert small[-1].batch_size == 2**17 // (64 * 48)
     assert large[-1].batch_size == 2
+
+
+def test_a_2d_batch_shrinks_where_few_iterations_fit():
+    wide = budget.candidates((32, 64), (64, 48), 300, [(1, 1), (2, 2)])
+    narrowest = min(wide, key=lambda size: size.cost)
+    seconds = 50 * budget.LOADING * 100.0 * narrowest.cost
+    found = budget.fit(wide, steps(100.0), seconds)
+    assert 2 <= found.candidate.batch_size < narrowest.batch_size
+    assert found.n_iterations * found.step_seconds <= seconds
+    assert found.n_iterations > 150
+    per_sample = found.step_seconds / found.candidate.batch_size
+    plenty = budget.fit(wide, steps(100.0), 1e9)
+    assert plenty.candidate.batch_size == narrowest.batch_size
+    assert per_sample <= plenty.step_seconds / plenty.candidate.batch_size
+
+
+def test_a_large_batch_is_measured_by_a_part_of_it(monkeypatch):
+    seen = []
+
+    def check_plan(plans, configuration, device):
+        seen.append(plans["configurations"][configuration]["batch_size"])
+        return StepCheck(1.0, 1.0, 0.5, 100, 0, 1, True, device)
+
+    def replan(plans, configuration, *, patch_size, batch_size, features_per_stage):
+        return {"configurations": {configuration: {"batch_size": batch_size}}}
+
+    monkeypatch.setattr(budget, "check_plan", check_plan)
+    monkeypatch.setattr(budget, "replan", replan)
+    check = budget._measure({}, "2d", budget.Candidate((8,), (64, 64), 32, 1.0), "cpu")
+    assert seen == [8]
+    assert (check.seconds, check.forward_seconds) == (4.0, 2.0)
+    assert check.peak_bytes == 100 + 3 * (100 - 16)
 
 
 def test_more_time_buys_a_wider_network():

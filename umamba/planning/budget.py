@@ -1,5 +1,6 @@
 """Fits a plan to a given time: width, patch, iterations and schedule from measured steps."""
 
+import dataclasses
 import functools
 import math
 import pydoc
@@ -25,6 +26,7 @@ from umamba.planning.plans import (
 from umamba.planning.topology import network_divisor
 
 ENOUGH_ITERATIONS = 500  # what a short schedule needs before a wider network pays
+FEW_ITERATIONS = 250  # a 2D batch is made smaller to get so many
 WORTH_ITERATIONS = 0.7  # share of the narrower network's iterations that a wider one must get
 LONG_ITERATIONS = 50_000  # from here on nnU-Net's own recipe (SGD, poly, full augmentation) is kept
 FULL_AUGMENTATION_PASSES = 150  # over the training cases: from here on nnU-Net's full augmentation
@@ -32,6 +34,7 @@ LOADING = 1.1  # an iteration over a bare step: data loading, logging, checkpoin
 SMALLEST_EDGE = 16  # voxels below which no axis of a patch is shrunk
 MEASURING_SHARE = 0.05  # of the time, for measuring steps
 STEPS_TO_MEASURE = 2  # one to warm up and one to time
+MEASURED_SAMPLES = 8  # of a batch, at most
 OVERHEAD_SECONDS = 18.0  # starting the loaders, the last checkpoint and the report
 VALIDATION_MARGIN = 1.5  # over its estimate: training can wait for a slow machine, this cannot
 MOST_FOR_VALIDATION = 0.3  # share of the time that validation may be given
@@ -220,7 +223,8 @@ def fit(
     At the planned patch the widest network that gets ENOUGH_ITERATIONS; a smaller patch only where
     even the narrowest does not.  The narrowest is measured, and wider ones as long as measuring
     takes a small share of the time; beyond that their arithmetic tells.  A size whose measured peak
-    is above `memory_bytes` is left out.
+    is above `memory_bytes` is left out.  Where even so FEW_ITERATIONS do not fit, a batch of more
+    than two samples is made smaller.
     """
     best: Fit | None = None
     measured: Fit | None = None
@@ -253,7 +257,14 @@ def fit(
             "not even the smallest size of this network fits into the memory: give --memory more "
             "gigabytes, or choose the configuration 3d_lowres or 2d"
         )
-    return best
+    size = best.candidate
+    batch = max(2, size.batch_size * best.n_iterations // FEW_ITERATIONS)
+    if batch >= size.batch_size:
+        return best
+    share = batch / size.batch_size
+    smaller = dataclasses.replace(size, batch_size=batch, cost=share * size.cost)
+    step, forward = share * best.step_seconds, share * best.forward_seconds
+    return Fit(smaller, step, forward, int(best.n_iterations / share))
 
 
 def budget_recipe(
@@ -320,14 +331,24 @@ def _n_tiles(shape: Sequence[float], patch_size: Sequence[int]) -> int:
 
 
 def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> StepCheck:
+    """What a step of this size costs, from one of at most MEASURED_SAMPLES samples."""
+    n_samples = min(size.batch_size, MEASURED_SAMPLES)
     changed = replan(
         plans,
         configuration,
         patch_size=size.patch_size,
-        batch_size=size.batch_size,
+        batch_size=n_samples,
         features_per_stage=size.features_per_stage,
     )
-    return check_plan(changed, configuration, device)
+    check = check_plan(changed, configuration, device)
+    times = size.batch_size / n_samples
+    weights = 4 * 4 * check.parameters  # float32 values, gradients and two moments
+    return dataclasses.replace(
+        check,
+        seconds=times * check.seconds,
+        forward_seconds=times * check.forward_seconds,
+        peak_bytes=check.peak_bytes + int((times - 1) * max(0, check.peak_bytes - weights)),
+    )
 
 
 def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[int, ...]]:
