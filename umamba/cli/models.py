@@ -49,12 +49,13 @@ def run_list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    table = [["network", "parameters", "paper", "equals", "its licence"]]
+    table = [["network", "parameters", "paper", "equals (tested)", "its licence", "ImageNet"]]
     for row in rows:
         parameters = ", ".join(f"{dims} {millions(n)}" for dims, n in row["parameters"].items())
         repository, commit = row["equals"].split("@")
         origin = f"{repository}@{commit[:7]}"
         table.append([row["name"], parameters, row["paper"], origin, row["licence"]])
+        table[-1].append("yes" if row["pretrained"] else "")
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         print("  ".join(f"{cell:{n}}" for cell, n in zip(cells, widths, strict=True)).rstrip())

@@ -32,7 +32,11 @@ def standard_parameters(entry: NetworkEntry, dims: int) -> int:
 
 
 def overview(name: str) -> dict[str, Any]:
-    """One row: name, dimensions, parameters per dimension, paper, licence and origin."""
+    """One row: name, dimensions, parameters per dimension, paper, origin, its licence, weights.
+
+    equals: the official code whose recorded cases the network passes. pretrained: the published
+    ImageNet weights that it can start from.
+    """
     entry = get_entry(name)
     return {
         "name": entry.name,
@@ -41,13 +45,15 @@ def overview(name: str) -> dict[str, Any]:
         "paper": entry.paper,
         "licence": entry.licence,
         "equals": entry.reference,
+        "pretrained": list(entry.cls.pretrained_files),
         "control_of": entry.control_of,
     }
 
 
 def markdown_table() -> str:
     """The README's table of all networks but their controls."""
-    lines = ["| name | paper | parameters | equals | its licence |", "|---|---|---|---|---|"]
+    lines = ["| name | paper | parameters | equals (tested) | its licence | ImageNet weights |"]
+    lines.append("|---|---|---|---|---|---|")
     for row in map(overview, list_networks(controls=False)):
         number = row["paper"].removeprefix("arXiv:")
         repository, commit = row["equals"].split("@")
@@ -57,6 +63,7 @@ def markdown_table() -> str:
             ", ".join(f"{dims} {millions(n)}" for dims, n in row["parameters"].items()),
             f"[{repository}](https://github.com/{repository}/tree/{commit.split(',')[0]})",
             row["licence"],
+            ", ".join(f"`{name}`" for name in row["pretrained"]),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
