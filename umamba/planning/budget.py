@@ -37,7 +37,7 @@ STEPS_TO_MEASURE = 2  # one to warm up and one to time
 MEASURED_SAMPLES = 8  # of a batch, at most
 OVERHEAD_SECONDS = 18.0  # starting the loaders, the last checkpoint and the report
 VALIDATION_MARGIN = 1.5  # over its estimate: training can wait for a slow machine, this cannot
-MOST_FOR_VALIDATION = 0.3  # share of the time that validation may be given
+MOST_FOR_VALIDATION = 0.5  # share of the time that validation may be given
 
 
 @dataclass(frozen=True)
