@@ -97,7 +97,8 @@ def table(rows: list[dict]) -> str:
     lines = ["| network | configuration | minutes | parameters | iterations | Dice | CPU-s | GiB |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        given = "as above" if "matched_to" in row else f"{row['minutes']:g}"
+        minutes = f"{row['minutes']:g}"
+        given = f"plan of {row['matched_to']}" if "matched_to" in row else minutes
         head = f"| `{row['network']}` | {row['configuration']} | {given} | "
         if "error" in row:
             lines.append(head + f"failed: {row['error']} | | | | |")

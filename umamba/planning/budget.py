@@ -26,7 +26,7 @@ from umamba.planning.plans import (
 from umamba.planning.topology import network_divisor
 
 ENOUGH_ITERATIONS = 500  # what a short schedule needs before a wider network pays
-FEW_ITERATIONS = 250  # a 2D batch is made smaller to get so many
+FEW_ITERATIONS = 60  # a 2D batch is made smaller to get so many
 WORTH_ITERATIONS = 0.7  # share of the narrower network's iterations that a wider one must get
 LONG_ITERATIONS = 50_000  # from here on nnU-Net's own recipe (SGD, poly, full augmentation) is kept
 FULL_AUGMENTATION_PASSES = 150  # over the training cases: from here on nnU-Net's full augmentation
