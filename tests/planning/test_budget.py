@@ -65,6 +65,14 @@ def test_a_2d_batch_holds_as_many_pixels_whatever_the_patch():
     assert large[-1].batch_size == 2
 
 
+def test_the_map_in_front_of_the_head_of_a_network_on_patches_stays_wide():
+    strides = [(1, 1), (4, 4), (2, 2)]
+    found = budget.candidates((24, 96, 192), (64, 64), 8, strides)
+    assert {c.features_per_stage for c in found} == {(24, 96, 192), (24, 48, 96), (24, 32, 48)}
+    costs = {c.features_per_stage: c.cost for c in found if c.patch_size == (64, 64)}
+    assert costs[(24, 32, 48)] < costs[(24, 48, 96)] < costs[(24, 96, 192)]
+
+
 def test_a_2d_batch_shrinks_where_few_iterations_fit():
     wide = budget.candidates((32, 64), (64, 48), 300, [(1, 1), (2, 2)])
     narrowest = min(wide, key=lambda size: size.cost)

@@ -31,6 +31,7 @@ WORTH_ITERATIONS = 0.7  # share of the narrower network's iterations that a wide
 LONG_ITERATIONS = 50_000  # from here on nnU-Net's own recipe (SGD, poly, full augmentation) is kept
 FULL_AUGMENTATION_PASSES = 150  # over the training cases: from here on nnU-Net's full augmentation
 LOADING = 1.1  # an iteration over a bare step: data loading, logging, checkpoints
+HEAD_FEATURES = 24  # least width of the full-size map behind patches: with 8 VM-UNet hardly learns
 SMALLEST_EDGE = 16  # voxels below which no axis of a patch is shrunk
 MEASURING_SHARE = 0.05  # of the time, for measuring steps
 STEPS_TO_MEASURE = 2  # one to warm up and one to time
@@ -171,12 +172,18 @@ def candidates(
         batch = max(2, min(batch_size, 2**17 // math.prod(patch_size)))
     else:
         batch = min(2, batch_size)
-    planned = _work(features_per_stage, patch_size, batch_size)
-    narrower = [tuple(min(f, _width(f * x)) for f in features_per_stage) for x in (0.5, 0.25)]
+    widths = [[min(f, _width(f * x)) for f in features_per_stage] for x in (0.5, 0.25)]
+    first = 0  # stage that counts for the work
+    if len(strides) > 1 and max(strides[1]) > 2:
+        # A network on patches: its first width is that of the full-size map in front of the head.
+        first = 1
+        for narrower in widths:
+            narrower[0] = min(features_per_stage[0], max(HEAD_FEATURES, narrower[0]))
+    planned = _work(features_per_stage[first:], patch_size, batch_size)
     found = [
-        Candidate(features, patch, batch, _work(features, patch, batch) / planned)
+        Candidate(features, patch, batch, _work(features[first:], patch, batch) / planned)
         for patch in _patches(patch_size, network_divisor(strides))
-        for features in dict.fromkeys((tuple(features_per_stage), *narrower))
+        for features in dict.fromkeys(map(tuple, (features_per_stage, *widths)))
     ]
     return sorted(found, key=lambda c: (math.prod(c.patch_size), c.cost))
 
