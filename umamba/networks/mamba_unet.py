@@ -61,7 +61,7 @@ class MambaUNet(GrayRepeatingNetwork):
 
     spatial_dims = (2,)
     fixed_strides = ((1, 1), (4, 4), (2, 2), (2, 2), (2, 2))
-    short_training_lr = 1e-3  # at 3e-3 it does not begin to learn before the rate has come down
+    short_training_lr = 1e-3  # as VM-UNet, its relative; 3e-3 was not tried
     pretrained_files = ("vssm_tiny",)
 
     def __init__(

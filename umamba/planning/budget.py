@@ -78,6 +78,7 @@ def fit_to_time(
     """
     started = time.monotonic()
     part = get_configuration(plans, configuration)
+    sizes = sizes_of(part)
     shapes = planned_shapes(plans, part["spacing"])
     n_validation = len(shapes) if fold == "all" else max(1, round(len(shapes) / 5))
     n_training = len(shapes) if fold == "all" else max(1, len(shapes) - n_validation)
@@ -97,7 +98,7 @@ def fit_to_time(
     def choose(share: float) -> tuple[Fit, float, float]:
         """The size for what is left beside validation, its seconds, and those of validation."""
         left = seconds - OVERHEAD_SECONDS - share
-        found = fit(sizes_of(part), measure, max(left, 1.0), memory)
+        found = fit(sizes, measure, max(left, 1.0), memory)
         size = found.candidate
         recipe = recipe_for(found.n_iterations, size.batch_size, train_seconds=left)
         needed = validation_seconds(
