@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from umamba.ops import dispatch
-from umamba.ops.self_check import make_inputs
 from umamba.ops.selective_scan import selective_scan
+from umamba.ops.self_check import make_inputs
 from umamba.ops.timing import Call, Layout, record_calls, shortest_run
 
 CPU = torch.device("cpu")
