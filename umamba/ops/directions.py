@@ -77,12 +77,12 @@ def scan_directions(
         return _merge(separate, merge)
     launches = _launches(directions, spatial)
     if len(launches) == 1 and merge in ("sum", "mean"):
-        (out,) = _scan_in_place(features, directions, gate, size, merged=True)
+        out = _scan_in_place(features, directions, gate, size, merged=True).squeeze(1)
         return out / len(directions) if merge == "mean" else out
     results: dict[int, Tensor] = {}
     for members in launches:
         outs = _scan_in_place(features, [directions[k] for k in members], gate, size, merged=False)
-        results.update(zip(members, outs, strict=True))
+        results.update(zip(members, outs.unbind(1), strict=True))
     return _merge([results[k] for k in range(len(walked))], merge)
 
 
@@ -93,8 +93,8 @@ def _scan_in_place(
     window: int,
     *,
     merged: bool,
-) -> tuple[Tensor, ...]:
-    """Return the scans (B, E, *spatial) along orders of one length, or their sum, in one call."""
+) -> Tensor:
+    """Return the scans (B, K, E, *spatial) along orders of one length, or (B, 1, ...), their sum."""
     orders, parameters = zip(*directions, strict=True)
     p, spatial = parameters[0], tuple(features.shape[2:])
     length = orders[0].n_tokens(spatial)
@@ -123,7 +123,7 @@ def _scan_in_place(
         window=window,
     )
     whole = out if length == features[0, 0].numel() else out[..., : features[0, 0].numel()]
-    return whole.unflatten(-1, spatial).unbind(1)
+    return whole.unflatten(-1, spatial)
 
 
 def _project(
