@@ -94,7 +94,7 @@ def _scan_in_place(
     *,
     merged: bool,
 ) -> Tensor:
-    """Return the scans (B, K, E, *spatial) along orders of one length, or (B, 1, ...), their sum."""
+    """Return the scans (B, K, E, *spatial) along orders of one length, or (B, 1, ...) their sum."""
     orders, parameters = zip(*directions, strict=True)
     p, spatial = parameters[0], tuple(features.shape[2:])
     length = orders[0].n_tokens(spatial)
