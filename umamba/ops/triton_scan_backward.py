@@ -1,0 +1,387 @@
+"""The backward of the selective scan in Triton: tiles of channels x states, one warp each.
+
+B batch, K directions, E channels of a direction, L tokens, N states, G groups of channels that
+share B and C, S segments; u, delta, z, A, B, C, D and the symbols of the formulas are those of
+`reference.backward`. Tokens are addressed by walks (`triton_walk`), steps are counted along them.
+
+A program owns one tile of channels over one segment of the steps. It takes the segment's chunks
+from the last to the first: it walks a chunk forward from its saved state and keeps the state before
+every few tokens in scratch memory, then comes back with the gradient of the state, computing the
+few states of a group of tokens again in registers. Every sum is formed in a fixed order: what
+several programs add to is written in parts and summed after them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from umamba.ops.layout import CHUNK
+from umamba.ops.triton_walk import (
+    LOG2_E,
+    begin_walk,
+    next_token,
+    previous_token,
+    sigmoid,
+    softplus,
+    walk_table,
+)
+
+# Tokens whose states are in registers at once: a divisor of CHUNK.
+GROUP = 4
+
+
+def backward(
+    dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+    initial_state: Tensor | None, states: Tensor, walks: tuple[int, ...], window: int = 0,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return (du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state), None for absent inputs.
+
+    dout (B, K or 1, E, L), dlast_state (B, K, E, N); u, z (B, K or 1, E, L); delta (B, K, E, L);
+    A (K, E, N); B, C (B, K, G, N, L); D, delta_bias (K, E); initial_state (B, K, E, N); states
+    (K, B, n_chunks, E * N) of the forward. The gradients have the shapes of their inputs; du, dz,
+    ddelta, dB, dC their types, the others are float32.
+    """
+    batch, n_directions, channels, length = delta.shape
+    n_groups, n_states = B.shape[2:4]
+    block_N = triton.next_power_of_2(n_states)
+    block_E = min(max(512 // block_N, 4), 64, max(triton.next_power_of_2(channels // n_groups), 4))
+    n_tiles = triton.cdiv(channels // n_groups, block_E)
+    per_segment = n_groups * n_tiles * batch * n_directions
+    shared = n_directions > 1 and (u.shape[1] == 1 or (z is not None and z.shape[1] == 1))
+    n_chunks = triton.cdiv(length, CHUNK)
+    n_segments, segment_chunks = segments(per_segment // (n_directions if shared else 1), n_chunks)
+
+    def parts(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=u.device)
+
+    def rows(x: Tensor) -> Tensor:
+        dtype = x.dtype if x.shape[1] == n_directions else torch.float32
+        return torch.empty(x.shape[1], batch, length, channels, dtype=dtype, device=x.device)
+
+    du, ddelta, dz = rows(u), rows(delta), None if z is None else rows(z)
+    dB, dC = (parts(n_tiles, n_directions, batch, n_groups, length, n_states) for _ in "BC")
+    dA = parts(n_segments, batch, n_directions, channels, n_states)
+    dD = None if D is None else parts(n_segments, batch, n_directions, channels)
+    dbias = None if delta_bias is None else parts(n_segments, batch, n_directions, channels)
+    dinitial = None
+    if initial_state is not None:
+        dinitial = parts(n_directions, batch, channels, n_states)
+    A, D, delta_bias, states = (
+        None if x is None else x.to(torch.float32).contiguous()
+        for x in (A, D, delta_bias, states)
+    )
+    carries = None
+    if dlast_state is not None:
+        carries = dlast_state.to(torch.float32).transpose(0, 1).contiguous()
+
+    table = walk_table(tuple(walks), u.device)
+    u, z, dout = (None if x is None else x.expand(-1, n_directions, -1, -1) for x in (u, z, dout))
+    z_strides = (0, 0, 0, 0) if z is None else z.stride()
+    sizes = (batch, n_directions, channels, length, n_groups, n_tiles)
+    blocks = {"N": n_states, "BLOCK_N": block_N, "BLOCK_E": block_E, "SOFTPLUS": delta_softplus}
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    if n_segments > 1:
+        dlast = carries
+        carries = parts(n_segments, n_directions, batch, channels, n_states)
+        totals = parts(n_segments, n_directions, batch, channels)
+        _segment_carries[(per_segment * (n_segments - 1),)](
+            table, delta, z, dout, A, C, delta_bias, carries, totals,
+            *delta.stride(), *z_strides, *dout.stride(), *C.stride(),
+            *sizes, segment_chunks, **blocks, CHUNK=CHUNK, **options,
+        )  # fmt: skip
+        n_carries = n_directions * batch * channels * n_states
+        _carry_over[(triton.cdiv(n_carries, 128),)](
+            A, dlast, carries, totals, n_segments, n_carries, batch, channels, N=n_states,
+            BLOCK=128, UNROLL=8, **options,
+        )  # fmt: skip
+    n_launches = n_directions if shared else 1
+    n_programs = per_segment * n_segments // n_launches
+    scratch = parts(n_programs, CHUNK // GROUP, block_E, block_N)
+    for first in range(n_launches):
+        _sweep[(n_programs,)](
+            table, u, delta, z, dout, A, B, C, D, delta_bias, states, carries,
+            du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch,
+            *u.stride(), *delta.stride(), *z_strides, *dout.stride(), *B.stride(), *C.stride(),
+            *sizes, n_segments, segment_chunks, first, **blocks,
+            ADD_U=first > 0 and du.shape[0] == 1,
+            ADD_Z=first > 0 and dz is not None and dz.shape[0] == 1,
+            SHARED_U=du.shape[0] == 1, SHARED_Z=dz is not None and dz.shape[0] == 1,
+            CHUNK=CHUNK, GROUP=GROUP, **options,
+        )  # fmt: skip
+
+    def by_tokens(x: Tensor, like: Tensor) -> Tensor:
+        return x.to(like.dtype).permute(1, 0, 3, 2)
+
+    return (
+        by_tokens(du, u),
+        by_tokens(ddelta, delta),
+        dA.sum((0, 1)),
+        *(
+            (x[0] if n_tiles == 1 else x.sum(0)).to(like.dtype).permute(1, 0, 2, 4, 3)
+            for x, like in ((dB, B), (dC, C))
+        ),
+        None if dD is None else dD.sum((0, 1)),
+        None if dz is None else by_tokens(dz, z),
+        None if dbias is None else dbias.sum((0, 1)),
+        None if dinitial is None else dinitial.transpose(0, 1),
+    )
+
+
+def segments(n_programs: int, n_chunks: int) -> tuple[int, int]:
+    """Return (segments, chunks of a segment) for so many programs per segment of a launch.
+
+    One segment where the programs fill a large device; else as many as fill it, of at least 8
+    chunks each. The shapes alone decide, not the device: results are the same bits on any.
+    """
+    wanted = 1 if n_programs >= 1024 else triton.cdiv(2048, n_programs)
+    segment_chunks = max(triton.cdiv(n_chunks, wanted), min(8, n_chunks), 1)
+    return max(triton.cdiv(n_chunks, segment_chunks), 1), segment_chunks
+
+
+@triton.jit
+def _place(pid, K, B, G, n_tiles, E, BLOCK_E: tl.constexpr):
+    """Return (segment, k, b, group, tile, places in the group, its width) of a program."""
+    group_tile = pid % (G * n_tiles)
+    rest = pid // (G * n_tiles)
+    group, tile = group_tile // n_tiles, group_tile % n_tiles
+    b = rest % B
+    k = rest // B % K
+    segment = rest // B // K
+    inside = tile * BLOCK_E + tl.arange(0, BLOCK_E)
+    width = E // G
+    return segment, k, b, group, tile, inside, width
+
+
+@triton.jit
+def _row(pointers, offset, mask):
+    return tl.load(pointers + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sweep(
+    table, u, delta, z, dout, A, B, C, D, bias, states, carries,
+    du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch,
+    u_b, u_k, u_e, u_l, delta_b, delta_k, delta_e, delta_l, z_b, z_k, z_e, z_l,
+    dout_b, dout_k, dout_e, dout_l, B_b, B_k, B_g, B_n, B_l, C_b, C_k, C_g, C_n, C_l,
+    n_batch, n_directions, E, L, G, n_tiles, n_segments, segment_chunks, first,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ADD_U: tl.constexpr, ADD_Z: tl.constexpr, SHARED_U: tl.constexpr, SHARED_Z: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a tile of channels over a segment of the steps."""
+    pid = tl.program_id(0).to(tl.int64)
+    launched = 1 if SHARED_U or SHARED_Z else n_directions
+    segment, k, b, group, tile, inside, width = _place(
+        pid, launched, n_batch, G, n_tiles, E, BLOCK_E
+    )
+    e, mask_e = group * width + inside, inside < width
+    k += first
+    n = tl.arange(0, BLOCK_N)
+    mask = mask_e[:, None] & (n < N)[None, :]
+    tile_offsets = e[:, None] * N + n[None, :]
+    kb = k * n_batch + b
+    u += b * u_b + k * u_k + e * u_e
+    delta += b * delta_b + k * delta_k + e * delta_e
+    dout += b * dout_b + k * dout_k + e * dout_e
+    B += b * B_b + k * B_k + group * B_g + n * B_n
+    C += b * C_b + k * C_k + group * C_g + n * C_n
+    ddelta += kb * L * E + e
+    du += (b if SHARED_U else kb) * L * E + e
+    if z is not None:
+        z += b * z_b + k * z_k + e * z_e
+        dz += (b if SHARED_Z else kb) * L * E + e
+    part = ((tile * n_directions * n_batch + kb) * G + group) * L * N + n
+    dB += part
+    dC += part
+    kept = scratch + pid * (CHUNK // GROUP * BLOCK_E * BLOCK_N)
+    kept += tl.arange(0, BLOCK_E)[:, None] * BLOCK_N + n[None, :]
+    rate = tl.load(A + k * E * N + tile_offsets, mask=mask, other=0.0) * LOG2_E
+    skip = tl.zeros([BLOCK_E], tl.float32)
+    if D is not None:
+        skip = tl.load(D + k * E + e, mask=mask_e, other=0.0)
+    shift = tl.zeros([BLOCK_E], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + k * E + e, mask=mask_e, other=0.0)
+    carry = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
+    if carries is not None:
+        right = carries + (segment * n_directions * n_batch + kb) * E * N + tile_offsets
+        carry = tl.load(right, mask=mask, other=0.0)
+    sum_A = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
+    sum_D = tl.zeros([BLOCK_E], tl.float32)
+    sum_bias = tl.zeros([BLOCK_E], tl.float32)
+
+    n_chunks = (L + CHUNK - 1) // CHUNK
+    start = segment * segment_chunks
+    stop = tl.minimum(start + segment_chunks, n_chunks)
+    for back in range(0, stop - start):
+        chunk = stop - 1 - back
+        step = chunk * CHUNK
+        n_groups = tl.minimum((L - step + GROUP - 1) // GROUP, CHUNK // GROUP)
+        token, i1, i2, n1, n2, s0, s1, s2 = begin_walk(table, k, step)
+        h = tl.load(states + (kb * n_chunks + chunk) * E * N + tile_offsets, mask=mask, other=0.0)
+        for i in range(0, n_groups):
+            tl.store(kept + i * (BLOCK_E * BLOCK_N), h)
+            for _ in tl.static_range(GROUP):
+                in_L = step < L
+                d = _row(delta, token * delta_l, inside < tl.where(in_L, width, 0)) + shift
+                if SOFTPLUS:
+                    d = softplus(d)
+                d = tl.where(in_L, d, 0.0)
+                du_t = d * _row(u, token * u_l, inside < tl.where(in_L, width, 0))
+                B_t = _row(B, token * B_l, n < tl.where(in_L, N, 0))
+                h = tl.exp2(rate * d[:, None]) * h + du_t[:, None] * B_t[None, :]
+                token, i1, i2 = next_token(token, i1, i2, n1, n2, s0, s1, s2)
+                step += 1
+        tl.debug_barrier()
+        for i in range(0, n_groups):
+            tokens = ()
+            for _ in tl.static_range(GROUP):
+                token, i1, i2 = previous_token(token, i1, i2, n1, n2, s0, s1, s2)
+                tokens = (token,) + tokens
+            step -= GROUP
+            h = tl.load(kept + (n_groups - 1 - i) * (BLOCK_E * BLOCK_N))
+            hs, decays, ss, ds, us, Bs = (h,), (), (), (), (), ()
+            for t in tl.static_range(GROUP):
+                in_L = step + t < L
+                s_t = _row(delta, tokens[t] * delta_l, inside < tl.where(in_L, width, 0)) + shift
+                d = s_t
+                if SOFTPLUS:
+                    d = softplus(s_t)
+                d = tl.where(in_L, d, 0.0)
+                u_t = _row(u, tokens[t] * u_l, inside < tl.where(in_L, width, 0))
+                B_t = _row(B, tokens[t] * B_l, n < tl.where(in_L, N, 0))
+                a = tl.exp2(rate * d[:, None])
+                h = a * h + (d * u_t)[:, None] * B_t[None, :]
+                hs, decays, ss, ds = hs + (h,), decays + (a,), ss + (s_t,), ds + (d,)
+                us, Bs = us + (u_t,), Bs + (B_t,)
+            for t in tl.static_range(GROUP - 1, -1, -1):
+                in_L = step + t < L
+                row_mask = inside < tl.where(in_L, width, 0)
+                at = tokens[t] * E
+                q = _row(dout, tokens[t] * dout_l, row_mask)
+                C_t = _row(C, tokens[t] * C_l, n < tl.where(in_L, N, 0))
+                if z is not None:
+                    z_t = _row(z, tokens[t] * z_l, row_mask)
+                    gate = sigmoid(z_t)
+                    y = tl.sum(hs[t + 1] * C_t[None, :], 1) + skip * us[t]
+                    dz_t = q * y * gate * (1.0 + z_t * (1.0 - gate))
+                    if ADD_Z:
+                        dz_t += _row(dz, at, row_mask)
+                    tl.store(dz + at, dz_t, mask=row_mask)
+                    q = q * z_t * gate
+                g = C_t[None, :] * q[:, None] + carry
+                carry = g * decays[t]
+                gradient_e = carry * hs[t]
+                sum_A += gradient_e * ds[t][:, None]
+                dC_t = tl.sum(hs[t + 1] * q[:, None], 0)
+                dB_t = tl.sum(g * (ds[t] * us[t])[:, None], 0)
+                r = tl.sum(g * Bs[t][None, :], 1)
+                # rate is A * log2(e)
+                dd = us[t] * r + tl.sum(gradient_e * rate, 1) * (1.0 / LOG2_E)
+                du_t = ds[t] * r + skip * q
+                if SOFTPLUS:
+                    dd *= sigmoid(ss[t])
+                sum_D += q * us[t]
+                sum_bias += tl.where(in_L, dd, 0.0)
+                if ADD_U:
+                    du_t += _row(du, at, row_mask)
+                tl.store(du + at, du_t, mask=row_mask)
+                tl.store(ddelta + at, dd, mask=row_mask)
+                tl.store(dB + tokens[t] * N, dB_t, mask=n < tl.where(in_L, N, 0))
+                tl.store(dC + tokens[t] * N, dC_t, mask=n < tl.where(in_L, N, 0))
+        tl.debug_barrier()
+
+    part = (segment * n_batch + b) * n_directions + k
+    tl.store(dA + part * E * N + tile_offsets, sum_A, mask=mask)
+    if D is not None:
+        tl.store(dD + part * E + e, sum_D, mask=mask_e)
+    if bias is not None:
+        tl.store(dbias + part * E + e, sum_bias, mask=mask_e)
+    if dinitial is not None and segment == 0:
+        tl.store(dinitial + kb * E * N + tile_offsets, carry, mask=mask)
+
+
+@triton.jit
+def _segment_carries(
+    table, delta, z, dout, A, C, bias, carries, totals,
+    delta_b, delta_k, delta_e, delta_l, z_b, z_k, z_e, z_l,
+    dout_b, dout_k, dout_e, dout_l, C_b, C_k, C_g, C_n, C_l,
+    n_batch, n_directions, E, L, G, n_tiles, segment_chunks,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What every segment but the first passes back from its own tokens, and its sum of steps."""
+    pid = tl.program_id(0).to(tl.int64)
+    segment, k, b, group, _, inside, width = _place(
+        pid, n_directions, n_batch, G, n_tiles, E, BLOCK_E
+    )
+    e, mask_e = group * width + inside, inside < width
+    segment += 1
+    n = tl.arange(0, BLOCK_N)
+    mask = mask_e[:, None] & (n < N)[None, :]
+    tile_offsets = e[:, None] * N + n[None, :]
+    delta += b * delta_b + k * delta_k + e * delta_e
+    dout += b * dout_b + k * dout_k + e * dout_e
+    C += b * C_b + k * C_k + group * C_g + n * C_n
+    if z is not None:
+        z += b * z_b + k * z_k + e * z_e
+    rate = tl.load(A + k * E * N + tile_offsets, mask=mask, other=0.0) * LOG2_E
+    shift = tl.zeros([BLOCK_E], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + k * E + e, mask=mask_e, other=0.0)
+    carry = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_E], tl.float32)
+    start = segment * segment_chunks * CHUNK
+    stop = tl.minimum(start + segment_chunks * CHUNK, L)
+    step = stop
+    token, i1, i2, n1, n2, s0, s1, s2 = begin_walk(table, k, step)
+    for _ in range(0, (stop - start + 3) // 4):
+        for _ in tl.static_range(4):
+            token, i1, i2 = previous_token(token, i1, i2, n1, n2, s0, s1, s2)
+            step -= 1
+            in_segment = step >= start
+            row_mask = inside < tl.where(in_segment, width, 0)
+            d = _row(delta, token * delta_l, row_mask) + shift
+            if SOFTPLUS:
+                d = softplus(d)
+            d = tl.where(in_segment, d, 0.0)
+            q = _row(dout, token * dout_l, row_mask)
+            if z is not None:
+                z_t = _row(z, token * z_l, row_mask)
+                q = q * z_t * sigmoid(z_t)
+            C_t = _row(C, token * C_l, n < tl.where(in_segment, N, 0))
+            carry = tl.exp2(rate * d[:, None]) * (C_t[None, :] * q[:, None] + carry)
+            total += d
+    part = (segment * n_directions + k) * n_batch + b
+    tl.store(carries + part * E * N + tile_offsets, carry, mask=mask)
+    tl.store(totals + part * E + e, total, mask=mask_e)
+
+
+@triton.jit
+def _carry_over(
+    A, dlast, carries, totals, n_segments, n_carries, n_batch, E,
+    N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Replaces what each segment passes back by what it receives, from the last to the first."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n_carries
+    k = i // (n_batch * E * N)
+    rate = tl.load(A + k * E * N + i % (E * N), mask=mask, other=0.0) * LOG2_E
+    carry = tl.zeros([BLOCK], tl.float32)
+    if dlast is not None:
+        carry = tl.load(dlast + i, mask=mask, other=0.0)
+    carries += i
+    totals += i // N
+    for done in range(0, n_segments, UNROLL):
+        own, sums = (), ()
+        for j in tl.static_range(UNROLL):
+            segment = (n_segments - 1 - done - j).to(tl.int64)
+            loaded = mask & (segment > 0)
+            own += (tl.load(carries + segment * n_carries, mask=loaded, other=0.0),)
+            sums += (tl.load(totals + segment * (n_carries // N), mask=loaded, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            segment = (n_segments - 1 - done - j).to(tl.int64)
+            tl.store(carries + segment * n_carries, carry, mask=mask & (segment >= 0))
+            carry = tl.exp2(rate * sums[j]) * carry + own[j]
