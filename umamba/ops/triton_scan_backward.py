@@ -98,7 +98,8 @@ def backward(
         )  # fmt: skip
     n_launches = n_directions if shared else 1
     n_programs = per_segment * n_segments // n_launches
-    scratch = parts(n_programs, CHUNK // GROUP, block_E, block_N)
+    size = CHUNK * (6 * block_E + 4 * block_N + block_E * block_N // GROUP)
+    scratch = parts(n_programs, size)
     for first in range(n_launches):
         _sweep[(n_programs,)](
             table, u, delta, z, dout, A, B, C, D, delta_bias, states, carries,
@@ -108,7 +109,7 @@ def backward(
             ADD_U=first > 0 and du.shape[0] == 1,
             ADD_Z=first > 0 and dz is not None and dz.shape[0] == 1,
             SHARED_U=du.shape[0] == 1, SHARED_Z=dz is not None and dz.shape[0] == 1,
-            CHUNK=CHUNK, GROUP=GROUP, **options,
+            CHUNK=CHUNK, GROUP=GROUP, SCRATCH=size, **options,
         )  # fmt: skip
 
     def by_tokens(x: Tensor, like: Tensor) -> Tensor:
@@ -160,6 +161,11 @@ def _row(pointers, offset, mask):
 
 
 @triton.jit
+def _load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _sweep(
     table, u, delta, z, dout, A, B, C, D, bias, states, carries,
     du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch,
@@ -168,7 +174,7 @@ def _sweep(
     n_batch, n_directions, E, L, G, n_tiles, n_segments, segment_chunks, first,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SOFTPLUS: tl.constexpr,
     ADD_U: tl.constexpr, ADD_Z: tl.constexpr, SHARED_U: tl.constexpr, SHARED_Z: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a tile of channels over a segment of the steps."""
     pid = tl.program_id(0).to(tl.int64)
@@ -176,34 +182,45 @@ def _sweep(
     segment, k, b, group, tile, inside, width = _place(
         pid, launched, n_batch, G, n_tiles, E, BLOCK_E
     )
-    e, mask_e = group * width + inside, inside < width
+    e = group * width + inside
     k += first
     n = tl.arange(0, BLOCK_N)
-    mask = mask_e[:, None] & (n < N)[None, :]
+    mask = (inside < width)[:, None] & (n < N)[None, :]
     tile_offsets = e[:, None] * N + n[None, :]
     kb = k * n_batch + b
-    u += b * u_b + k * u_k + e * u_e
-    delta += b * delta_b + k * delta_k + e * delta_e
-    dout += b * dout_b + k * dout_k + e * dout_e
-    B += b * B_b + k * B_k + group * B_g + n * B_n
-    C += b * C_b + k * C_k + group * C_g + n * C_n
-    ddelta += kb * L * E + e
-    du += (b if SHARED_U else kb) * L * E + e
+    u += b * u_b + k * u_k
+    delta += b * delta_b + k * delta_k
+    dout += b * dout_b + k * dout_k
+    B += b * B_b + k * B_k + group * B_g
+    C += b * C_b + k * C_k + group * C_g
+    ddelta += kb * L * E
+    du += (b if SHARED_U else kb) * L * E
     if z is not None:
-        z += b * z_b + k * z_k + e * z_e
-        dz += (b if SHARED_Z else kb) * L * E + e
-    part = ((tile * n_directions * n_batch + kb) * G + group) * L * N + n
+        z += b * z_b + k * z_k
+        dz += (b if SHARED_Z else kb) * L * E
+    part = ((tile * n_directions * n_batch + kb) * G + group) * L * N
     dB += part
     dC += part
-    kept = scratch + pid * (CHUNK // GROUP * BLOCK_E * BLOCK_N)
+    # Scratch: rows of channels per token, rows of states per token, tiles per group of tokens.
+    ROWS: tl.constexpr = CHUNK * BLOCK_E
+    COLS: tl.constexpr = CHUNK * BLOCK_N
+    TILE: tl.constexpr = BLOCK_E * BLOCK_N
+    scratch += pid * SCRATCH
+    e_row = scratch + tl.arange(0, BLOCK_E)
+    n_row = scratch + 6 * ROWS + n
+    kept = scratch + 6 * ROWS + 4 * COLS
     kept += tl.arange(0, BLOCK_E)[:, None] * BLOCK_N + n[None, :]
+    t = tl.arange(0, CHUNK)
+    e_block = scratch + t[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    n_block = scratch + 6 * ROWS + t[:, None] * BLOCK_N + n[None, :]
+
     rate = tl.load(A + k * E * N + tile_offsets, mask=mask, other=0.0) * LOG2_E
     skip = tl.zeros([BLOCK_E], tl.float32)
     if D is not None:
-        skip = tl.load(D + k * E + e, mask=mask_e, other=0.0)
+        skip = tl.load(D + k * E + e, mask=inside < width, other=0.0)
     shift = tl.zeros([BLOCK_E], tl.float32)
     if bias is not None:
-        shift = tl.load(bias + k * E + e, mask=mask_e, other=0.0)
+        shift = tl.load(bias + k * E + e, mask=inside < width, other=0.0)
     carry = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
     if carries is not None:
         right = carries + (segment * n_directions * n_batch + kb) * E * N + tile_offsets
@@ -217,88 +234,98 @@ def _sweep(
     stop = tl.minimum(start + segment_chunks, n_chunks)
     for back in range(0, stop - start):
         chunk = stop - 1 - back
-        step = chunk * CHUNK
-        n_groups = tl.minimum((L - step + GROUP - 1) // GROUP, CHUNK // GROUP)
-        token, i1, i2, n1, n2, s0, s1, s2 = begin_walk(table, k, step)
+        steps = chunk * CHUNK + t
+        n_groups = tl.minimum((L - chunk * CHUNK + GROUP - 1) // GROUP, CHUNK // GROUP)
+        tokens, _, _, _, _, _, _, _ = begin_walk(table, k, steps)
+        token = tokens[:, None]
+        e_mask = (steps < L)[:, None] & (inside < width)[None, :]
+        n_mask = (steps < L)[:, None] & (n < N)[None, :]
+
+        s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
+        d = s
+        if SOFTPLUS:
+            d = softplus(s)
+        d = tl.where(e_mask, d, 0.0)
+        q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
+        if z is not None:
+            z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
+            q *= z_rows * sigmoid(z_rows)
+        tl.store(e_block, d)
+        tl.store(e_block + ROWS, d * _load(u + token * u_l + e[None, :] * u_e, e_mask))
+        tl.store(e_block + 2 * ROWS, q)
+        tl.store(n_block, _load(B + token * B_l + n[None, :] * B_n, n_mask))
+        tl.store(n_block + COLS, _load(C + token * C_l + n[None, :] * C_n, n_mask))
         h = tl.load(states + (kb * n_chunks + chunk) * E * N + tile_offsets, mask=mask, other=0.0)
-        for i in range(0, n_groups):
-            tl.store(kept + i * (BLOCK_E * BLOCK_N), h)
-            for _ in tl.static_range(GROUP):
-                in_L = step < L
-                d = _row(delta, token * delta_l, inside < tl.where(in_L, width, 0)) + shift
-                if SOFTPLUS:
-                    d = softplus(d)
-                d = tl.where(in_L, d, 0.0)
-                du_t = d * _row(u, token * u_l, inside < tl.where(in_L, width, 0))
-                B_t = _row(B, token * B_l, n < tl.where(in_L, N, 0))
-                h = tl.exp2(rate * d[:, None]) * h + du_t[:, None] * B_t[None, :]
-                token, i1, i2 = next_token(token, i1, i2, n1, n2, s0, s1, s2)
-                step += 1
         tl.debug_barrier()
+
         for i in range(0, n_groups):
-            tokens = ()
-            for _ in tl.static_range(GROUP):
-                token, i1, i2 = previous_token(token, i1, i2, n1, n2, s0, s1, s2)
-                tokens = (token,) + tokens
-            step -= GROUP
-            h = tl.load(kept + (n_groups - 1 - i) * (BLOCK_E * BLOCK_N))
-            hs, decays, ss, ds, us, Bs = (h,), (), (), (), (), ()
-            for t in tl.static_range(GROUP):
-                in_L = step + t < L
-                s_t = _row(delta, tokens[t] * delta_l, inside < tl.where(in_L, width, 0)) + shift
-                d = s_t
-                if SOFTPLUS:
-                    d = softplus(s_t)
-                d = tl.where(in_L, d, 0.0)
-                u_t = _row(u, tokens[t] * u_l, inside < tl.where(in_L, width, 0))
-                B_t = _row(B, tokens[t] * B_l, n < tl.where(in_L, N, 0))
-                a = tl.exp2(rate * d[:, None])
-                h = a * h + (d * u_t)[:, None] * B_t[None, :]
-                hs, decays, ss, ds = hs + (h,), decays + (a,), ss + (s_t,), ds + (d,)
-                us, Bs = us + (u_t,), Bs + (B_t,)
-            for t in tl.static_range(GROUP - 1, -1, -1):
-                in_L = step + t < L
-                row_mask = inside < tl.where(in_L, width, 0)
-                at = tokens[t] * E
-                q = _row(dout, tokens[t] * dout_l, row_mask)
-                C_t = _row(C, tokens[t] * C_l, n < tl.where(in_L, N, 0))
+            tl.store(kept + i * TILE, h)
+            for j in tl.static_range(GROUP):
+                e_t, n_t = e_row + (i * GROUP + j) * BLOCK_E, n_row + (i * GROUP + j) * BLOCK_N
+                a = tl.exp2(rate * tl.load(e_t)[:, None])
+                h = a * h + tl.load(e_t + ROWS)[:, None] * tl.load(n_t)[None, :]
+        tl.debug_barrier()
+
+        for back_i in range(0, n_groups):
+            i = n_groups - 1 - back_i
+            h = tl.load(kept + i * TILE)
+            hs, decays = (h,), ()
+            for j in tl.static_range(GROUP):
+                e_t, n_t = e_row + (i * GROUP + j) * BLOCK_E, n_row + (i * GROUP + j) * BLOCK_N
+                a = tl.exp2(rate * tl.load(e_t)[:, None])
+                h = a * h + tl.load(e_t + ROWS)[:, None] * tl.load(n_t)[None, :]
+                hs, decays = hs + (h,), decays + (a,)
+            for j in tl.static_range(GROUP - 1, -1, -1):
+                e_t, n_t = e_row + (i * GROUP + j) * BLOCK_E, n_row + (i * GROUP + j) * BLOCK_N
+                d_t, du_t, q_t = tl.load(e_t), tl.load(e_t + ROWS), tl.load(e_t + 2 * ROWS)
+                B_t, C_t = tl.load(n_t), tl.load(n_t + COLS)
                 if z is not None:
-                    z_t = _row(z, tokens[t] * z_l, row_mask)
-                    gate = sigmoid(z_t)
-                    y = tl.sum(hs[t + 1] * C_t[None, :], 1) + skip * us[t]
-                    dz_t = q * y * gate * (1.0 + z_t * (1.0 - gate))
-                    if ADD_Z:
-                        dz_t += _row(dz, at, row_mask)
-                    tl.store(dz + at, dz_t, mask=row_mask)
-                    q = q * z_t * gate
-                g = C_t[None, :] * q[:, None] + carry
-                carry = g * decays[t]
-                gradient_e = carry * hs[t]
-                sum_A += gradient_e * ds[t][:, None]
-                dC_t = tl.sum(hs[t + 1] * q[:, None], 0)
-                dB_t = tl.sum(g * (ds[t] * us[t])[:, None], 0)
-                r = tl.sum(g * Bs[t][None, :], 1)
-                # rate is A * log2(e)
-                dd = us[t] * r + tl.sum(gradient_e * rate, 1) * (1.0 / LOG2_E)
-                du_t = ds[t] * r + skip * q
-                if SOFTPLUS:
-                    dd *= sigmoid(ss[t])
-                sum_D += q * us[t]
-                sum_bias += tl.where(in_L, dd, 0.0)
-                if ADD_U:
-                    du_t += _row(du, at, row_mask)
-                tl.store(du + at, du_t, mask=row_mask)
-                tl.store(ddelta + at, dd, mask=row_mask)
-                tl.store(dB + tokens[t] * N, dB_t, mask=n < tl.where(in_L, N, 0))
-                tl.store(dC + tokens[t] * N, dC_t, mask=n < tl.where(in_L, N, 0))
+                    tl.store(e_t + 5 * ROWS, tl.sum(hs[j + 1] * C_t[None, :], 1))
+                g = C_t[None, :] * q_t[:, None] + carry
+                carry = g * decays[j]
+                gradient_e = carry * hs[j]
+                sum_A += gradient_e * d_t[:, None]
+                tl.store(e_t + 3 * ROWS, tl.sum(g * B_t[None, :], 1))
+                tl.store(e_t + 4 * ROWS, tl.sum(gradient_e * rate, 1))
+                tl.store(n_t + 2 * COLS, tl.sum(g * du_t[:, None], 0))
+                tl.store(n_t + 3 * COLS, tl.sum(hs[j + 1] * q_t[:, None], 0))
+        tl.debug_barrier()
+
+        u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
+        q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
+        at = token * E + e[None, :]
+        if z is not None:
+            z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
+            gate = sigmoid(z_rows)
+            y = tl.load(e_block + 5 * ROWS) + skip[None, :] * u_rows
+            dz_rows = q * y * gate * (1.0 + z_rows * (1.0 - gate))
+            if ADD_Z:
+                dz_rows += _load(dz + at, e_mask)
+            tl.store(dz + at, dz_rows, mask=e_mask)
+            q *= z_rows * gate
+        r = tl.load(e_block + 3 * ROWS)
+        # rate is A * log2(e)
+        dd = u_rows * r + tl.load(e_block + 4 * ROWS) * (1.0 / LOG2_E)
+        if SOFTPLUS:
+            s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
+            dd *= sigmoid(s)
+        du_rows = tl.load(e_block) * r + skip[None, :] * q
+        sum_D += tl.sum(q * u_rows, 0)
+        sum_bias += tl.sum(tl.where(e_mask, dd, 0.0), 0)
+        if ADD_U:
+            du_rows += _load(du + at, e_mask)
+        tl.store(du + at, du_rows, mask=e_mask)
+        tl.store(ddelta + at, dd, mask=e_mask)
+        tl.store(dB + token * N + n[None, :], tl.load(n_block + 2 * COLS), mask=n_mask)
+        tl.store(dC + token * N + n[None, :], tl.load(n_block + 3 * COLS), mask=n_mask)
         tl.debug_barrier()
 
     part = (segment * n_batch + b) * n_directions + k
     tl.store(dA + part * E * N + tile_offsets, sum_A, mask=mask)
     if D is not None:
-        tl.store(dD + part * E + e, sum_D, mask=mask_e)
+        tl.store(dD + part * E + e, sum_D, mask=inside < width)
     if bias is not None:
-        tl.store(dbias + part * E + e, sum_bias, mask=mask_e)
+        tl.store(dbias + part * E + e, sum_bias, mask=inside < width)
     if dinitial is not None and segment == 0:
         tl.store(dinitial + kb * E * N + tile_offsets, carry, mask=mask)
 
