@@ -98,12 +98,13 @@ def backward(
         )  # fmt: skip
     n_launches = n_directions if shared else 1
     n_programs = per_segment * n_segments // n_launches
-    size = CHUNK * (6 * block_E + 4 * block_N + block_E * block_N // GROUP)
+    size = CHUNK * (7 * block_E + 4 * block_N + block_E * block_N // GROUP)
     scratch = parts(n_programs, size)
+    places = torch.empty(n_programs, CHUNK, dtype=torch.int32, device=delta.device)
     for first in range(n_launches):
         _sweep[(n_programs,)](
             table, u, delta, z, dout, A, B, C, D, delta_bias, states, carries,
-            du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch,
+            du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch, places,
             *u.stride(), *delta.stride(), *z_strides, *dout.stride(), *B.stride(), *C.stride(),
             *sizes, n_segments, segment_chunks, first, **blocks,
             ADD_U=first > 0 and du.shape[0] == 1,
@@ -168,7 +169,7 @@ def _load(pointers, mask):
 @triton.jit
 def _sweep(
     table, u, delta, z, dout, A, B, C, D, bias, states, carries,
-    du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch,
+    du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch, places,
     u_b, u_k, u_e, u_l, delta_b, delta_k, delta_e, delta_l, z_b, z_k, z_e, z_l,
     dout_b, dout_k, dout_e, dout_l, B_b, B_k, B_g, B_n, B_l, C_b, C_k, C_g, C_n, C_l,
     n_batch, n_directions, E, L, G, n_tiles, n_segments, segment_chunks, first,
@@ -184,9 +185,13 @@ def _sweep(
     )
     e = group * width + inside
     k += first
-    n = tl.arange(0, BLOCK_N)
-    mask = (inside < width)[:, None] & (n < N)[None, :]
-    tile_offsets = e[:, None] * N + n[None, :]
+    # States are [BLOCK_N // QUAD, QUAD]: so each lane holds neighbours.
+    QUAD: tl.constexpr = min(BLOCK_N, 4)
+    n_flat = tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
+    local_e = tl.arange(0, BLOCK_E)[:, None, None]
+    mask = (inside < width)[:, None, None] & (n < N)[None, :, :]
+    tile_offsets = e[:, None, None] * N + n[None, :, :]
     kb = k * n_batch + b
     u += b * u_b + k * u_k
     delta += b * delta_b + k * delta_k
@@ -201,18 +206,27 @@ def _sweep(
     part = ((tile * n_directions * n_batch + kb) * G + group) * L * N
     dB += part
     dC += part
-    # Scratch: rows of channels per token, rows of states per token, tiles per group of tokens.
+    # Scratch: per token (d, d u, q, u) of the channels, (r, sum of e), y; B, C, dB, dC; tiles.
     ROWS: tl.constexpr = CHUNK * BLOCK_E
     COLS: tl.constexpr = CHUNK * BLOCK_N
     TILE: tl.constexpr = BLOCK_E * BLOCK_N
     scratch += pid * SCRATCH
-    e_row = scratch + tl.arange(0, BLOCK_E)
-    n_row = scratch + 6 * ROWS + n
-    kept = scratch + 6 * ROWS + 4 * COLS
-    kept += tl.arange(0, BLOCK_E)[:, None] * BLOCK_N + n[None, :]
+    places += pid * CHUNK
+    sums = scratch + 4 * ROWS
+    ys = scratch + 6 * ROWS
+    cols = scratch + 7 * ROWS
+    kept = cols + 4 * COLS + local_e * BLOCK_N + n[None, :, :]
     t = tl.arange(0, CHUNK)
-    e_block = scratch + t[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
-    n_block = scratch + 6 * ROWS + t[:, None] * BLOCK_N + n[None, :]
+    two = tl.arange(0, 2)
+    block = t[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    four = tl.arange(0, 4)[None, None, :]
+    block_of_4 = block[:, :, None] * 4 + four
+    block_of_2 = block[:, :, None] * 2 + two[None, None, :]
+    n_block = t[:, None] * BLOCK_N + n_flat[None, :]
+    # Every lane of a row of lanes reads the same: what it multiplies is in its own registers.
+    lane = tl.arange(0, BLOCK_N // QUAD)
+    e_of_4 = (tl.arange(0, BLOCK_E)[:, None] + 0 * lane[None, :])[:, :, None] * 4 + four
+    e_of_2 = tl.arange(0, BLOCK_E)[:, None] * 2 + two[None, :]
 
     rate = tl.load(A + k * E * N + tile_offsets, mask=mask, other=0.0) * LOG2_E
     skip = tl.zeros([BLOCK_E], tl.float32)
@@ -221,11 +235,11 @@ def _sweep(
     shift = tl.zeros([BLOCK_E], tl.float32)
     if bias is not None:
         shift = tl.load(bias + k * E + e, mask=inside < width, other=0.0)
-    carry = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
+    carry = tl.zeros([BLOCK_E, BLOCK_N // QUAD, QUAD], tl.float32)
     if carries is not None:
         right = carries + (segment * n_directions * n_batch + kb) * E * N + tile_offsets
         carry = tl.load(right, mask=mask, other=0.0)
-    sum_A = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
+    sum_A = tl.zeros([BLOCK_E, BLOCK_N // QUAD, QUAD], tl.float32)
     sum_D = tl.zeros([BLOCK_E], tl.float32)
     sum_bias = tl.zeros([BLOCK_E], tl.float32)
 
@@ -236,34 +250,36 @@ def _sweep(
         chunk = stop - 1 - back
         steps = chunk * CHUNK + t
         n_groups = tl.minimum((L - chunk * CHUNK + GROUP - 1) // GROUP, CHUNK // GROUP)
-        tokens, _, _, _, _, _, _, _ = begin_walk(table, k, steps)
-        token = tokens[:, None]
+        walked, _, _, _, _, _, _, _ = begin_walk(table, k, steps)
+        tl.store(places + t, walked.to(tl.int32))
+        h = tl.load(states + (kb * n_chunks + chunk) * E * N + tile_offsets, mask=mask, other=0.0)
+        tl.debug_barrier()
+        token = tl.load(places + t)[:, None].to(tl.int64)
         e_mask = (steps < L)[:, None] & (inside < width)[None, :]
-        n_mask = (steps < L)[:, None] & (n < N)[None, :]
+        n_mask = (steps < L)[:, None] & (n_flat < N)[None, :]
 
-        s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
-        d = s
+        d = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
         if SOFTPLUS:
-            d = softplus(s)
+            d = softplus(d)
         d = tl.where(e_mask, d, 0.0)
+        u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
         q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
         if z is not None:
             z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
             q *= z_rows * sigmoid(z_rows)
-        tl.store(e_block, d)
-        tl.store(e_block + ROWS, d * _load(u + token * u_l + e[None, :] * u_e, e_mask))
-        tl.store(e_block + 2 * ROWS, q)
-        tl.store(n_block, _load(B + token * B_l + n[None, :] * B_n, n_mask))
-        tl.store(n_block + COLS, _load(C + token * C_l + n[None, :] * C_n, n_mask))
-        h = tl.load(states + (kb * n_chunks + chunk) * E * N + tile_offsets, mask=mask, other=0.0)
+        rows = tl.join(tl.join(d, q), tl.join(d * u_rows, u_rows))
+        tl.store(scratch + block_of_4, tl.reshape(rows, [CHUNK, BLOCK_E, 4]))
+        tl.store(cols + n_block, _load(B + token * B_l + n_flat[None, :] * B_n, n_mask))
+        tl.store(cols + COLS + n_block, _load(C + token * C_l + n_flat[None, :] * C_n, n_mask))
         tl.debug_barrier()
 
         for i in range(0, n_groups):
             tl.store(kept + i * TILE, h)
             for j in tl.static_range(GROUP):
-                e_t, n_t = e_row + (i * GROUP + j) * BLOCK_E, n_row + (i * GROUP + j) * BLOCK_N
-                a = tl.exp2(rate * tl.load(e_t)[:, None])
-                h = a * h + tl.load(e_t + ROWS)[:, None] * tl.load(n_t)[None, :]
+                at = i * GROUP + j
+                d_t, du_t, q_t = _scaled(scratch + at * (4 * BLOCK_E) + e_of_4)
+                B_t = tl.load(cols + at * BLOCK_N + n)
+                h = tl.exp2(rate * d_t) * h + du_t * B_t[None, :, :]
         tl.debug_barrier()
 
         for back_i in range(0, n_groups):
@@ -271,53 +287,61 @@ def _sweep(
             h = tl.load(kept + i * TILE)
             hs, decays = (h,), ()
             for j in tl.static_range(GROUP):
-                e_t, n_t = e_row + (i * GROUP + j) * BLOCK_E, n_row + (i * GROUP + j) * BLOCK_N
-                a = tl.exp2(rate * tl.load(e_t)[:, None])
-                h = a * h + tl.load(e_t + ROWS)[:, None] * tl.load(n_t)[None, :]
+                at = i * GROUP + j
+                d_t, du_t, q_t = _scaled(scratch + at * (4 * BLOCK_E) + e_of_4)
+                B_t = tl.load(cols + at * BLOCK_N + n)
+                a = tl.exp2(rate * d_t)
+                h = a * h + du_t * B_t[None, :, :]
                 hs, decays = hs + (h,), decays + (a,)
             for j in tl.static_range(GROUP - 1, -1, -1):
-                e_t, n_t = e_row + (i * GROUP + j) * BLOCK_E, n_row + (i * GROUP + j) * BLOCK_N
-                d_t, du_t, q_t = tl.load(e_t), tl.load(e_t + ROWS), tl.load(e_t + 2 * ROWS)
-                B_t, C_t = tl.load(n_t), tl.load(n_t + COLS)
+                at = i * GROUP + j
+                d_t, du_t, q_t = _scaled(scratch + at * (4 * BLOCK_E) + e_of_4)
+                col = cols + at * BLOCK_N + n
+                B_t, C_t = tl.load(col)[None, :, :], tl.load(col + COLS)[None, :, :]
                 if z is not None:
-                    tl.store(e_t + 5 * ROWS, tl.sum(hs[j + 1] * C_t[None, :], 1))
-                g = C_t[None, :] * q_t[:, None] + carry
+                    y = tl.sum(tl.sum(hs[j + 1] * C_t, 2), 1)
+                    tl.store(ys + at * BLOCK_E + tl.arange(0, BLOCK_E), y)
+                g = C_t * q_t + carry
                 carry = g * decays[j]
                 gradient_e = carry * hs[j]
-                sum_A += gradient_e * d_t[:, None]
-                tl.store(e_t + 3 * ROWS, tl.sum(g * B_t[None, :], 1))
-                tl.store(e_t + 4 * ROWS, tl.sum(gradient_e * rate, 1))
-                tl.store(n_t + 2 * COLS, tl.sum(g * du_t[:, None], 0))
-                tl.store(n_t + 3 * COLS, tl.sum(hs[j + 1] * q_t[:, None], 0))
+                sum_A += gradient_e * d_t
+                r = tl.sum(tl.sum(g * B_t, 2), 1)
+                sum_e = tl.sum(tl.sum(gradient_e * rate, 2), 1)
+                tl.store(sums + at * (2 * BLOCK_E) + e_of_2, tl.join(r, sum_e))
+                tl.store(col + 2 * COLS, tl.sum(g * du_t, 0))
+                tl.store(col + 3 * COLS, tl.sum(hs[j + 1] * q_t, 0))
         tl.debug_barrier()
 
-        u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
-        q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
+        rows = tl.reshape(tl.load(scratch + block_of_4), [CHUNK, BLOCK_E, 2, 2])
+        dq, duu = tl.split(rows)
+        d, q = tl.split(dq)
+        _, u_rows = tl.split(duu)
         at = token * E + e[None, :]
         if z is not None:
             z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
+            dout_rows = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
             gate = sigmoid(z_rows)
-            y = tl.load(e_block + 5 * ROWS) + skip[None, :] * u_rows
-            dz_rows = q * y * gate * (1.0 + z_rows * (1.0 - gate))
+            y = tl.load(ys + block) + skip[None, :] * u_rows
+            dz_rows = dout_rows * y * gate * (1.0 + z_rows * (1.0 - gate))
             if ADD_Z:
                 dz_rows += _load(dz + at, e_mask)
             tl.store(dz + at, dz_rows, mask=e_mask)
-            q *= z_rows * gate
-        r = tl.load(e_block + 3 * ROWS)
+        r, sum_e = tl.split(tl.load(sums + block_of_2))
         # rate is A * log2(e)
-        dd = u_rows * r + tl.load(e_block + 4 * ROWS) * (1.0 / LOG2_E)
+        dd = u_rows * r + sum_e * (1.0 / LOG2_E)
         if SOFTPLUS:
             s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
             dd *= sigmoid(s)
-        du_rows = tl.load(e_block) * r + skip[None, :] * q
+        du_rows = d * r + skip[None, :] * q
         sum_D += tl.sum(q * u_rows, 0)
         sum_bias += tl.sum(tl.where(e_mask, dd, 0.0), 0)
         if ADD_U:
             du_rows += _load(du + at, e_mask)
         tl.store(du + at, du_rows, mask=e_mask)
         tl.store(ddelta + at, dd, mask=e_mask)
-        tl.store(dB + token * N + n[None, :], tl.load(n_block + 2 * COLS), mask=n_mask)
-        tl.store(dC + token * N + n[None, :], tl.load(n_block + 3 * COLS), mask=n_mask)
+        at = token * N + n_flat[None, :]
+        tl.store(dB + at, tl.load(cols + 2 * COLS + n_block), mask=n_mask)
+        tl.store(dC + at, tl.load(cols + 3 * COLS + n_block), mask=n_mask)
         tl.debug_barrier()
 
     part = (segment * n_batch + b) * n_directions + k
@@ -328,6 +352,16 @@ def _sweep(
         tl.store(dbias + part * E + e, sum_bias, mask=inside < width)
     if dinitial is not None and segment == 0:
         tl.store(dinitial + kb * E * N + tile_offsets, carry, mask=mask)
+
+
+@triton.jit
+def _scaled(pointers):
+    """Return (d, d u, q) of a token's channels, each [BLOCK_E, lanes, 1]."""
+    rows = tl.load(pointers)
+    dq, duu = tl.split(tl.reshape(rows, [rows.shape[0], rows.shape[1], 2, 2]))
+    d, q = tl.split(dq)
+    du, _ = tl.split(duu)
+    return d[:, :, None], du[:, :, None], q[:, :, None]
 
 
 @triton.jit
