@@ -29,6 +29,8 @@ from umamba.ops.triton_walk import (
 
 # Tokens whose states are in registers at once: a divisor of CHUNK.
 GROUP = 4
+# Tokens whose rows are prepared at once: another.
+PART = 16
 
 
 def backward(
@@ -110,7 +112,7 @@ def backward(
             ADD_U=first > 0 and du.shape[0] == 1,
             ADD_Z=first > 0 and dz is not None and dz.shape[0] == 1,
             SHARED_U=du.shape[0] == 1, SHARED_Z=dz is not None and dz.shape[0] == 1,
-            CHUNK=CHUNK, GROUP=GROUP, SCRATCH=size, **options,
+            CHUNK=CHUNK, GROUP=GROUP, PART=PART, SCRATCH=size, **options,
         )  # fmt: skip
 
     def by_tokens(x: Tensor, like: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def _sweep(
     n_batch, n_directions, E, L, G, n_tiles, n_segments, segment_chunks, first,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SOFTPLUS: tl.constexpr,
     ADD_U: tl.constexpr, ADD_Z: tl.constexpr, SHARED_U: tl.constexpr, SHARED_Z: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, SCRATCH: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a tile of channels over a segment of the steps."""
     pid = tl.program_id(0).to(tl.int64)
@@ -216,7 +218,7 @@ def _sweep(
     ys = scratch + 6 * ROWS
     cols = scratch + 7 * ROWS
     kept = cols + 4 * COLS + local_e * BLOCK_N + n[None, :, :]
-    t = tl.arange(0, CHUNK)
+    t = tl.arange(0, PART)
     two = tl.arange(0, 2)
     block = t[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     four = tl.arange(0, 4)[None, None, :]
@@ -248,29 +250,32 @@ def _sweep(
     stop = tl.minimum(start + segment_chunks, n_chunks)
     for back in range(0, stop - start):
         chunk = stop - 1 - back
-        steps = chunk * CHUNK + t
         n_groups = tl.minimum((L - chunk * CHUNK + GROUP - 1) // GROUP, CHUNK // GROUP)
-        walked, _, _, _, _, _, _, _ = begin_walk(table, k, steps)
-        tl.store(places + t, walked.to(tl.int32))
+        n_parts = tl.minimum((L - chunk * CHUNK + PART - 1) // PART, CHUNK // PART)
+        walked = begin_walk(table, k, chunk * CHUNK + tl.arange(0, CHUNK))[0]
+        tl.store(places + tl.arange(0, CHUNK), walked.to(tl.int32))
         h = tl.load(states + (kb * n_chunks + chunk) * E * N + tile_offsets, mask=mask, other=0.0)
         tl.debug_barrier()
-        token = tl.load(places + t)[:, None].to(tl.int64)
-        e_mask = (steps < L)[:, None] & (inside < width)[None, :]
-        n_mask = (steps < L)[:, None] & (n_flat < N)[None, :]
-
-        d = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
-        if SOFTPLUS:
-            d = softplus(d)
-        d = tl.where(e_mask, d, 0.0)
-        u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
-        q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
-        if z is not None:
-            z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
-            q *= z_rows * sigmoid(z_rows)
-        rows = tl.join(tl.join(d, q), tl.join(d * u_rows, u_rows))
-        tl.store(scratch + block_of_4, tl.reshape(rows, [CHUNK, BLOCK_E, 4]))
-        tl.store(cols + n_block, _load(B + token * B_l + n_flat[None, :] * B_n, n_mask))
-        tl.store(cols + COLS + n_block, _load(C + token * C_l + n_flat[None, :] * C_n, n_mask))
+        for i in range(0, n_parts):
+            steps = chunk * CHUNK + i * PART + t
+            token = tl.load(places + i * PART + t)[:, None].to(tl.int64)
+            e_mask = (steps < L)[:, None] & (inside < width)[None, :]
+            n_mask = (steps < L)[:, None] & (n_flat < N)[None, :]
+            d = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
+            if SOFTPLUS:
+                d = softplus(d)
+            d = tl.where(e_mask, d, 0.0)
+            u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
+            q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
+            if z is not None:
+                z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
+                q *= z_rows * sigmoid(z_rows)
+            rows = tl.join(tl.join(d, q), tl.join(d * u_rows, u_rows))
+            rows = tl.reshape(rows, [PART, BLOCK_E, 4])
+            tl.store(scratch + i * (4 * PART * BLOCK_E) + block_of_4, rows)
+            col = cols + i * (PART * BLOCK_N) + n_block
+            tl.store(col, _load(B + token * B_l + n_flat[None, :] * B_n, n_mask))
+            tl.store(col + COLS, _load(C + token * C_l + n_flat[None, :] * C_n, n_mask))
         tl.debug_barrier()
 
         for i in range(0, n_groups):
@@ -312,36 +317,42 @@ def _sweep(
                 tl.store(col + 3 * COLS, tl.sum(hs[j + 1] * q_t, 0))
         tl.debug_barrier()
 
-        rows = tl.reshape(tl.load(scratch + block_of_4), [CHUNK, BLOCK_E, 2, 2])
-        dq, duu = tl.split(rows)
-        d, q = tl.split(dq)
-        _, u_rows = tl.split(duu)
-        at = token * E + e[None, :]
-        if z is not None:
-            z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
-            dout_rows = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
-            gate = sigmoid(z_rows)
-            y = tl.load(ys + block) + skip[None, :] * u_rows
-            dz_rows = dout_rows * y * gate * (1.0 + z_rows * (1.0 - gate))
-            if ADD_Z:
-                dz_rows += _load(dz + at, e_mask)
-            tl.store(dz + at, dz_rows, mask=e_mask)
-        r, sum_e = tl.split(tl.load(sums + block_of_2))
-        # rate is A * log2(e)
-        dd = u_rows * r + sum_e * (1.0 / LOG2_E)
-        if SOFTPLUS:
-            s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
-            dd *= sigmoid(s)
-        du_rows = d * r + skip[None, :] * q
-        sum_D += tl.sum(q * u_rows, 0)
-        sum_bias += tl.sum(tl.where(e_mask, dd, 0.0), 0)
-        if ADD_U:
-            du_rows += _load(du + at, e_mask)
-        tl.store(du + at, du_rows, mask=e_mask)
-        tl.store(ddelta + at, dd, mask=e_mask)
-        at = token * N + n_flat[None, :]
-        tl.store(dB + at, tl.load(cols + 2 * COLS + n_block), mask=n_mask)
-        tl.store(dC + at, tl.load(cols + 3 * COLS + n_block), mask=n_mask)
+        for i in range(0, n_parts):
+            steps = chunk * CHUNK + i * PART + t
+            token = tl.load(places + i * PART + t)[:, None].to(tl.int64)
+            e_mask = (steps < L)[:, None] & (inside < width)[None, :]
+            n_mask = (steps < L)[:, None] & (n_flat < N)[None, :]
+            rows = tl.load(scratch + i * (4 * PART * BLOCK_E) + block_of_4)
+            dq, duu = tl.split(tl.reshape(rows, [PART, BLOCK_E, 2, 2]))
+            d, q = tl.split(dq)
+            _, u_rows = tl.split(duu)
+            r, sum_e = tl.split(tl.load(sums + i * (2 * PART * BLOCK_E) + block_of_2))
+            at = token * E + e[None, :]
+            if z is not None:
+                z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
+                dout_rows = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
+                gate = sigmoid(z_rows)
+                y = tl.load(ys + i * (PART * BLOCK_E) + block) + skip[None, :] * u_rows
+                dz_rows = dout_rows * y * gate * (1.0 + z_rows * (1.0 - gate))
+                if ADD_Z:
+                    dz_rows += _load(dz + at, e_mask)
+                tl.store(dz + at, dz_rows, mask=e_mask)
+            # rate is A * log2(e)
+            dd = u_rows * r + sum_e * (1.0 / LOG2_E)
+            if SOFTPLUS:
+                s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
+                dd *= sigmoid(s)
+            du_rows = d * r + skip[None, :] * q
+            sum_D += tl.sum(q * u_rows, 0)
+            sum_bias += tl.sum(tl.where(e_mask, dd, 0.0), 0)
+            if ADD_U:
+                du_rows += _load(du + at, e_mask)
+            tl.store(du + at, du_rows, mask=e_mask)
+            tl.store(ddelta + at, dd, mask=e_mask)
+            at = token * N + n_flat[None, :]
+            col = cols + i * (PART * BLOCK_N) + n_block
+            tl.store(dB + at, tl.load(col + 2 * COLS), mask=n_mask)
+            tl.store(dC + at, tl.load(col + 3 * COLS), mask=n_mask)
         tl.debug_barrier()
 
     part = (segment * n_batch + b) * n_directions + k
