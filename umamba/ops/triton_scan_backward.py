@@ -100,7 +100,7 @@ def backward(
         )  # fmt: skip
     n_launches = n_directions if shared else 1
     n_programs = per_segment * n_segments // n_launches
-    size = CHUNK * (7 * block_E + 4 * block_N + block_E * block_N // GROUP)
+    size = CHUNK * (4 * block_E + 2 * block_N + block_E * block_N // GROUP)
     scratch = parts(n_programs, size)
     places = torch.empty(n_programs, CHUNK, dtype=torch.int32, device=delta.device)
     for first in range(n_launches):
@@ -208,35 +208,24 @@ def _sweep(
     part = ((tile * n_directions * n_batch + kb) * G + group) * L * N
     dB += part
     dC += part
-    # Scratch: per token (d, d u, q, u) of the channels, (r, sum of e), y; B, C, dB, dC; tiles.
+    # Scratch: per token (d, d u or y, q or r, sum_e) of the channels; B or dB, C or dC; kept states.
     ROWS: tl.constexpr = CHUNK * BLOCK_E
     COLS: tl.constexpr = CHUNK * BLOCK_N
     TILE: tl.constexpr = BLOCK_E * BLOCK_N
     scratch += pid * SCRATCH
     places += pid * CHUNK
-    sums = scratch + 4 * ROWS
-    ys = scratch + 6 * ROWS
-    cols = scratch + 7 * ROWS
-    kept = cols + 4 * COLS + local_e * BLOCK_N + n[None, :, :]
+    cols = scratch + 4 * ROWS
+    kept = cols + 2 * COLS + local_e * BLOCK_N + n[None, :, :]
     t = tl.arange(0, PART)
-    two = tl.arange(0, 2)
-    block = t[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     four = tl.arange(0, 4)[None, None, :]
-    block_of_4 = block[:, :, None] * 4 + four
-    block_of_2 = block[:, :, None] * 2 + two[None, None, :]
+    block_of_4 = (t[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :])[:, :, None] * 4 + four
     n_block = t[:, None] * BLOCK_N + n_flat[None, :]
     # Every lane of a row of lanes reads the same: what it multiplies is in its own registers.
     lane = tl.arange(0, BLOCK_N // QUAD)
     e_of_4 = (tl.arange(0, BLOCK_E)[:, None] + 0 * lane[None, :])[:, :, None] * 4 + four
-    e_of_2 = tl.arange(0, BLOCK_E)[:, None] * 2 + two[None, :]
+    e_of_2 = tl.arange(0, BLOCK_E)[:, None] * 4 + 2 + tl.arange(0, 2)[None, :]
 
     rate = tl.load(A + k * E * N + tile_offsets, mask=mask, other=0.0) * LOG2_E
-    skip = tl.zeros([BLOCK_E], tl.float32)
-    if D is not None:
-        skip = tl.load(D + k * E + e, mask=inside < width, other=0.0)
-    shift = tl.zeros([BLOCK_E], tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + k * E + e, mask=inside < width, other=0.0)
     carry = tl.zeros([BLOCK_E, BLOCK_N // QUAD, QUAD], tl.float32)
     if carries is not None:
         right = carries + (segment * n_directions * n_batch + kb) * E * N + tile_offsets
@@ -261,16 +250,18 @@ def _sweep(
             token = tl.load(places + i * PART + t)[:, None].to(tl.int64)
             e_mask = (steps < L)[:, None] & (inside < width)[None, :]
             n_mask = (steps < L)[:, None] & (n_flat < N)[None, :]
-            d = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
+            d = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask)
+            if bias is not None:
+                d += tl.load(bias + k * E + e, mask=inside < width, other=0.0)[None, :]
             if SOFTPLUS:
                 d = softplus(d)
             d = tl.where(e_mask, d, 0.0)
-            u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
             q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
             if z is not None:
                 z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
                 q *= z_rows * sigmoid(z_rows)
-            rows = tl.join(tl.join(d, q), tl.join(d * u_rows, u_rows))
+            du_rows = d * _load(u + token * u_l + e[None, :] * u_e, e_mask)
+            rows = tl.join(tl.join(d, q), tl.join(du_rows, tl.zeros_like(d)))
             rows = tl.reshape(rows, [PART, BLOCK_E, 4])
             tl.store(scratch + i * (4 * PART * BLOCK_E) + block_of_4, rows)
             col = cols + i * (PART * BLOCK_N) + n_block
@@ -300,21 +291,23 @@ def _sweep(
                 hs, decays = hs + (h,), decays + (a,)
             for j in tl.static_range(GROUP - 1, -1, -1):
                 at = i * GROUP + j
-                d_t, du_t, q_t = _scaled(scratch + at * (4 * BLOCK_E) + e_of_4)
+                row = scratch + at * (4 * BLOCK_E)
+                d_t, du_t, q_t = _scaled(row + e_of_4)
                 col = cols + at * BLOCK_N + n
                 B_t, C_t = tl.load(col)[None, :, :], tl.load(col + COLS)[None, :, :]
+                tl.debug_barrier()
                 if z is not None:
                     y = tl.sum(tl.sum(hs[j + 1] * C_t, 2), 1)
-                    tl.store(ys + at * BLOCK_E + tl.arange(0, BLOCK_E), y)
+                    tl.store(row + tl.arange(0, BLOCK_E) * 4 + 1, y)
                 g = C_t * q_t + carry
                 carry = g * decays[j]
                 gradient_e = carry * hs[j]
                 sum_A += gradient_e * d_t
                 r = tl.sum(tl.sum(g * B_t, 2), 1)
                 sum_e = tl.sum(tl.sum(gradient_e * rate, 2), 1)
-                tl.store(sums + at * (2 * BLOCK_E) + e_of_2, tl.join(r, sum_e))
-                tl.store(col + 2 * COLS, tl.sum(g * du_t, 0))
-                tl.store(col + 3 * COLS, tl.sum(hs[j + 1] * q_t, 0))
+                tl.store(row + e_of_2, tl.join(r, sum_e))
+                tl.store(col, tl.sum(g * du_t, 0))
+                tl.store(col + COLS, tl.sum(hs[j + 1] * q_t, 0))
         tl.debug_barrier()
 
         for i in range(0, n_parts):
@@ -323,36 +316,44 @@ def _sweep(
             e_mask = (steps < L)[:, None] & (inside < width)[None, :]
             n_mask = (steps < L)[:, None] & (n_flat < N)[None, :]
             rows = tl.load(scratch + i * (4 * PART * BLOCK_E) + block_of_4)
-            dq, duu = tl.split(tl.reshape(rows, [PART, BLOCK_E, 2, 2]))
-            d, q = tl.split(dq)
-            _, u_rows = tl.split(duu)
-            r, sum_e = tl.split(tl.load(sums + i * (2 * PART * BLOCK_E) + block_of_2))
+            d_r, y_e = tl.split(tl.reshape(rows, [PART, BLOCK_E, 2, 2]))
+            (d, r), (y, sum_e) = tl.split(d_r), tl.split(y_e)
+            u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
+            q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
             at = token * E + e[None, :]
+            if D is not None:
+                skip = tl.load(D + k * E + e, mask=inside < width, other=0.0)[None, :]
             if z is not None:
                 z_rows = _load(z + token * z_l + e[None, :] * z_e, e_mask)
-                dout_rows = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
                 gate = sigmoid(z_rows)
-                y = tl.load(ys + i * (PART * BLOCK_E) + block) + skip[None, :] * u_rows
-                dz_rows = dout_rows * y * gate * (1.0 + z_rows * (1.0 - gate))
+                if D is not None:
+                    y += skip * u_rows
+                dz_rows = q * y * gate * (1.0 + z_rows * (1.0 - gate))
+                q *= z_rows * gate
                 if ADD_Z:
                     dz_rows += _load(dz + at, e_mask)
                 tl.store(dz + at, dz_rows, mask=e_mask)
             # rate is A * log2(e)
             dd = u_rows * r + sum_e * (1.0 / LOG2_E)
             if SOFTPLUS:
-                s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask) + shift[None, :]
+                s = _load(delta + token * delta_l + e[None, :] * delta_e, e_mask)
+                if bias is not None:
+                    s += tl.load(bias + k * E + e, mask=inside < width, other=0.0)[None, :]
                 dd *= sigmoid(s)
-            du_rows = d * r + skip[None, :] * q
-            sum_D += tl.sum(q * u_rows, 0)
-            sum_bias += tl.sum(tl.where(e_mask, dd, 0.0), 0)
+            du_rows = d * r
+            if D is not None:
+                du_rows += skip * q
+                sum_D += tl.sum(q * u_rows, 0)
+            if bias is not None:
+                sum_bias += tl.sum(tl.where(e_mask, dd, 0.0), 0)
             if ADD_U:
                 du_rows += _load(du + at, e_mask)
             tl.store(du + at, du_rows, mask=e_mask)
             tl.store(ddelta + at, dd, mask=e_mask)
             at = token * N + n_flat[None, :]
             col = cols + i * (PART * BLOCK_N) + n_block
-            tl.store(dB + at, tl.load(col + 2 * COLS), mask=n_mask)
-            tl.store(dC + at, tl.load(col + 3 * COLS), mask=n_mask)
+            tl.store(dB + at, tl.load(col), mask=n_mask)
+            tl.store(dC + at, tl.load(col + COLS), mask=n_mask)
         tl.debug_barrier()
 
     part = (segment * n_batch + b) * n_directions + k
@@ -369,9 +370,8 @@ def _sweep(
 def _scaled(pointers):
     """Return (d, d u, q) of a token's channels, each [BLOCK_E, lanes, 1]."""
     rows = tl.load(pointers)
-    dq, duu = tl.split(tl.reshape(rows, [rows.shape[0], rows.shape[1], 2, 2]))
-    d, q = tl.split(dq)
-    du, _ = tl.split(duu)
+    d_q, du_ = tl.split(tl.reshape(rows, [rows.shape[0], rows.shape[1], 2, 2]))
+    (d, q), (du, _) = tl.split(d_q), tl.split(du_)
     return d[:, :, None], du[:, :, None], q[:, :, None]
 
 
