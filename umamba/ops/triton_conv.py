@@ -13,14 +13,12 @@ from torch import Tensor
 
 from umamba.ops.triton_walk import sigmoid, walk_table
 
-STEPS = 32  # of a tile
-TILES = 4  # of a program of the backward pass, which gives one partial sum of the weights' gradient
+STEPS = 16  # of a tile
+TILES = 8  # of a program of the backward pass, which gives one partial sum of the weights' gradient
 MAX_CHANNELS = 64  # of a tile
 
 
-def conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, walks: tuple[int, ...]
-) -> Tensor:
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, walks: tuple[int, ...]) -> Tensor:
     """Return silu(causal convolution) along each walk, (B, K, E, L), in memory (K, B, L, E).
 
     x (B, K, E, L), or (B, 1, E, L) for all directions, any strides; weight (K, E, taps), of which
@@ -59,7 +57,8 @@ def conv_backward(
     shared = x.shape[1] < directions
     weight = weight.contiguous()
     dx = _empty(x.shape[1], x)
-    total = torch.empty_like(dx, dtype=torch.float32) if shared else dx
+    rounds_late = shared and x.dtype != torch.float32
+    total = torch.empty_like(dx, dtype=torch.float32) if rounds_late else dx
     block = _channels_of_a_tile(channels)
     n_parts = batch * triton.cdiv(length, STEPS * TILES)
     rows = triton.next_power_of_2(taps + 1)
@@ -98,21 +97,22 @@ def _channels_of_a_tile(channels: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """Return the warps of a tile: eight elements to a thread."""
-    return max(1, min(STEPS * block // 256, 8))
+    """Return the warps of a tile: four elements to a thread, or fewer."""
+    return max(1, STEPS * block // 128)
 
 
 @triton.jit
 def _tokens(table, k, p):
     """Return the tokens (int64) of a block of steps p (int32) of walk k."""
-    # triton_walk.begin_walk divides in 64 bits, which takes several times as long: every read of a
-    # tile divides anew here, and there only a program's first step.
+    # In 32 bits, unlike triton_walk.begin_walk: every read of a tile divides anew here.
     walk = table + k * 7
-    start, s0 = tl.load(walk), tl.load(walk + 2)
-    n1, s1 = tl.load(walk + 3).to(tl.int32), tl.load(walk + 4)
-    n2, s2 = tl.load(walk + 5).to(tl.int32), tl.load(walk + 6)
+    n1, n2 = tl.load(walk + 3).to(tl.int32), tl.load(walk + 5).to(tl.int32)
+    s0, s1 = tl.load(walk + 2).to(tl.int32), tl.load(walk + 4).to(tl.int32)
+    start, s2 = tl.load(walk).to(tl.int32), tl.load(walk + 6).to(tl.int32)
     line = p // n2
-    return start + (line // n1) * s0 + (line % n1) * s1 + (p % n2) * s2
+    plane = line // n1
+    token = start + plane * s0 + (line - plane * n1) * s1 + (p - line * n2) * s2
+    return token.to(tl.int64)
 
 
 @triton.jit
@@ -155,9 +155,7 @@ def _forward_kernel(
     tokens = _tokens(table, k, tl.where(inside, p, 0))
     out += (k * batch + b) * length * channels
     offsets = tokens[:, None] * channels + channel[None, :]
-    tl.store(
-        out + offsets, value.to(out.dtype.element_ty), inside[:, None] & in_channels[None, :]
-    )
+    tl.store(out + offsets, value.to(out.dtype.element_ty), inside[:, None] & in_channels[None, :])
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -201,8 +199,20 @@ def _backward_kernel(
             if HAS_BIAS:
                 value += tl.load(bias + k * channels + channel, in_channels, 0.0)[None, :]
             gate = sigmoid(value)
-            slope = gate * (1.0 + value * (1.0 - gate)) * _rows(
-                dout, table, k, p + ahead, length, dout_token, channel, dout_channel, in_channels
+            slope = (
+                gate
+                * (1.0 + value * (1.0 - gate))
+                * _rows(
+                    dout,
+                    table,
+                    k,
+                    p + ahead,
+                    length,
+                    dout_token,
+                    channel,
+                    dout_channel,
+                    in_channels,
+                )
             )
             gradient += tl.load(weight + (TAPS - 1 - ahead), in_channels, 0.0)[None, :] * slope
             if ahead == 0:
