@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from umamba.ops import reference
 from umamba.ops.triton_conv import conv_backward, conv_forward
+from umamba.ops.walks import walk_positions
 
 pytestmark = pytest.mark.triton
 
@@ -32,10 +33,7 @@ WALKS = {
 
 
 def walked(walk: tuple[int, ...]) -> Tensor:
-    """The tokens in the order of a walk, by its definition."""
-    start, n0, s0, n1, s1, n2, s2 = walk
-    steps = [(i0, i1, i2) for i0 in range(n0) for i1 in range(n1) for i2 in range(n2)]
-    return torch.tensor([start + i0 * s0 + i1 * s1 + i2 * s2 for i0, i1, i2 in steps])
+    return torch.tensor(walk_positions(walk))
 
 
 def flat(walks: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
