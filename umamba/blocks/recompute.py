@@ -41,10 +41,10 @@ def recomputable(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tens
         if not (layer.recomputes and torch.is_grad_enabled()):
             return method(layer, features)
         contexts = functools.partial(create_selective_checkpoint_contexts, _keep_scans)
-        again: Tensor = checkpoint(
+        result: Tensor = checkpoint(
             method, layer, features, use_reentrant=False, context_fn=contexts
         )
-        return again
+        return result
 
     return run
 
