@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,27 @@ def forward(
     else:
         last_state.zero_()
     return out.to(u.dtype).permute(1, 0, 3, 2), last_state.transpose(0, 1), states
+
+
+def backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients (triton_scan_backward.backward)."""
+    from umamba.ops import triton_scan_backward
+
+    return triton_scan_backward.backward(*arguments)
+
+
+def conv_forward(*arguments: Any) -> Tensor:
+    """Return silu(conv(x)) (triton_conv.conv_forward)."""
+    from umamba.ops import triton_conv
+
+    return triton_conv.conv_forward(*arguments)
+
+
+def conv_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of the convolution (triton_conv.conv_backward)."""
+    from umamba.ops import triton_conv
+
+    return triton_conv.conv_backward(*arguments)
 
 
 def segments(n_programs: int, length: int, n_multiprocessors: int) -> int:
