@@ -110,8 +110,10 @@ class UMambaTrainer(nnUNetTrainer):
         """Builds network, optimizer and loss, and settles the precision."""
         with ddp_wrapper(find_unused_parameters=self.recipe.freeze_encoder > 0):
             super().initialize()
-        if self.device.type != "cuda":
-            return
+        if self.device.type == "cuda":
+            self._settle_precision()
+
+    def _settle_precision(self) -> None:
         dtype = autocast_type(self.recipe.precision)
         if dtype != torch.float16:
             self.grad_scaler = None
