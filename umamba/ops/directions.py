@@ -196,11 +196,17 @@ def _merge(results: list[Tensor], merge: str | None) -> Tensor | list[Tensor]:
 
 def _launches(directions: Sequence[_Direction], spatial: tuple[int, ...]) -> list[list[int]]:
     """Return the directions that one call can take together."""
-    groups: dict[object, list[int]] = {}
+    groups: list[tuple[object, list[int]]] = []
     for k, (order, p) in enumerate(directions):
         shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in p)
-        groups.setdefault((order.n_tokens(spatial), shapes), []).append(k)
-    return list(groups.values())
+        kind = (order.n_tokens(spatial), shapes)
+        # No dict: a compiled graph would serve the lengths it has hashed, and no others.
+        fitting = [members for other, members in groups if other == kind]
+        if fitting:
+            fitting[0].append(k)
+        else:
+            groups.append((kind, [k]))
+    return [members for _, members in groups]
 
 
 def _stack(tensors: list[Tensor | None]) -> Tensor | None:

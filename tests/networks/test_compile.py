@@ -1,0 +1,132 @@
+"""Networks under torch.compile and torch.export: one graph, and the same numbers as without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_networks import CHANNELS, build, shape_of
+from torch import Tensor, nn
+
+from umamba.networks import create_module, get_entry, list_networks
+
+# The convolution in place of the scan, over voxels and over rows and columns.
+CONTROLS = ("umamba_bot_convmix", "vm_unet_convmix")
+# A scan along one order, along three, and VMamba's four.
+TRAINED = ("umamba_bot", "segmamba", "vm_unet")
+MODULES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "nnmamba_classifier": ({"num_classes": 3, "features_per_stage": (4, 8, 8, 8)}, (18, 16, 20)),
+    "nnmamba_landmark": (
+        {"num_classes": 3, "features_per_stage": (4, 8, 8), "strides": [[1] * 3, *[[2] * 3] * 2]},
+        (8, 4, 12),
+    ),
+    "swin_unet": (
+        {
+            "num_classes": 3,
+            "features_per_stage": (8, 16),
+            "depths": (2, 1),
+            "n_heads": (2, 2),
+            "window_sizes": (2, 2),
+        },
+        (16, 32),
+    ),
+    "unet_small": ({"num_classes": 3, "features_per_stage": (4, 4, 8, 8, 8)}, (16, 32)),
+    "vmamba_tiny_0230s": ({"features_per_stage": (8, 16), "depths": (1, 1)}, (32, 24)),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+
+
+@pytest.fixture(autouse=True)
+def _without_graphs_of_other_tests(one_thread: None) -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", [*list_networks(controls=False), *CONTROLS])
+def test_a_network_is_one_graph_with_nothing_read_back_from_the_device(name: str) -> None:
+    dims = max(get_entry(name).spatial_dims)
+    network = build(name, dims, deep_supervision=True)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    images = torch.randn(1, CHANNELS, *shape_of(name, dims))
+    agree(compiled(images), network(images))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_without_plans_is_one_graph(name: str) -> None:
+    arguments, shape = MODULES[name]
+    module = create_module(name, input_channels=CHANNELS, **arguments).eval()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    images = torch.randn(2, CHANNELS, *shape)
+    with torch.no_grad():
+        agree(compiled(images), module(images))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_compiled_network_trains_and_predicts_as_without(name: str) -> None:
+    dims = max(get_entry(name).spatial_dims)
+    network = build(name, dims, deep_supervision=True)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    images = torch.randn(2, CHANNELS, *shape_of(name, dims))
+    agree(gradients(compiled, network, images), gradients(network, network, images))
+    # as nnU-Net does before it validates
+    compiled._orig_mod.decoder.deep_supervision = False
+    compiled.eval()
+    with torch.inference_mode():
+        logits = compiled(images)
+        assert isinstance(logits, Tensor)
+        agree(logits, network(images))
+
+
+def test_a_compiled_network_trains_under_autocast_as_without() -> None:
+    network = build("umamba_bot", 3, deep_supervision=True)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    images = torch.randn(2, CHANNELS, *shape_of("umamba_bot", 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        agree(gradients(compiled, network, images), gradients(network, network, images))
+
+
+def test_other_batches_and_patches_share_a_second_graph_of_any_shape() -> None:
+    network = build("segmamba", 3)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    shapes = [(2, 6, 20, 10), (3, 6, 20, 10), (2, 10, 24, 14), (4, 14, 28, 6)]
+    torch._dynamo.utils.counters.clear()
+    for shape in shapes:
+        images = torch.randn(shape[0], CHANNELS, *shape[1:])
+        agree(gradients(compiled, network, images), gradients(network, network, images))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_network_is_exported(name: str) -> None:
+    dims = max(get_entry(name).spatial_dims)
+    network = build(name, dims).eval()
+    images = torch.randn(1, CHANNELS, *shape_of(name, dims))
+    with torch.no_grad():
+        program = torch.export.export(network, (images,), strict=False)
+        others = torch.randn_like(images)
+        agree(program.module()(others), network(others))
+
+
+def gradients(run: Callable[[Tensor], Any], network: nn.Module, images: Tensor) -> list[Tensor]:
+    """The parameters' gradients of a function of all logits."""
+    torch.manual_seed(1)
+    outputs = run(images)
+    network.zero_grad()
+    sum((output.float() ** 2).mean() for output in listed(outputs)).backward()
+    return [x.grad.clone() for x in network.parameters() if x.grad is not None]
+
+
+def agree(actual: Any, expected: Any) -> None:
+    """To 1e-5 of the largest value of all."""
+    largest = max(float(x.detach().abs().max()) for x in listed(expected))
+    for one, two in zip(listed(actual), listed(expected), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * largest)
+
+
+def listed(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
