@@ -110,15 +110,16 @@ def test_orders_that_fill_up_their_slices_have_one_more_graph_than_lengths_that_
     assert n_graphs() == 3  # for the first shape, for lengths to be filled up, for those that fit
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_network_is_exported(name: str) -> None:
+@pytest.mark.parametrize("name", [*TRAINED, "nnmamba", "uvm_net"])
+def test_a_network_is_exported_for_batches_of_any_size(name: str) -> None:
     dims = max(get_entry(name).spatial_dims)
     network = build(name, dims).eval()
-    images = torch.randn(1, CHANNELS, *shape_of(name, dims))
+    images = torch.randn(3, CHANNELS, *shape_of(name, dims))
+    batch = {0: torch.export.Dim("batch", min=1, max=4)}
     with torch.no_grad():
-        program = torch.export.export(network, (images,), strict=False)
-        others = torch.randn_like(images)
-        agree(program.module()(others), network(others))
+        program = torch.export.export(network, (images[:2],), dynamic_shapes=(batch,), strict=False)
+        for some in (images, images[:1]):
+            agree(program.module()(some), network(some))
 
 
 def gradients(run: Callable[[Tensor], Any], network: nn.Module, images: Tensor) -> list[Tensor]:

@@ -133,7 +133,7 @@ def _project(
 
     aligned: every row of B and C begins on a multiple of 16 bytes.
     """
-    p, batch, length = parameters[0], len(x), x.shape[-1]
+    p, batch, length = parameters[0], x.shape[0], x.shape[-1]
     rank, n_states = p.dt_proj_weight.shape[1], p.A_log.shape[1]
     weights = [q.x_proj_weight for q in parameters]
     sizes = [rank, n_states, n_states]
