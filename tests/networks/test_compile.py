@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from tiny_networks import CHANNELS, build, shape_of
 from torch import Tensor, nn
 
 from umamba.blocks.mamba import Mamba
 from umamba.networks import create_module, get_entry, list_networks
+from umamba.networks.precision import compile_backward_without_autocast
 
 # The convolution in place of the scan, over voxels and over rows and columns.
 CONTROLS = ("umamba_bot_convmix", "vm_unet_convmix")
@@ -84,12 +86,18 @@ def test_a_compiled_network_trains_and_predicts_as_without(name: str) -> None:
         agree(logits, network(images))
 
 
-def test_a_compiled_network_trains_under_autocast_as_without() -> None:
+def test_a_compiled_network_trains_under_autocast_with_float32_mixers_in_backward_too() -> None:
     network = build("umamba_bot", 3, deep_supervision=True)
-    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     images = torch.randn(2, CHANNELS, *shape_of("umamba_bot", 3))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        agree(gradients(compiled, network, images), gradients(network, network, images))
+
+    def under_autocast(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return torch.autocast("cpu", dtype=torch.bfloat16)(run)
+
+    expected = gradients(under_autocast(network), network, images)
+    with torch._functorch.config.patch(backward_pass_autocast="same_as_forward"):
+        compile_backward_without_autocast()
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+        agree(gradients(under_autocast(compiled), network, images), expected)
 
 
 def test_other_batches_and_patches_share_a_graph_of_any_shape() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -145,9 +146,10 @@ def test_a_non_finite_loss_is_named_and_undone_in_the_middle_of_training(blobs):
 
 @pytest.fixture
 def autocast_type_after():
-    """What CUDA's autocast takes by default, put back afterwards."""
+    """What CUDA's autocast takes by default; put back afterwards, as the compiler's setting is."""
     before = torch.get_autocast_dtype("cuda")
-    yield lambda: torch.get_autocast_dtype("cuda")
+    with torch._functorch.config.patch(backward_pass_autocast="same_as_forward"):
+        yield lambda: torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", before)
 
 
@@ -161,6 +163,7 @@ def test_the_default_precision_is_bf16_on_gpus_that_have_it_and_scaled_fp16_else
     trainer.grad_scaler = scaler = object()
     trainer._settle_precision()
     assert autocast_type_after() == dtype
+    assert torch._functorch.config.backward_pass_autocast == "off"
     assert trainer.grad_scaler is (None if has_bf16 else scaler)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch._functorch.config as compiler
 
 AUTOCAST_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
@@ -27,3 +28,13 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
         return nullcontext()
     dtype = autocast_type(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def compile_backward_without_autocast() -> None:
+    """Makes torch.compile compute gradients outside autocast, as training does without it.
+
+    By default it compiles backward under the autocast of the forward pass: also that of mixers,
+    which leave autocast to compute in float32.
+    """
+    if hasattr(compiler, "backward_pass_autocast"):  # not in older versions of torch
+        compiler.backward_pass_autocast = "off"

@@ -27,7 +27,11 @@ from tqdm import tqdm
 
 from umamba.blocks.recompute import recompute_mixers
 from umamba.networks.checkpoint import read_checkpoint
-from umamba.networks.precision import autocast, autocast_type
+from umamba.networks.precision import (
+    autocast,
+    autocast_type,
+    compile_backward_without_autocast,
+)
 from umamba.networks.pretrained import find_file, initialize_encoder
 from umamba.training.losses import build_loss
 from umamba.training.nan_guard import NanGuard
@@ -124,6 +128,7 @@ class UMambaTrainer(nnUNetTrainer):
             self.network.forward = without_autocast(self.network.forward)
         else:
             torch.set_autocast_dtype("cuda", dtype)
+            compile_backward_without_autocast()
         self.print_to_log_file(f"precision: {dtype or torch.float32}")
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
