@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 
@@ -267,6 +268,24 @@ def test_the_network_runs_in_the_precision_of_the_recipe(tmp_path, monkeypatch, 
     predictor.predict_logits_from_preprocessed_data(torch.zeros(1, 8, 16, 12))
     assert len(asked) == 1
     assert seen == [True, False]
+
+
+def test_a_compiled_network_predicts_every_fold_as_without(tmp_path, monkeypatch, capsys):
+    model = make_model_folder(tmp_path / "model", folds=(0, 3))
+    image = torch.from_numpy(make_image(SHAPES["a"]))[None]
+
+    def logits():
+        predictor = UMambaPredictor(device=CPU)
+        predictor.initialize_from_trained_model_folder(model)
+        return predictor, predictor.predict_logits_from_preprocessed_data(image)
+
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    _, expected = logits()
+    monkeypatch.setenv("nnUNet_compile", "true")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    predictor, actual = logits()
+    assert isinstance(predictor.network, torch._dynamo.OptimizedModule)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_plain_unet_is_what_the_default_fixture_makes():
