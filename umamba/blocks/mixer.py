@@ -208,7 +208,8 @@ class PointwiseMixerLayer(RecomputableLayer):
     def _mix(self, features: Tensor) -> Tensor:
         tokens = features.movedim(1, -1)  # (B, *spatial, C)
         if self.four_views:
-            plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
+            views = self.mixer(torch.cat([tokens, tokens.flip(-1)])).unflatten(0, (2, -1))
+            plain, reverse = views.unbind(0)
             return ((plain + reverse.flip(-1)) / 2).movedim(-1, 1)
         return self.mixer(tokens).movedim(-1, 1)
 
