@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+STARTED = time.monotonic()
 FLUSH_BYTES = 512 * 2**20  # written before each repeat: several times the L2 of any GPU
 COPY_BYTES = 2**30
 # An H200, as the floors were worked out; on a GPU the numbers are the device's own.
@@ -31,7 +32,7 @@ def parse(doc: str, extra: Callable[[argparse.ArgumentParser], None] | None = No
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes: to try the code out")
-    parser.add_argument("--seconds", type=float, default=600, help="no row begins after so many")
+    parser.add_argument("--seconds", type=float, default=600, help="no row begins later")
     parser.add_argument("--backend", help="of our scan (triton; on a CPU chunked)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after every row")
     if extra is not None:
@@ -45,7 +46,7 @@ def parse(doc: str, extra: Callable[[argparse.ArgumentParser], None] | None = No
 
 
 class Results:
-    """The rows of a part: printed as they come, kept in a JSON file, and no longer than `seconds`.
+    """The rows of a part: printed as they come, kept in a JSON file, none begun after `--seconds`.
 
     part: its name. columns: heading -> what a row shows there, by functions of the row.
     """
@@ -55,7 +56,7 @@ class Results:
     ) -> None:
         self.part, self.columns, self.file = part, columns, args.json
         self.device = args.device
-        self.ends = time.monotonic() + args.seconds
+        self.ends = STARTED + args.seconds
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
         print(f"\n## {part}\n\n" + "\n".join(markdown_head(list(columns))), flush=True)

@@ -50,15 +50,14 @@ class Official(NamedTuple):
     """A scan and a causal convolution on channel-first tensors in walk order, with gradients.
 
     scan(u (B, E, L), delta, A (E, N), B (B, G, N, L), C, D (E,), z or None, delta_bias (E,)) with
-    softplus; conv(x (B, E, L), weight (E, taps), bias (E,)) with SiLU. name: what they are.
+    softplus; conv(x (B, E, L), weight (E, taps), bias (E,)) with SiLU.
     """
 
-    name: str
     scan: Callable[..., Tensor]
     conv: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def stand_in() -> Official:
+def stand_in() -> tuple[Official, str]:
     """Our own operators in place of the official ones: to try the comparison out on a CPU."""
     from umamba.ops.causal_conv import causal_conv1d_silu
     from umamba.ops.selective_scan import selective_scan
@@ -66,11 +65,11 @@ def stand_in() -> Official:
     def scan(*tensors: Any) -> Tensor:
         return selective_scan(*tensors, delta_softplus=True)
 
-    return Official("a stand-in", scan, causal_conv1d_silu)
+    return Official(scan, causal_conv1d_silu), "Compared with our own operators on sequences."
 
 
 def load(folder: Path | None) -> tuple[Official | None, str]:
-    """The official operators and what they are, or None and why there are none.
+    """The official operators, or None where there are none, and a sentence about it.
 
     folder: where `build` put the extensions; installed ones go first.
     """
@@ -78,13 +77,13 @@ def load(folder: Path | None) -> tuple[Official | None, str]:
         sys.path += [str(folder / name) for name in EXTENSIONS]
     scan, reason = import_extension("selective_scan_cuda", folder)
     if scan is None:
-        return None, f"mamba-ssm is not compared: {reason}"
+        return None, f"mamba-ssm is not compared: {reason}."
     conv, reason = import_extension("causal_conv1d_cuda", folder)
     if conv is None:
-        name = f"mamba-ssm with torch's depthwise convolution (causal-conv1d: {reason})"
-        return Official(name, bound(Scan, scan), torch_conv), name
-    name = "mamba-ssm and causal-conv1d"
-    return Official(name, bound(Scan, scan), bound(Convolution, conv)), name
+        sentence = f"Compared with mamba-ssm and torch's depthwise convolution: {reason}."
+        return Official(bound(Scan, scan), torch_conv), sentence
+    both = Official(bound(Scan, scan), bound(Convolution, conv))
+    return both, "Compared with mamba-ssm and causal-conv1d."
 
 
 def import_extension(name: str, folder: Path | None) -> tuple[Any, str]:

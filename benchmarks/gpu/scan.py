@@ -5,8 +5,8 @@
 All options of the scan are on, 16 states. Ours reads tokens that lie in raster order and sums the
 directions. mamba-ssm gets its tensors in the order walked, as many launches as the official network
 makes (SegMamba one a direction, VM-UNet one for all), and neither copies nor sums are counted;
-what they cost is in layers.py. Forward is timed without gradients (mamba-ssm's keeps the same
-either way), backward over a graph that is kept, both together with the sum of neither.
+what they cost is in layers.py. Forward is timed without gradients, where ours keeps no states and
+mamba-ssm keeps its own, backward over a graph that stays, both as one call after the other.
 
 B batch, K directions, E channels of a direction, L tokens, N states.
 """
@@ -50,7 +50,7 @@ def main() -> int:
     if args.device.type == "cuda":
         compared, what = official.load(args.extensions)
     else:
-        compared, what = official.stand_in(), "compared with a stand-in for mamba-ssm"
+        compared, what = official.stand_in()
     for shape, name in itertools.product(TINY_SHAPES if args.tiny else SHAPES, TYPES):
         head = {"shape": shape.name, "size": shape.size, "type": name}
         measure_row = functools.partial(
@@ -60,7 +60,7 @@ def main() -> int:
     clock = "nominal" if facts.get("nominal") else facts["clock_is"]
     results.note(
         f"Floors for {facts['multiprocessors']} multiprocessors at {facts['clock_ghz']:.2f} GHz "
-        f"({clock}) and {facts['copy_bytes_per_second'] / 1e12:.2f} TB/s of copies. {what}."
+        f"({clock}) and {facts['copy_bytes_per_second'] / 1e12:.2f} TB/s of copies. {what}"
     )
     return int(results.failed)
 
@@ -201,7 +201,7 @@ def flat(launches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def difference(out: Tensor, shape: Shape, walks: list[int], theirs: list[Tensor]) -> float:
-    """The largest difference of our sum from the sum of the official results, of the largest value."""
+    """How far our sum is from that of the official results, relative to its largest value."""
     parts = theirs if shape.gated else list(theirs[0].chunk(shape.n_directions, 1))
     total = torch.zeros(parts[0].shape, device=out.device)
     for part, index in zip(parts, walk_indices(walks, out.device), strict=True):
