@@ -123,7 +123,7 @@ def tidy(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def milliseconds(call: Callable[[], object], device: torch.device, seconds: float = 0.4) -> float:
+def milliseconds(call: Callable[[], object], device: torch.device, seconds: float = 0.25) -> float:
     """The median time of a call on the device, after warm-up, with a cold L2 cache.
 
     On a GPU between two events, 5 to 30 times in about so many seconds; all are queued without

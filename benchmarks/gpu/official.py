@@ -199,7 +199,9 @@ def build(name: str, sources: Path, folder: Path) -> None:
         shutil.copy(made / f"{name}.so", target / f"{name}.part")
         os.replace(target / f"{name}.part", target / f"{name}.so")
     except Exception as error:  # whatever fails, the benchmark goes on without the comparison
-        (folder / f"{name}.failed").write_text(f"the build failed, {one_line(error)}\n")
+        lines = [line for line in str(error).splitlines() if "error:" in line.lower()]
+        reason = lines[0].strip()[:200] if lines else one_line(error)
+        (folder / f"{name}.failed").write_text(f"the build failed, {reason}\n")
         raise
 
 

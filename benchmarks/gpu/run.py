@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def main() -> int:
         finally:
             for process in builds:
                 end(process)
+            keep_logs(work / "extensions", args.output)
         name = f"gpu_{facts['device']}".replace(" ", "_").lower()
         name += f"_{datetime.now(UTC):%Y%m%d_%H%M}"
         took = time.monotonic() - started
@@ -129,6 +131,14 @@ def run_part(part: str, args: Any, work: Path, seconds: float) -> int | str:
         code = f"exit code {code}"
         print(f"\n{part}: {code}", flush=True)
     return code
+
+
+def keep_logs(extensions: Path, output: Path) -> None:
+    """Keeps the compiler's output of builds that failed."""
+    for failed in extensions.glob("*.failed"):
+        log = failed.with_suffix(".log")
+        shutil.copy(log, output / log.name)
+        print(f"\n{failed.stem}: {failed.read_text().strip()} (see {log.name})", flush=True)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
