@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu import checks, common, layers, official, run, scan, shapes, steps, tables, train
 from umamba.ops.causal_conv import causal_conv1d_silu
+from umamba.ops.dispatch import find_backend
 from umamba.ops.selective_scan import selective_scan
 
 ROOT = Path(__file__).parents[1]
@@ -62,14 +64,35 @@ def test_bytes_bound_a_scan_where_copies_are_slow():
     assert backward == pytest.approx(elements * 17.25 / 1e9)
 
 
-def test_both_scans_of_a_comparison_give_the_same(parsed, capsys: pytest.CaptureFixture[str]):
-    code, found = parsed(scan)
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_both_scans_of_a_comparison_give_the_same(
+    parsed, backend: str, capsys: pytest.CaptureFixture[str]
+):
+    reason = find_backend(backend).why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    code, found = parsed(scan, "--backend", backend)
     assert code == 0
+    assert_scans_agree(found)
+    assert "share of floor" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_both_scans_of_a_comparison_give_the_same_in_tritons_interpreter(tmp_path: Path):
+    pytest.importorskip("triton")
+    file = tmp_path / "scan.json"
+    words = ["--device", "cpu", "--tiny", "--backend", "triton", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.gpu.scan", *words]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert_scans_agree(json.loads(file.read_text()))
+
+
+def assert_scans_agree(found: dict[str, Any]) -> None:
     assert len(found["rows"]) == 2 * len(shapes.TINY_SHAPES)
     for row in found["rows"]:
         assert row["difference"] < (2e-6 if row["type"] == "float32" else 2e-2), row
         assert min(row["ours"][key] for key in scan.PASSES) > 0
-    assert "share of floor" in capsys.readouterr().out
 
 
 def test_layers_with_copies_are_the_same_functions(parsed):
