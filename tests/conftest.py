@@ -48,6 +48,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_remembered_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps out what `umamba doctor --bench` has found on this machine."""
+    from umamba.ops import remembered
+
+    absent = tmp_path_factory.getbasetemp() / "absent.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remembered, "choices_file", lambda: absent)
+        yield
+
+
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what torch.empty and torch.empty_like give with NaN: unwritten elements show."""

@@ -5,26 +5,37 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from umamba.cli import doctor
-from umamba.ops import cpu, dispatch, self_check
+from umamba.ops import cpu, dispatch, remembered, self_check
+
+
+def forget() -> None:
+    for cached in (
+        *(dispatch._choose, dispatch._announce, dispatch._from_environment),
+        *(remembered.recall, remembered._read),
+    ):
+        cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No variables, a fresh choice, a folder of its own, and no timing."""
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No variables, a fresh choice, nothing remembered, a folder of its own, and no timing."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "UMAMBA_SCAN"):
         monkeypatch.delenv(name, raising=False)
-    for cache in (dispatch._choose, dispatch._announce, dispatch._from_environment):
-        cache.cache_clear()
+    monkeypatch.setattr(remembered, "choices_file", lambda: tmp_path / "cache" / "scan.json")
+    forget()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(self_check, "tokens_per_second", lambda *a, **k: (3e6, 1e6))
     monkeypatch.setattr(
         doctor, "_torchvision", lambda: {"state": "loads", "works": "All commands work."}
     )
+    yield
+    forget()
 
 
 def call(*words: str) -> int:

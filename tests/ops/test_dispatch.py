@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from umamba.ops import chunked, cpu, dispatch, mamba_ssm_scan, reference
 from umamba.ops.dispatch import BACKENDS, backend_name, choose, explain, find_backend, use_backend
+from umamba.ops.remembered import Choice
 from umamba.ops.selective_scan import selective_scan
 
 CPU = torch.device("cpu")
@@ -42,8 +43,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_backend_has_the_functions_of_a_backend():
     assert [backend_name(backend) for backend in BACKENDS] == [
-        "mamba_ssm",
         "cpu",
+        "mamba_ssm",
         "chunked",
         "reference",
     ]
@@ -109,8 +110,72 @@ def test_the_environment_variable_chooses(monkeypatch: pytest.MonkeyPatch, libra
         assert choose(CPU, torch.float32, 16) is chunked
 
 
+@pytest.fixture
+def remembers(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def make(name: str) -> None:
+        monkeypatch.setattr(dispatch, "recall", lambda device: Choice(name, "2030-01-31"))
+
+    return make
+
+
+def test_the_remembered_backend_goes_before_the_list_and_after_what_is_asked_for(
+    remembers: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, library: None
+):
+    remembers("chunked")
+    assert choose(CPU, torch.float32, 16) is chunked
+    with use_backend("cpu"):
+        assert choose(CPU, torch.float32, 16) is cpu
+    monkeypatch.setenv("UMAMBA_SCAN", "reference")
+    dispatch._from_environment.cache_clear()
+    assert choose(CPU, torch.float32, 16) is reference
+
+
+def test_a_remembered_slow_backend_is_no_reason_to_warn(
+    remembers: Callable[[str], None], library: None, caplog: pytest.LogCaptureFixture
+):
+    remembers("chunked")
+    with caplog.at_level(logging.INFO, "umamba.ops.dispatch"):
+        choose(CPU, torch.float32, 16)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "the fastest when `umamba doctor --bench` ran" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("cpu", torch.float64, "not torch.float64"),
+        ("mamba_ssm", torch.float32, "CUDA tensors only"),
+        ("gone", torch.float32, "no such backend"),
+    ],
+    ids=["type", "device", "name"],
+)
+def test_a_remembered_backend_that_cannot_serve_gives_way_to_the_list(
+    remembers: Callable[[str], None], library: None, caplog: pytest.LogCaptureFixture,
+    name: str, dtype: torch.dtype, reason: str,
+):  # fmt: skip
+    expected = choose(CPU, dtype, 16)
+    remembers(name)
+    with caplog.at_level(logging.INFO, "umamba.ops.dispatch"):
+        assert choose(CPU, dtype, 16) is expected
+    assert f"{name} was fastest, but cannot serve now: " in caplog.text
+    assert reason in caplog.text
+
+
+def test_under_compile_the_remembered_backend_says_which_windows_it_takes(
+    remembers: Callable[[str], None], library: None
+):
+    def asks(x: Tensor) -> Tensor:
+        return x + int(dispatch.takes_window(x.device, x.dtype, 16, 8))
+
+    for name, expected in (("cpu", 1), ("chunked", 0)):
+        remembers(name)
+        torch.compiler.reset()
+        compiled = torch.compile(asks, fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(())) == expected
+
+
 def test_unknown_names_are_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch):
-    known = "choose one of mamba_ssm, cpu, chunked, reference"
+    known = "choose one of cpu, mamba_ssm, chunked, reference"
     with pytest.raises(ValueError, match=known), use_backend("cuda"):
         pass
     monkeypatch.setenv("UMAMBA_SCAN", "fast")

@@ -2,6 +2,8 @@
 
 Prints versions, hardware, each scan backend with the reason where it cannot be used, the error of
 the scan against float64, its speed, and nnU-Net's folders. Exit code 1: the scan is wrong.
+With --bench it times the backends on the scans of networks, those of a plans file if one is given,
+and the fastest is taken on this device from then on.
 """
 
 from __future__ import annotations
@@ -10,10 +12,16 @@ import argparse
 import importlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from umamba.cli.common import TRAINERS, add_command
+from umamba.cli.common import TRAINERS, UsageError, add_command
+
+if TYPE_CHECKING:
+    import torch
+
+    from umamba.ops.timing import Call
 
 PACKAGES = (
     "umamba", "torch", "nnunetv2", "numpy", "scipy",
@@ -24,18 +32,33 @@ PACKAGES = (
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "doctor", run, __doc__, "--workspace")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--bench", action="store_true", help="time every backend, not the chosen")
+    parser.add_argument("--bench", action="store_true", help="choose the backend by its speed")
+    parser.add_argument(
+        "--plans", type=Path, metavar="FILE",
+        help="time the scans of these plans (those of three typical networks)",
+    )  # fmt: skip
+    parser.add_argument("-c", "--configuration", help="one configuration of the plans (all)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the findings; 1 when the self-check fails."""
-    findings = examine(args.workspace, bench=args.bench)
+    if (args.plans and not args.bench) or (args.configuration and not args.plans):
+        raise UsageError("doctor takes --configuration with --plans, and --plans with --bench")
+    calls = None
+    if args.bench:
+        from umamba.cli.bench import find_calls
+
+        calls = find_calls(args.plans, args.configuration)
+    findings = examine(args.workspace, calls)
     print(json.dumps(findings, indent=2) if args.json else "\n".join(_lines(findings)))
     return 0 if all(check["passed"] for check in findings["self_check"]) else 1
 
 
-def examine(workspace: str | None = None, bench: bool = False) -> dict[str, Any]:
-    """Everything that the command prints, as plain JSON values; `bench` times every backend."""
+def examine(workspace: str | None = None, calls: Counter[Call] | None = None) -> dict[str, Any]:
+    """Everything that the command prints, as plain JSON values.
+
+    calls: of the operators, on which the backends are timed: on the GPU if there is one.
+    """
     import torch
 
     from umamba.ops import cpu
@@ -48,10 +71,12 @@ def examine(workspace: str | None = None, bench: bool = False) -> dict[str, Any]
         "instruction_set": cpu.instruction_set(),
         "self_check": [],
         "speed": [],
+        "bench": None,
         "folders": _folders(workspace),
     }
-    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        _examine_scan(kind, bench, findings)
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for kind in kinds:
+        _examine_scan(kind, calls if kind == kinds[-1] else None, findings)
     return findings
 
 
@@ -106,35 +131,60 @@ def _hardware() -> dict[str, Any]:
     }
 
 
-def _examine_scan(kind: str, bench: bool, findings: dict[str, Any]) -> None:
-    """Adds for float32 tensors of a kind of device: backends and choice, errors, speed."""
+def _examine_scan(kind: str, calls: Counter[Call] | None, findings: dict[str, Any]) -> None:
+    """Adds for float32 tensors of a kind of device: backends and choice, errors, speed, timing."""
     import torch
 
-    from umamba.ops.dispatch import VARIABLE, backend_name, choose, explain
+    from umamba.cli.bench import compare_backends
+    from umamba.ops.dispatch import explain
     from umamba.ops.self_check import TOLERANCE, scan_errors, tokens_per_second
 
     device = torch.device(kind)
     reasons = explain(device, torch.float32, 16)
-    why = "the first of the list that can be used"
-    if os.environ.get(VARIABLE):
-        why = f"{VARIABLE} asks for it"
-    chosen: str | None = None
-    try:
-        chosen = backend_name(choose(device, torch.float32, 16))
-    except ValueError as error:
-        why = str(error)
-    findings["scan"][kind] = {"backends": reasons, "chosen": chosen, "why": why}
+    sound = []
     for name in (name for name, reason in reasons.items() if reason is None):
-        what = {"device": kind, "backend": name}
         errors = scan_errors(name, device)
         worst = max(errors, key=errors.__getitem__)
         check = {"worst": worst, "error": errors[worst], "passed": errors[worst] <= TOLERANCE}
-        findings["self_check"].append(what | check)
-        if bench or name == chosen:
+        findings["self_check"].append({"device": kind, "backend": name} | check)
+        if check["passed"]:
+            sound.append(name)
+    chosen, why = _choice(device)
+    speeds = {}
+    for name in reasons:
+        if name == chosen or (calls and name in sound):
             length = 256 if name == "reference" else 8192
             forward, both = tokens_per_second(name, device, length=length)
             speed = {"forward": round(forward), "forward_and_backward": round(both)}
-            findings["speed"].append(what | speed)
+            findings["speed"].append({"device": kind, "backend": name} | speed)
+            speeds[name] = both
+    if calls:
+        contest = {name: speeds[name] for name in sound}
+        findings["bench"] = compare_backends(calls, contest, device)
+        chosen, why = _choice(device)
+    findings["scan"][kind] = {"backends": reasons, "chosen": chosen, "why": why}
+
+
+def _choice(device: torch.device) -> tuple[str | None, str]:
+    """The backend that a scan of float32 tensors takes now, None if it fails, and why."""
+    import torch
+
+    from umamba.ops.dispatch import VARIABLE, backend_name, choose
+    from umamba.ops.remembered import choices_file, recall
+
+    try:
+        chosen = backend_name(choose(device, torch.float32, 16))
+    except ValueError as error:
+        return None, str(error)
+    if os.environ.get(VARIABLE):
+        return chosen, f"{VARIABLE} asks for it"
+    fastest = recall(device)
+    if fastest is None:
+        return chosen, "the first of the list that can be used"
+    source = f"remembered from `umamba doctor --bench` on {fastest.date}"
+    if fastest.backend != chosen:
+        return chosen, f"{fastest.backend}, {source}, cannot be used"
+    return chosen, f"{source}; to forget it delete {choices_file()}"
 
 
 def _folders(workspace: str | None) -> dict[str, Any]:
@@ -194,6 +244,11 @@ def _lines(findings: dict[str, Any]) -> list[str]:
         f"{row['forward_and_backward']:,}"
         for row in findings["speed"]
     ]
+    if findings["bench"]:
+        from umamba.cli.bench import bench_lines
+
+        title, *rows = bench_lines(findings["bench"])
+        sections[title] = rows
     rows = [f"{name} = {value or '(not set)'}" for name, value in folders["variables"].items()]
     if folders["workspace"]:
         rows.append(f"workspace {folders['workspace']} ({folders['chosen_by']})")

@@ -1,4 +1,4 @@
-"""Chooses the scan backend: the first of BACKENDS that can serve, or the one asked for."""
+"""Chooses the scan backend: the one asked for, or found fastest, or the first that can serve."""
 
 import functools
 import logging
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from umamba.ops import chunked, cpu, mamba_ssm_scan, reference
+from umamba.ops.remembered import recall
 
 # The priority list. Each is a module with why_unavailable, supports, forward, backward,
 # conv_forward and conv_backward; where it has takes_window, forward and backward accept a window.
-BACKENDS: tuple[ModuleType, ...] = (mamba_ssm_scan, cpu, chunked, reference)
+BACKENDS: tuple[ModuleType, ...] = (cpu, mamba_ssm_scan, chunked, reference)
 
 VARIABLE = "UMAMBA_SCAN"
 SLOW = ("chunked", "reference")
@@ -28,11 +29,14 @@ _asked_for: list[str] = []  # by use_backend, the innermost last
 def choose(device: torch.device, dtype: torch.dtype, d_state: int) -> ModuleType:
     """Return the backend for tensors of this device and type with this many states.
 
-    A choice is logged when it is first made. A backend that was asked for by use_backend or by the
-    environment variable UMAMBA_SCAN is never replaced: ValueError if it cannot serve.
+    A backend that was asked for by use_backend or by the environment variable UMAMBA_SCAN is never
+    replaced: ValueError if it cannot serve. Else it is the one that `umamba doctor --bench` found
+    fastest on the device, and where that is not known or cannot serve the first of BACKENDS that
+    can. A choice is logged when it is first made.
     """
     wanted = _asked_for[-1] if _asked_for else _from_environment()
-    return _choose(wanted, device.type, dtype, d_state)
+    fastest = None if wanted else recall(device)
+    return _choose(wanted, fastest and fastest.backend, device.type, dtype, d_state)
 
 
 @contextmanager
@@ -119,23 +123,32 @@ def _from_environment() -> str | None:
 
 
 @functools.cache
-def _choose(wanted: str | None, kind: str, dtype: torch.dtype, d_state: int) -> ModuleType:
+def _choose(
+    wanted: str | None, fastest: str | None, kind: str, dtype: torch.dtype, d_state: int
+) -> ModuleType:
     reasons = explain(torch.device(kind), dtype, d_state)
     if wanted is not None and reasons[wanted] is not None:
         raise ValueError(
             f"the scan backend {wanted} was asked for and cannot be used: {reasons[wanted]}"
         )
     chosen = wanted or next(name for name, reason in reasons.items() if reason is None)
-    _announce(chosen, kind, dtype, wanted is not None)
+    why = "as asked for" if wanted else None
+    if fastest is not None:
+        refusal = reasons.get(fastest, "there is no such backend")
+        if refusal is None:
+            chosen, why = fastest, "the fastest when `umamba doctor --bench` ran"
+        else:
+            _log.info("%s was fastest, but cannot serve now: %s", fastest, refusal)
+    _announce(chosen, kind, dtype, why)
     return find_backend(chosen)
 
 
 @functools.cache
-def _announce(chosen: str, kind: str, dtype: torch.dtype, asked_for: bool) -> None:
+def _announce(chosen: str, kind: str, dtype: torch.dtype, why: str | None) -> None:
     """Logs a choice once; loudly if it is a slow backend that nobody asked for."""
     what = f"selective scan on {kind} in {str(dtype).removeprefix('torch.')}: backend {chosen}"
-    if asked_for:
-        _log.info("%s, as asked for", what)
+    if why is not None:
+        _log.info("%s, %s", what, why)
     elif chosen not in SLOW or dtype == torch.float64:  # float64 is for checks, slow or not
         _log.info("%s", what)
     else:

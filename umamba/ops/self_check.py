@@ -25,8 +25,8 @@ def scan_errors(
     """Return the error of the output, the last state and each gradient of float32 scans.
 
     Relative to the largest value of the tensor, against the reference in float64; with all options
-    on, two groups, and the causal convolution before the plain scan and the locally bidirectional
-    one, whose gradients are added. The sizes fit no block.
+    on, two groups, and the causal convolution before the plain scan, with and without an initial
+    state, and the locally bidirectional one, whose gradients are added. The sizes fit no block.
     """
     inputs = make_inputs(2, channels, length, 16, groups=2, dtype=torch.float64)
     with use_backend("reference"):
@@ -39,10 +39,11 @@ def scan_errors(
 def tokens_per_second(backend: str, device: torch.device, length: int) -> tuple[float, float]:
     """Return how many tokens of 64 channels a scan does per second, also with backward."""
     inputs = make_inputs(1, 64, length, 16, dtype=torch.float32)
+    # Without an initial state, as in networks: mamba-ssm knows none.
     scanned: dict[str, Any] = {
         name: x.to(device).requires_grad_()
         for name, x in inputs.items()
-        if not name.startswith("conv")
+        if name != "initial_state" and not name.startswith("conv")
     }
 
     def forward() -> Tensor:
@@ -112,10 +113,12 @@ def _results(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     weight, bias = scanned.pop("conv_weight"), scanned.pop("conv_bias")
     scanned["u"] = causal_conv1d_silu(tensors["u"], weight, bias)
     out, last_state = selective_scan(**scanned, delta_softplus=True, return_last_state=True)
-    windowed = {name: x for name, x in scanned.items() if name != "initial_state"}
-    local = local_scan(**windowed, delta_softplus=True, window=WINDOW)
-    results = [out, last_state, local]
+    stateless = {name: x for name, x in scanned.items() if name != "initial_state"}
+    plain = selective_scan(**stateless, delta_softplus=True)  # mamba-ssm knows no initial state
+    local = local_scan(**stateless, delta_softplus=True, window=WINDOW)
+    results = [out, last_state, plain, local]
     upstream = [torch.cos(torch.arange(x.numel())).reshape(x.shape).to(x) for x in results]
     gradients = torch.autograd.grad(results, list(tensors.values()), upstream)
     named = {f"gradient of {name}": g for name, g in zip(tensors, gradients, strict=True)}
-    return {"output": out, "last state": last_state, "local output": local, **named}
+    outputs = {"output": out, "last state": last_state, "stateless output": plain}
+    return {**outputs, "local output": local, **named}

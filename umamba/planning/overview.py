@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from umamba.networks import get_entry, list_networks
 from umamba.networks.registry import NetworkEntry
@@ -14,7 +15,12 @@ STANDARD_FEATURES = {2: (32, 64, 128, 256, 512, 512, 512, 512), 3: (32, 64, 128,
 
 
 def standard_parameters(entry: NetworkEntry, dims: int) -> int:
-    """Parameters of a network in nnU-Net's plan for large images: 512^2, 8 stages; 128^3, 6."""
+    """Parameters of a network in nnU-Net's plan for large images."""
+    return sum(parameter.numel() for parameter in standard_network(entry, dims).parameters())
+
+
+def standard_network(entry: NetworkEntry, dims: int) -> nn.Module:
+    """A network on the meta device as nnU-Net plans for large images: 512^2, 8 stages; 128^3, 6."""
     n_stages = len(STANDARD_FEATURES[dims])
     stock = {
         "features_per_stage": list(STANDARD_FEATURES[dims]),
@@ -27,8 +33,7 @@ def standard_parameters(entry: NetworkEntry, dims: int) -> int:
     if "patch_size" in entry.keywords:
         arguments["patch_size"] = list(STANDARD_PATCH[dims])
     with torch.device("meta"):
-        network = entry.cls(1, 2, **arguments)
-    return sum(parameter.numel() for parameter in network.parameters())
+        return entry.cls(1, 2, **arguments)
 
 
 def overview(name: str) -> dict[str, Any]:
