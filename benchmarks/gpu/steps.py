@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.gpu.common import Results, milliseconds, parse
+from benchmarks.gpu.common import FLUSH_BYTES, Results, milliseconds, parse
 from umamba.networks import create_network
 from umamba.ops.dispatch import use_backend
 
@@ -122,8 +122,8 @@ def measure(name: str, plan: Plan, backend: str, device: torch.device) -> dict[s
         "finite": all(bool(loss.isfinite()) for loss in losses),
     }
     if device.type == "cuda":
-        flush = 0.5  # GiB that the timing itself keeps
-        row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30 - flush
+        peak = torch.cuda.max_memory_allocated(device) - FLUSH_BYTES  # which the timing keeps
+        row["peak_gib"] = peak / 2**30
         row["first_peak_gib"] = first / 2**30
     return row
 
