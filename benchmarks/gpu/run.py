@@ -42,7 +42,8 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="umamba_gpu_") as folder:
         work = Path(folder)
-        builds, note = [], "mamba-ssm is not built without a GPU"
+        builds: list[subprocess.Popen[bytes]] = []
+        note = "mamba-ssm is not built without a GPU"
         if args.device == "cuda":
             builds, note = official.start_builds(args.official, work / "extensions")
         facts: dict[str, Any] = device_facts(torch.device(args.device))

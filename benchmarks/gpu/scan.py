@@ -78,8 +78,8 @@ def measure(
     walks = [n for order in shape.orders for n in order_walk(token_order(order), shape.spatial)]
 
     def ours() -> list[Tensor]:
-        leading = [tensors.get(name) for name in NAMES]
-        return [scan_walks(*leading, True, None, walks, merged=True)[0]]
+        given: Any = [*(tensors.get(name) for name in NAMES), True, None, walks]
+        return [scan_walks(*given, merged=True)[0]]
 
     row: dict[str, Any] = {
         "floor": dict(zip(PASSES, pass_floors(shape, dtype, facts), strict=True))
@@ -124,10 +124,10 @@ def times(
         torch.autograd.grad(scan(), leaves, upstream)
 
     found = {"forward": forward, "backward": backward, "both": milliseconds(both, device)}
-    found["peak_gib"] = peak_gib(both, device)
+    peak = peak_gib(both, device)
     for leaf in leaves:
         leaf.requires_grad_(False)
-    return found
+    return {**found, "peak_gib": peak}
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

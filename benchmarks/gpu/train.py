@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,7 @@ def run_command(network: str, dataset: Path, work: Path, minutes: float, device:
     """The command that trains a network for so many minutes."""
     command = [sys.executable, "-m", "umamba.cli.main", "run", str(dataset), "--network", network]
     command += ["--minutes", f"{minutes:.2f}", "--plans-name", network, "-device", device]
+    command += ["-np", str(min(8, os.cpu_count() or 1))]
     return [*command, "--workspace", str(work / "work"), "--restart"]
 
 
