@@ -243,9 +243,9 @@ def test_steps_go_first_while_mamba_ssm_is_being_built(monkeypatch: pytest.Monke
 
 def test_time_that_a_part_leaves_goes_to_the_others():
     first = run.share("checks", {"checks": "running"}, 538)
-    assert sum(run.SHARES.values()) == 128 and first == pytest.approx(528 * 34 / 128)
+    assert sum(run.SHARES.values()) == 128 and first == pytest.approx(518 * 34 / 128)
     later = run.share("scan", {"checks": 0, "scan": "running"}, 528)
-    assert later == pytest.approx(518 * 26 / 94)
+    assert later == pytest.approx(508 * 26 / 94)
 
 
 def test_without_a_gpu_the_command_says_so_and_exits_with_2():

@@ -61,7 +61,7 @@ class Results:
         self.ends = STARTED + args.seconds
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        print(f"\n## {part}\n\n" + "\n".join(markdown_head(list(columns))), flush=True)
+        print(f"\n## {part}", flush=True)
 
     def add(self, name: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
         """Measures and prints one row; a failure is kept as a line of the row, and ends there."""
@@ -73,12 +73,14 @@ class Results:
             except Exception as error:  # whatever fails, the other rows are still wanted
                 row = name | {"error": one_line(error)}
             tidy(self.device)
+        if not self.rows:
+            print("\n" + "\n".join(markdown_head(list(self.columns))))
         self.rows.append(row)
         print(markdown_row(row, self.columns), flush=True)
         self.save()
 
     def note(self, sentence: str) -> None:
-        """Prints a sentence below the table and keeps it."""
+        """Prints a sentence, above the table or below it, and keeps it."""
         self.notes.append(sentence)
         print(f"\n{sentence}", flush=True)
         self.save()

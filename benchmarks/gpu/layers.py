@@ -76,11 +76,11 @@ def main() -> int:
         compared, what = official.load(args.extensions)
     else:
         compared, what = official.stand_in()
+    results.note(what)
     for case in TINY_CASES if args.tiny else CASES:
         size = "x".join(map(str, (case.batch, case.channels, *case.spatial)))
         head = {"layer": case.name, "size": size}
         results.add(head, functools.partial(measure, case, args.backend, args.device, compared))
-    results.note(what)
     return int(results.failed)
 
 

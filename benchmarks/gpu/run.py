@@ -29,7 +29,7 @@ from benchmarks.gpu.train import why_skipped
 
 # Part -> its share of the time. Each prints its table before the next begins.
 SHARES = {"checks": 34, "scan": 26, "layers": 14, "steps": 22, "train": 32}
-GRACE = 10  # seconds that a part may take beyond its share, for its last row
+GRACE = 20  # seconds that a part may take beyond its share, for its start and its last row
 LAST = 8  # seconds kept for writing the results
 WAIT = 45  # seconds at most for mamba-ssm, after the parts that do not need it
 

@@ -51,17 +51,17 @@ def main() -> int:
         compared, what = official.load(args.extensions)
     else:
         compared, what = official.stand_in()
+    clock = "nominal" if facts.get("nominal") else facts["clock_is"]
+    results.note(
+        f"Floors for {facts['multiprocessors']} multiprocessors at {facts['clock_ghz']:.2f} GHz "
+        f"({clock}) and {facts['copy_bytes_per_second'] / 1e12:.2f} TB/s of copies. {what}"
+    )
     for shape, name in itertools.product(TINY_SHAPES if args.tiny else SHAPES, TYPES):
         head = {"shape": shape.name, "size": shape.size, "type": name}
         measure_row = functools.partial(
             measure, shape, TYPES[name], args.backend, args.device, compared, facts
         )
         results.add(head, measure_row)
-    clock = "nominal" if facts.get("nominal") else facts["clock_is"]
-    results.note(
-        f"Floors for {facts['multiprocessors']} multiprocessors at {facts['clock_ghz']:.2f} GHz "
-        f"({clock}) and {facts['copy_bytes_per_second'] / 1e12:.2f} TB/s of copies. {what}"
-    )
     return int(results.failed)
 
 
