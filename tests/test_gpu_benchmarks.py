@@ -274,10 +274,10 @@ def test_the_whole_command_writes_its_tables(tmp_path: Path):
 
 
 def test_reports_without_triton_or_without_tests_fail(tmp_path: Path):
-    def report(*cases: str) -> dict[str, Any]:
+    def report(*cases: str, needs_triton: bool = True) -> dict[str, Any]:
         file = tmp_path / "report.xml"
         file.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
-        return checks.read_report(file)
+        return checks.read_report(file, needs_triton=needs_triton)
 
     good = '<testcase classname="a" name="b"/>'
     assert report(good)["passed"]
@@ -287,6 +287,7 @@ def test_reports_without_triton_or_without_tests_fail(tmp_path: Path):
     assert report(good, skipped.format("too little memory"))["passed"]
     assert not report(good, skipped.format("Triton is missing"))["passed"]
     assert not report(skipped.format("too little memory"))["passed"]
+    assert report(skipped.format("Triton is missing"), needs_triton=False)["passed"]
 
 
 def scan_tensors() -> list[Tensor]:
