@@ -1,5 +1,7 @@
 """One training step of U-Mamba on a CPU beside its control, nnU-Net's U-Net and the chunked scan.
 
+A further row is the same network with mixers that are recomputed in backward.
+
     python benchmarks/network.py [--patch small large] [--threads 1 2] [--json FILE]
 
 Every row is measured in one process, the networks in turn (A B C A B C ...); the ratio is the
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from umamba.blocks.recompute import recompute_mixers
 from umamba.cli.main import keep_freed_memory
 from umamba.networks import create_network
 from umamba.ops.dispatch import use_backend
@@ -29,6 +32,7 @@ PLANS = {
     "small": {"patch": (40, 56, 40), "features": (32, 64, 128, 256)},
     "large": {"patch": (64, 96, 96), "features": (32, 64, 128, 256, 320)},
 }
+RECOMPUTED = ", recomputed"
 
 
 def build(kind: str, patch: tuple[int, ...], features: tuple[int, ...]) -> nn.Module:
@@ -64,7 +68,9 @@ def build(kind: str, patch: tuple[int, ...], features: tuple[int, ...]) -> nn.Mo
     }
     if kind.startswith("umamba_enc"):
         arguments["patch_size"] = list(patch)
-    return create_network(kind, 1, 3, **arguments)
+    network = create_network(kind.removesuffix(RECOMPUTED), 1, 3, **arguments)
+    recompute_mixers(network, kind.endswith(RECOMPUTED))
+    return network
 
 
 def one_step(network: nn.Module, image: torch.Tensor) -> tuple[float, float]:
@@ -93,7 +99,7 @@ def measure(name: str, plan: str, n_threads: int, n_turns: int, chunked: bool) -
     torch.set_num_threads(n_threads)
     patch, features = PLANS[plan]["patch"], PLANS[plan]["features"]
     image = torch.randn(2, 1, *patch)
-    kinds = [name, f"{name}_noscan", "PlainConvUNet"]
+    kinds = [name, name + RECOMPUTED, f"{name}_noscan", "PlainConvUNet"]
     networks = {kind: build(kind, patch, features) for kind in kinds}
     for network in networks.values():
         one_step(network, image)

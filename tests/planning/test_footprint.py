@@ -5,7 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from umamba.blocks.mixer import MixerLayer
+from umamba.blocks.recompute import recompute_mixers
+from umamba.blocks.ss2d import SS2D, VSSBlock
 from umamba.networks import create_network, get_entry, list_networks
 from umamba.planning.footprint import (
     conv_features,
@@ -132,6 +136,7 @@ def test_the_counted_memory_of_a_step_is_near_its_measured_peak():
     assert 0.7 * step.counted_bytes < step.peak_bytes < 1.4 * step.counted_bytes + 300e6
 
 
+THREE = ("raster", "raster_reversed", "inter_slice_4")
 NARROW = {"features_per_stage": [8, 16, 16, 16, 16]}
 STAGES = {"strides": [[1] * 3, [1, 2, 2], [2, 2, 2]], "features_per_stage": [8, 16, 24]}
 UNALIKE = {
@@ -143,6 +148,82 @@ UNALIKE = {
     "umamba_enc_v1": STAGES,
     "uvm_net": {"inner_size": [8, 6], "input_residual": False},
 }
+
+
+class ScanResults(TorchDispatchMode):
+    """Remembers what the scans return: where mixers are recomputed, it is kept without a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.UntypedStorage] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.umamba.selective_scan_fwd.default:
+            self.kept += [tensor.untyped_storage() for tensor in output]
+        return output
+
+
+def kept_bytes(network: nn.Module, image: torch.Tensor, recomputes: bool = False) -> tuple:
+    """What a forward pass keeps for backward besides the parameters, and its outputs."""
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with ScanResults() as scans:  # noqa: SIM117  the hooks are inside
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            outputs = network(image)
+    if recomputes:
+        kept |= {storage.data_ptr(): storage for storage in scans.kept}
+    return sum(s.nbytes() for at, s in kept.items() if at not in parameters), outputs
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", list_networks(controls=False))
+def test_saved_bytes_of_recomputed_mixers_are_what_is_kept(name):
+    arguments = NARROW | UNALIKE.get(name, {})
+    patch = [16, 32, 32] if 3 in get_entry(name).spatial_dims else [64, 64]
+    if "patch_size" in get_entry(name).keywords:
+        arguments["patch_size"] = patch
+
+    def build(recomputes: bool = True) -> nn.Module:
+        network = create_network(name, 1, 3, deep_supervision=True, **arguments)
+        recompute_mixers(network, recomputes)
+        return network
+
+    footprint = count_footprint(build, 1, patch)
+    kept, _ = kept_bytes(build(), torch.randn(1, 1, *patch), recomputes=True)
+    assert footprint.saved_bytes == pytest.approx(kept, rel=0.01)
+    plain = count_footprint(lambda: build(False), 1, patch)
+    assert footprint.saved_bytes < plain.saved_bytes
+    assert footprint.training_bytes(1) < plain.training_bytes(1)
+    assert plain.peak_saved_bytes == plain.saved_bytes
+
+
+LAYERS = {
+    "Mamba": (lambda: MixerLayer(32, spatial_dims=3), 32, (8, 8, 8)),
+    "tri-orientated": (lambda: MixerLayer(32, spatial_dims=3, orders=THREE), 32, (8, 8, 8)),
+    "SS2D": (lambda: VSSBlock(32, lambda: SS2D(32)), 16, (16, 32)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_recomputed_layer_keeps_at_most_half(kind):
+    build, *image = LAYERS[kind]
+
+    def recomputed() -> nn.Module:
+        layer = build()
+        recompute_mixers(layer)
+        return layer
+
+    plain, less = count_footprint(build, *image), count_footprint(recomputed, *image)
+    assert less.saved_bytes <= plain.saved_bytes / 2
+    # The only layer there is is whole again in backward.
+    assert less.peak_saved_bytes == pytest.approx(plain.saved_bytes, rel=0.1)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -158,16 +239,6 @@ def test_saved_bytes_are_what_autograd_keeps(name, times):
         return create_network(name, 1, 3, deep_supervision=True, **arguments)
 
     network, image = build(), torch.randn(1, 1, *patch)
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def remember(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        outputs = network(image)
-    saved = sum(storage.nbytes() for at, storage in kept.items() if at not in parameters)
+    saved, outputs = kept_bytes(network, image)
     assert len(outputs) == len(network.deep_supervision_scales)
     assert count_footprint(build, 1, patch).saved_bytes == pytest.approx(saved, rel=0.1)

@@ -104,8 +104,15 @@ def test_pretrained_weights_enter_the_recipe_of_plans_of_their_own(
     home = nnunet_folders / "preprocessed" / sphere_dataset
     plans = json.loads((home / "tuned.json").read_text())
     assert plans["configurations"]["2d"]["recipe"]["pretrained"] == str(file)
-    assert plan_command.pretrained_suffix(parse("x", "--pretrained")) == "_pretrained"
-    assert plan_command.pretrained_suffix(parse("x")) == ""
+    assert plan_command.option_suffix(parse("x", "--pretrained")) == "_pretrained"
+    assert plan_command.option_suffix(parse("x")) == ""
+
+
+def test_recomputing_enters_the_recipe_and_gives_the_plans_another_name():
+    asked, default = parse("x", "--recompute", "mixer"), parse("x")
+    assert common.recompute_recipe(asked) == {"recompute": "mixer"}
+    assert plan_command.option_suffix(asked) == "_recompute"
+    assert common.recompute_recipe(default) == {}
 
 
 def test_a_dataset_is_planned_checked_and_preprocessed(sphere_dataset, nnunet_folders, capsys):

@@ -1,6 +1,7 @@
 """UMambaPlanner on synthetic fingerprints: golden plans, divisors, memory, names, refusals."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,24 @@ def test_several_channels_enter_the_footprint(fingerprinted):
     part = plan(dataset)["configurations"]["3d_fullres"]
     assert part["planning"]["input_channels"] == 3
     assert len(part["normalization_schemes"]) == 3
+
+
+def test_recomputed_mixers_make_room_for_more(fingerprinted):
+    dataset = fingerprinted("isotropic_ct")
+    request = {"configurations": ["3d_fullres"], "gpu_memory_target_in_gb": 8}
+    plain = plan(dataset, "umamba_enc", **request)["configurations"]["3d_fullres"]
+    recipe = {"recompute": "mixer"}
+    less = plan(dataset, "umamba_enc", recipe=recipe, plans_name="less", **request)
+    part = less["configurations"]["3d_fullres"]
+    assert part["recipe"] == recipe
+    assert room(part) > 1.2 * room(plain)
+    small = replan(less, "3d_fullres", patch_size=plain["patch_size"], batch_size=2)
+    needed = small["configurations"]["3d_fullres"]["planning"]["training_bytes"]
+    assert needed < 0.8 * plain["planning"]["training_bytes"] * 2 / plain["batch_size"]
+
+
+def room(part):
+    return math.prod(part["patch_size"]) * part["batch_size"]
 
 
 def test_only_the_wanted_configurations_are_planned(fingerprinted):

@@ -67,6 +67,18 @@ def test_a_short_training_learns_and_leaves_an_ordinary_model_folder(blobs, caps
     assert "pseudo Dice" in capsys.readouterr().out
 
 
+def test_recomputed_mixers_learn_the_same(blobs):
+    plans, content = blobs
+    losses = []
+    for recompute in ("none", "mixer"):
+        wanted = with_recipe(plans, recompute=recompute, num_epochs=1)
+        losses.append(records(train_fold(run_of(wanted, content)))[-1]["train_loss"])
+    assert losses[0] == losses[1]
+    trainer = trainer_of(plans, content, recompute="mixer")
+    trainer.initialize()
+    assert any(getattr(module, "recomputes", False) for module in trainer.network.modules())
+
+
 @pytest.mark.parametrize("slow_down", [1.0, 3.0], ids=["steady machine", "machine slows down"])
 def test_the_schedule_completes_in_the_given_time(blobs, monkeypatch, slow_down):
     plans, content = blobs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umamba.blocks.mamba import Mamba, uniform
+from umamba.blocks.recompute import RecomputableLayer, recomputable
 from umamba.ops.dispatch import in_float32
 
 MIXERS = ("scan", "none", "conv")
@@ -23,7 +24,7 @@ Tokens = Literal["voxels", "channels"]
 Skip = Literal["inside", "outside"]
 
 
-class MixerLayer(nn.Module):
+class MixerLayer(RecomputableLayer):
     """LayerNorm and mixer over the tokens of a feature map, outside autocast.
 
     mixer "scan": Mamba. "none": no norm and no mixer, the layer returns its input. "conv": a gated
@@ -62,6 +63,7 @@ class MixerLayer(nn.Module):
         """features (B, C, *spatial) -> the same shape."""
         return features if self.mixer is None else self._mix(features)
 
+    @recomputable
     @in_float32
     def _mix(self, features: Tensor) -> Tensor:
         assert self.norm is not None and self.mixer is not None
@@ -72,7 +74,7 @@ class MixerLayer(nn.Module):
         return features + mixed if self.residual else mixed
 
 
-class ProjectedMixerLayer(nn.Module):
+class ProjectedMixerLayer(RecomputableLayer):
     """Norm, mixer, the same norm again and a linear layer over the voxels, outside autocast.
 
     skip "inside": proj(norm(mixer(norm(x)) + skip_scale * x)), skip_scale one learned number
@@ -111,6 +113,7 @@ class ProjectedMixerLayer(nn.Module):
             return features
         return self._mix(features)
 
+    @recomputable
     @in_float32
     def _mix(self, features: Tensor) -> Tensor:
         mixed = tokens = features.movedim(1, -1)
@@ -154,7 +157,7 @@ class ConvMixer(nn.Module):
         return self.out_proj(functional.silu(mixed.movedim(1, -1)) * functional.silu(gate))
 
 
-class PointwiseMixerLayer(nn.Module):
+class PointwiseMixerLayer(RecomputableLayer):
     """1x1 convolution, batch norm and ReLU, then a mixer over the voxels, outside autocast.
 
     four_views: the mixer also takes the map with its channels in reversed order, what comes out is
@@ -199,6 +202,7 @@ class PointwiseMixerLayer(nn.Module):
             result = functional.relu_(self.out_norm(self.out_conv(x + result)))
         return features + result if self.residual else result
 
+    @recomputable
     @in_float32
     def _mix(self, features: Tensor) -> Tensor:
         tokens = features.movedim(1, -1)  # (B, *spatial, C)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from umamba.blocks.mamba import halves, spread_dt_bias, uniform
 from umamba.blocks.mixer import build_mixer
+from umamba.blocks.recompute import RecomputableLayer, recomputable
 from umamba.ops.directions import DirectionParameters, scan_directions
 from umamba.ops.dispatch import in_float32
 
@@ -195,7 +196,7 @@ class OutNorm(nn.Module):
         return features.sigmoid() if self.kind == "sigmoid" else features
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(RecomputableLayer):
     """x + drop(mixer(norm(x))), then, where there is an MLP, x + drop(mlp(norm2(x))).
 
     Runs outside autocast in at least float32. mixer as in MixerLayer. mlp: builds the module that
@@ -223,11 +224,16 @@ class VSSBlock(nn.Module):
     @in_float32
     def forward(self, features: Tensor) -> Tensor:
         """features (B, *spatial, C) -> the same shape."""
-        if self.norm is not None and self.mixer is not None:
-            features = features + self.drop_path(self.mixer(self.norm(features)))
+        if self.mixer is not None:
+            features = features + self.drop_path(self._mix(features))
         if self.norm2 is not None and self.mlp is not None:
             features = features + self.drop_path(self.mlp(self.norm2(features)))
         return features
+
+    @recomputable
+    def _mix(self, features: Tensor) -> Tensor:
+        assert self.norm is not None and self.mixer is not None
+        return self.mixer(self.norm(features))
 
 
 class MLP(nn.Module):

@@ -24,6 +24,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--memory": {"type": float, "metavar": "GB", "help": "memory to plan for"},
     "--network-arg": {"action": "append", "default": [], "metavar": "KEY=JSON"},
     "--recipe": {"metavar": "NAME", "help": "train as an official code does (nnU-Net's way)"},
+    "--recompute": {
+        "choices": ("none", "mixer"),
+        "default": "none",
+        "help": "mixer: train in less memory and more time",
+    },
     "-device --device": {"help": "cpu, cuda or mps (the GPU if there is one)"},
     "-num_gpus --num-gpus": {"type": int, "default": 1, "help": "GPUs (DDP)"},
     "-t --threads": {"type": int, "metavar": "N", "help": "CPU threads"},
@@ -92,6 +97,11 @@ def find_recipe(name: str | None) -> dict[str, Any]:
 
     with usage_errors():
         return {} if name is None else get_recipe(name)
+
+
+def recompute_recipe(args: argparse.Namespace) -> dict[str, str]:
+    """The recipe's part of --recompute, empty without it."""
+    return {} if args.recompute == "none" else {"recompute": args.recompute}
 
 
 def check_recipe(recipe: Mapping[str, Any], dataset: RawDataset) -> None:

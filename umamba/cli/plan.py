@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    shared = "dataset --network --recipe --pretrained -p --memory --network-arg -device -np"
+    shared = (
+        "dataset --network --recipe --pretrained --recompute -p --memory --network-arg -device -np"
+    )
     shared += " --workspace"
     add = common.add_command(subparsers, "plan", run, __doc__, shared).add_argument
     add(
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     with common.usage_errors():
         check_configurations(args.configuration)
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
+    recipe |= common.recompute_recipe(args)
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import plans_file
     from umamba.planning.preprocess import (
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     n_workers = args.np or default_workers(dataset.name)
     fingerprint_dataset(dataset.name, n_workers)
     name = default_plans_name(entry.name, network_args, recipe.get("name"))
-    name = args.plans_name or name + pretrained_suffix(args)
+    name = args.plans_name or name + option_suffix(args)
     plans = plan_dataset(
         dataset.name,
         network=entry.name,
@@ -94,9 +97,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def pretrained_suffix(args: argparse.Namespace) -> str:
-    """What --pretrained adds to the plans name: it is another experiment, as a budget is."""
-    return "" if args.pretrained is None else "_pretrained"
+def option_suffix(args: argparse.Namespace) -> str:
+    """What --pretrained and --recompute add to the plans name: they are other experiments."""
+    pretrained = "" if args.pretrained is None else "_pretrained"
+    return pretrained + ("" if args.recompute == "none" else "_recompute")
 
 
 def parse_network_args(words: Sequence[str], entry: NetworkEntry) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
-from umamba.cli.plan import describe_configuration, parse_network_args, pretrained_suffix
+from umamba.cli.plan import describe_configuration, option_suffix, parse_network_args
 from umamba.cli.train import tell_results, train
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    shared = "dataset --network --recipe --pretrained -p -f --memory --network-arg -np --workspace"
-    shared += " --restart -device -num_gpus -t"
+    shared = "dataset --network --recipe --pretrained --recompute -p -f --memory --network-arg -np"
+    shared += " --workspace --restart -device -num_gpus -t"
     add = common.add_command(subparsers, "run", run, __doc__, shared).add_argument
     add("-c", "--configuration", help="default: 3d_fullres, or 2d for 2D data")
     add("--minutes", type=float, help="wall time of this whole command")
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     with common.usage_errors():
         check_configurations([args.configuration] if args.configuration else None)
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
+    recipe |= common.recompute_recipe(args)
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
@@ -93,9 +94,9 @@ def make_plans(
         "network_args": network_args,
         **{option: getattr(args, option) for option in asked},
         "device": device.split(":")[0],
-        **{key: named[key] for key in ("name", "pretrained") if key in named},
+        **{key: named[key] for key in ("name", "pretrained", "recompute") if key in named},
     }
-    suffix = pretrained_suffix(args) + budget_suffix(args)
+    suffix = option_suffix(args) + budget_suffix(args)
     name = args.plans_name or default_plans_name(network, network_args, named.get("name")) + suffix
     file = workspace.preprocessed / dataset.name / f"{name}.json"
     results = workspace.results / dataset.name

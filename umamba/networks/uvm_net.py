@@ -30,6 +30,7 @@ from torch.nn import functional
 from umamba.blocks.conv import convolution
 from umamba.blocks.mamba import Mamba
 from umamba.blocks.mixer import build_mixer
+from umamba.blocks.recompute import RecomputableLayer, recomputable
 from umamba.blocks.sampling import TransposedUpsample
 from umamba.networks.base import SegmentationNetwork, check_stages
 from umamba.networks.registry import register
@@ -244,7 +245,7 @@ class Stage(nn.Module):
         return functional.relu_(self.norm2(self.conv2(features)))
 
 
-class UVMBlock(nn.Module):
+class UVMBlock(RecomputableLayer):
     """Two convolutions with a residual, norm, Mamba along and across, attention, a convolution.
 
     B batch, C channels, L pixels of `shape`. Tokens are (B, L, C) as the memory of (B, C, H, W)
@@ -282,6 +283,7 @@ class UVMBlock(nn.Module):
         features = features + self.conv2(functional.relu_(self.conv1(features)))
         return self.smooth(features if self.norm is None else self.mix(features))
 
+    @recomputable
     @in_float32
     def mix(self, features: Tensor) -> Tensor:
         """The mixers on the tokens, outside autocast, in at least float32."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
-from umamba.ops import chunked, cpu, mamba_ssm_scan, reference
+from umamba.ops import chunked, cpu, mamba_ssm_scan, reference, triton_scan
 from umamba.ops.remembered import recall
 
 # The priority list. Each is a module with why_unavailable, supports, forward, backward,
 # conv_forward and conv_backward; where it has takes_window, forward and backward accept a window.
-BACKENDS: tuple[ModuleType, ...] = (cpu, mamba_ssm_scan, chunked, reference)
+BACKENDS: tuple[ModuleType, ...] = (cpu, triton_scan, mamba_ssm_scan, chunked, reference)
 
 VARIABLE = "UMAMBA_SCAN"
 SLOW = ("chunked", "reference")

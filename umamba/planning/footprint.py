@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from umamba.blocks.recompute import RecomputableLayer, recompute_mixers
 
 NetworkBuilder = Callable[[], nn.Module]
 GIB = 1024**3
@@ -45,9 +49,14 @@ def available_memory_bytes() -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one sample, and of the parameters; `training_bytes` adds them up."""
+    """Bytes of one sample, and of the parameters; `training_bytes` adds them up.
+
+    saved_bytes: what the graph keeps until backward. peak_saved_bytes: the most of it that there is
+    in backward, which is more where a layer is recomputed (blocks.recompute).
+    """
 
     saved_bytes: int
+    peak_saved_bytes: int
     largest_bytes: int
     logit_bytes: int
     input_bytes: int
@@ -60,7 +69,7 @@ class Footprint:
         Parameters count four times (values, gradients, two moments) and under autocast once more
         in 16 bits; logits in float32, as the loss takes them.
         """
-        per_sample = self.saved_bytes + WORKING_COPIES * self.largest_bytes
+        per_sample = self.peak_saved_bytes + WORKING_COPIES * self.largest_bytes
         per_sample += LOSS_COPIES * self.logit_bytes + 2 * self.input_bytes
         copies = 4.5 if self.half_precision else 4
         return batch_size * per_sample + int(copies * self.parameter_bytes)
@@ -112,27 +121,93 @@ def count_footprint(
                 module.half().register_forward_pre_hook(_to_half)
             elif isinstance(module, _NormBase):
                 module.half()
-    parameters = {p.untyped_storage()._cdata for p in network.parameters()}
-    # The storages are held, so that the address of one cannot serve a second tensor.
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def remember(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        logits = _outputs(network, image)
-    sizes = [storage.nbytes() for storage in kept.values()]
+    forward = _Forward(network, image)
+    saved = sum(forward.kept)
     return Footprint(
-        saved_bytes=sum(sizes),
-        largest_bytes=max(sizes, default=0),
-        logit_bytes=sum(output.numel() * 4 for output in logits),
+        saved_bytes=saved,
+        peak_saved_bytes=max([saved, *_while_recomputing(network, image, forward)]),
+        largest_bytes=max(forward.kept, default=0),
+        logit_bytes=4 * forward.n_logits,
         input_bytes=image.numel() * 4,
         parameter_bytes=parameter_bytes,
         half_precision=half_precision,
     )
+
+
+class _Forward:
+    """A forward pass: the bytes of each storage that its graph keeps, and what is alive on the way.
+
+    layers: the bytes that are alive before and after each layer that may be recomputed.
+    """
+
+    def __init__(self, network: nn.Module, image: torch.Tensor) -> None:
+        self.layers: list[tuple[int, int]] = []
+        allocations = _Allocations(network)
+        before: list[int] = []
+
+        def enter(*_: Any) -> None:
+            before.append(sum(allocations.living()))
+
+        def leave(*_: Any) -> None:
+            self.layers.append((before.pop(), sum(allocations.living())))
+
+        hooks = []
+        for layer in network.modules():
+            if isinstance(layer, RecomputableLayer):
+                hooks.append(layer.register_forward_pre_hook(enter))
+                hooks.append(layer.register_forward_hook(leave))
+        with allocations:
+            outputs = _outputs(network, image.clone())
+        for hook in hooks:
+            hook.remove()
+        self.n_logits = sum(output.numel() for output in outputs)
+        # Only the graph is held from here on, so that what lives is what it keeps.
+        graph = [output.grad_fn for output in outputs]
+        del outputs
+        self.kept = allocations.living()
+        del graph
+
+
+def _while_recomputing(network: nn.Module, image: torch.Tensor, forward: _Forward) -> list[int]:
+    """The bytes there are while backward recomputes each layer: what was before it, and the layer.
+
+    Empty if no layer of the network is recomputed; those that can be must be so all together.
+    """
+    if not any(isinstance(m, RecomputableLayer) and m.recomputes for m in network.modules()):
+        return []
+    recompute_mixers(network, False)
+    plain = _Forward(network, image).layers
+    recompute_mixers(network)
+    pairs = zip(forward.layers, plain, strict=True)
+    return [before + (end - start) for (before, _), (start, end) in pairs]
+
+
+class _Allocations(TorchDispatchMode):
+    """Knows which storages of the operations' results are alive, without holding them.
+
+    The parameters of the network, of which there are views, do not count.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.parameters = {StorageWeakRef(p.untyped_storage()) for p in network.parameters()}
+        self.n_bytes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._remember(leaf)
+        return output
+
+    def _remember(self, tensor: torch.Tensor) -> None:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage not in self.parameters:
+            self.n_bytes[storage] = tensor.untyped_storage().nbytes()
+
+    def living(self) -> list[int]:
+        """Returns the bytes of each storage that is alive."""
+        return [size for storage, size in self.n_bytes.items() if not storage.expired()]
 
 
 def training_bytes(

@@ -183,7 +183,6 @@ class UMambaPlanner(ExperimentPlanner):
         finally:
             self.UNet_vram_target_GB = self.memory_gb
         plan["batch_size"] = max(min(plan["batch_size"], batch_size), smallest)
-        plan["recipe"] = copy.deepcopy(self.recipe)
         plan["planning"] = self._explain(stock, plan, footprint)
         return plan
 
@@ -220,7 +219,7 @@ class UMambaPlanner(ExperimentPlanner):
         return asked and dims in self.entry.spatial_dims
 
     def _put_network_in(self, plan: dict[str, Any], cache: dict[Any, Any]) -> Footprint:
-        """Writes the network block and the rounded patch into `plan`; returns its footprint."""
+        """Writes network block, rounded patch and recipe into `plan`; returns its footprint."""
         stock, dims = plan["architecture"]["arch_kwargs"], len(plan["patch_size"])
         block = network_arguments(self.entry, self.network_args, stock, dims)
         patch = round_patch(plan["patch_size"], network_divisor(block["strides"]))
@@ -232,6 +231,7 @@ class UMambaPlanner(ExperimentPlanner):
             "arch_kwargs": json.loads(json.dumps(block)),
             "_kw_requires_import": [],
         }
+        plan["recipe"] = copy.deepcopy(self.recipe)
         key = ("footprint", patch, str(block["strides"]))
         if key not in cache:
             build = network_builder(plan, self.input_channels, self.num_classes)

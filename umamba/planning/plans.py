@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from umamba.blocks.recompute import recompute_mixers
 from umamba.planning.footprint import StepCheck, count_footprint, measure_step
 from umamba.planning.topology import (
     fit_arguments,
@@ -132,19 +133,28 @@ def network_builder(
     num_classes: int,
     deep_supervision: bool = True,
 ) -> Callable[[], nn.Module]:
-    """Returns a function that builds the configuration's network the way nnU-Net builds it."""
+    """Returns a function that builds the configuration's network the way nnU-Net builds it.
+
+    Its mixers are recomputed in backward where the configuration's recipe says so.
+    """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     architecture = configuration["architecture"]
-    return lambda: get_network_from_plans(
-        architecture["network_class_name"],
-        architecture["arch_kwargs"],
-        architecture["_kw_requires_import"],
-        input_channels,
-        num_classes,
-        allow_init=False,
-        deep_supervision=deep_supervision,
-    )
+
+    def build() -> nn.Module:
+        network: nn.Module = get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            input_channels,
+            num_classes,
+            allow_init=False,
+            deep_supervision=deep_supervision,
+        )
+        recompute_mixers(network, configuration.get("recipe", {}).get("recompute") == "mixer")
+        return network
+
+    return build
 
 
 def check_plan(

@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("poly", "cosine"),
     "augmentation": ("nnunet", "light", "none"),
     "precision": ("auto", "fp16", "bf16", "fp32"),
+    "recompute": ("none", "mixer"),
 }
 
 
@@ -30,6 +31,8 @@ class Recipe:
     in which the learning rate rises linearly from zero.  `mirroring` decides about mirrored
     training patches and, with them, whether prediction may mirror.  `pretrained` names ImageNet
     weights (`umamba models fetch`) or the path of a file that the encoder starts from.
+    `recompute` "mixer" saves memory: mixers keep only what their scans gave, and compute the rest
+    again in backward (blocks.recompute); the gradients are the same.
 
     `name` is that of the named recipe it comes from.  `loss_weights` are those of cross-entropy and
     Dice in the loss "dice_ce_all".  `n_swings` counts the cosine's falls and rises: 1 falls once,
@@ -63,6 +66,7 @@ class Recipe:
     augmentation: str = "nnunet"
     mirroring: bool = True
     precision: str = "auto"
+    recompute: str = "none"
     seed: int | None = None
     pretrained: str | None = None
 

@@ -25,6 +25,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from umamba.blocks.recompute import recompute_mixers
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.networks.pretrained import find_file, initialize_encoder
 from umamba.training.losses import build_loss
@@ -109,6 +110,8 @@ class UMambaTrainer(nnUNetTrainer):
         """Builds network, optimizer and loss, and settles the precision."""
         with ddp_wrapper(find_unused_parameters=self.recipe.freeze_encoder > 0):
             super().initialize()
+        if self.recipe.recompute == "mixer":
+            recompute_mixers(self._bare_network)
         if self.device.type != "cuda":
             return
         precision = self.recipe.precision
