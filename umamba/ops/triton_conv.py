@@ -201,20 +201,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             if HAS_BIAS:
                 value += tl.load(bias + k * channels + channel, in_channels, 0.0)[None, :]
             gate = sigmoid(value)
-            slope = (
-                gate
-                * (1.0 + value * (1.0 - gate))
-                * _rows(
-                    dout,
-                    table,
-                    k,
-                    p + ahead,
-                    length,
-                    dout_token,
-                    channel,
-                    dout_channel,
-                    in_channels,
-                )
+            slope = gate * (1.0 + value * (1.0 - gate))
+            slope *= _rows(
+                dout, table, k, p + ahead, length, dout_token, channel, dout_channel, in_channels
             )
             gradient += tl.load(weight + (TAPS - 1 - ahead), in_channels, 0.0)[None, :] * slope
             if ahead == 0:
