@@ -4,6 +4,8 @@ A walk is 7 integers (start, n0, s0, n1, s1, n2, s2), in tokens: step p visits t
 start + i0 * s0 + i1 * s1 + i2 * s2 with i2 = p % n2, i1 = (p // n2) % n1, i0 = p // (n1 * n2).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import functools
 
 import torch
@@ -29,11 +31,12 @@ def begin_walk(table, k, p):
     row = table + k * 7
     n1, n2 = tl.load(row + 3), tl.load(row + 5)
     s0, s1, s2 = tl.load(row + 2), tl.load(row + 4), tl.load(row + 6)
-    step = p + tl.zeros([], tl.int64)
-    line = step // n2
-    i2 = step - line * n2
-    i0 = line // n1
+    # Steps fit 32 bits; a 64-bit division is a call that would push the registers to the stack.
+    step = (p + tl.zeros([], tl.int64)).to(tl.int32)
+    line = step // n2.to(tl.int32)
+    i0 = (line // n1.to(tl.int32)).to(tl.int64)
     i1 = line - i0 * n1
+    i2 = step - line * n2
     return tl.load(row) + i0 * s0 + i1 * s1 + i2 * s2, i1, i2, n1, n2, s0, s1, s2
 
 
