@@ -67,7 +67,7 @@ def run(arguments: dict[str, Tensor | bool], upstream_seed: int = 1) -> dict[str
     out, last = selective_scan(**tensors, **flags, return_last_state=True)
     generator = torch.Generator().manual_seed(upstream_seed)
     upstream = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x.dtype)
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x)
         for x in (out, last)
     ]
     gradients = torch.autograd.grad([out, last], list(tensors.values()), upstream)

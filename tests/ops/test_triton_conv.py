@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 from umamba.ops import reference
@@ -77,7 +75,7 @@ def expected_backward(
 
 
 def case(
-    n_walks: int, *, shared: bool = False, taps: int = 4, channels: int = 5, batch: int = 2,
+    n_walks: int, *, shared: bool = False, taps: int = 4, channels: int = 5, batch: int = 1,
     length: int = LENGTH,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dout, x, weight and bias."""
@@ -128,24 +126,24 @@ def check(
 @pytest.mark.parametrize("shared", [False, True], ids=["own x", "shared x"])
 @pytest.mark.parametrize("walks", WALKS.values(), ids=WALKS)
 def test_the_results_are_those_of_the_definition_along_each_walk(walks, shared):
-    check(*case(len(walks), shared=shared), walks)
+    check(*case(len(walks), shared=shared, batch=2), walks)
 
 
-@pytest.mark.parametrize("taps", range(1, 9))
+@pytest.mark.parametrize("taps", [1, 2, 3, 5, 8])
 def test_every_number_of_taps_is_taken(taps):
-    check(*case(2, shared=True, taps=taps, channels=3, batch=1), (BACK, COLUMNS))
+    check(*case(2, shared=True, taps=taps, channels=3), (BACK, COLUMNS))
 
 
-@pytest.mark.parametrize("length", [1, 2, 31, 33, 129, 160])
+@pytest.mark.parametrize("length", [1, 2, 17, 129])
 def test_sequences_may_end_anywhere_in_a_tile(length):
     walks = ((0, 1, 0, 1, 0, length, 1), (length - 1, 1, 0, 1, 0, length, -1))
-    check(*case(2, length=length, channels=3, batch=1), walks)
+    check(*case(2, length=length, channels=3), walks)
 
 
-@pytest.mark.parametrize("channels", [1, 64, 67, 130])
+@pytest.mark.parametrize("channels", [1, 67, 130])
 def test_channels_may_fill_several_tiles(channels):
     walks = ((0, 1, 0, 5, 1, 7, 5),)
-    check(*case(1, channels=channels, length=35, batch=1), walks)
+    check(*case(1, channels=channels, length=35), walks)
 
 
 def test_no_bias_is_needed():
@@ -160,7 +158,7 @@ def test_half_precision_is_rounded_once(dtype, tolerance):
 
 
 def test_any_strides_are_taken():
-    dout, x, weight, bias = case(2, channels=6)
+    dout, x, weight, bias = case(2, channels=6, batch=2)
     wide = torch.randn(2, LENGTH, 2, 13)
     sliced = wide[..., 1::2].permute(0, 2, 3, 1)  # a view whose channels are two apart
     expanded = dout[:, :, :, :1].expand_as(dout)  # the gradient of a sum

@@ -108,11 +108,14 @@ def test_pretrained_weights_enter_the_recipe_of_plans_of_their_own(
     assert plan_command.option_suffix(parse("x")) == ""
 
 
-def test_recomputing_enters_the_recipe_and_gives_the_plans_another_name():
-    asked, default = parse("x", "--recompute", "mixer"), parse("x")
-    assert common.recompute_recipe(asked) == {"recompute": "mixer"}
-    assert plan_command.option_suffix(asked) == "_recompute"
-    assert common.recompute_recipe(default) == {}
+def test_recomputing_enters_the_recipe_and_gives_the_plans_another_name(
+    sphere_dataset, nnunet_folders
+):
+    words = ("-c", "3d_fullres", "--memory", "2", "--no-preprocess", "--no-audit")
+    assert plan_command.run(parse(sphere_dataset, *words, "--recompute", "mixer")) == 0
+    home = nnunet_folders / "preprocessed" / sphere_dataset
+    plans = json.loads((home / "umamba_bot_recompute.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["recipe"] == {"recompute": "mixer"}
 
 
 def test_a_dataset_is_planned_checked_and_preprocessed(sphere_dataset, nnunet_folders, capsys):

@@ -6,6 +6,8 @@ channels, the channels over the lanes, and reads the steps around its own again:
 caches. Nothing is added atomically, so results are the same from run to run.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import torch
 import triton
 import triton.language as tl
@@ -102,7 +104,7 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _tokens(table, k, p):  # type: ignore[no-untyped-def]
+def _tokens(table, k, p):
     """Return the tokens (int64) of a block of steps p (int32) of walk k."""
     # In 32 bits, unlike triton_walk.begin_walk: every read of a tile divides anew here.
     walk = table + k * 7
@@ -116,9 +118,7 @@ def _tokens(table, k, p):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rows(  # type: ignore[no-untyped-def]
-    x, table, k, p, length, stride_token, channel, stride_channel, in_channels
-):
+def _rows(x, table, k, p, length, stride_token, channel, stride_channel, in_channels):
     """Return x at steps p and channels, in float32; zero at steps that no walk has."""
     inside = (p >= 0) & (p < length)
     tokens = _tokens(table, k, tl.where(inside, p, 0))
@@ -127,7 +127,7 @@ def _rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _forward_kernel(
     x, weight, bias, out, table, batch, channels, length,
     x_batch, x_direction, x_channel, x_token,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -161,7 +161,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["first"])
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _backward_kernel(
     dout, x, weight, bias, dx, total, parts, table, first, batch, channels, length,
     dout_batch, dout_direction, dout_channel, dout_token,
     x_batch, x_direction, x_channel, x_token,
@@ -201,20 +201,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             if HAS_BIAS:
                 value += tl.load(bias + k * channels + channel, in_channels, 0.0)[None, :]
             gate = sigmoid(value)
-            slope = (
-                gate
-                * (1.0 + value * (1.0 - gate))
-                * _rows(
-                    dout,
-                    table,
-                    k,
-                    p + ahead,
-                    length,
-                    dout_token,
-                    channel,
-                    dout_channel,
-                    in_channels,
-                )
+            slope = gate * (1.0 + value * (1.0 - gate))
+            slope *= _rows(
+                dout, table, k, p + ahead, length, dout_token, channel, dout_channel, in_channels
             )
             gradient += tl.load(weight + (TAPS - 1 - ahead), in_channels, 0.0)[None, :] * slope
             if ahead == 0:

@@ -1,0 +1,1 @@
+"""Commands that measure; README.md says which figure comes from which."""
