@@ -101,9 +101,9 @@ def test_a_compiled_network_trains_under_autocast_with_float32_mixers_in_backwar
 
 
 def test_other_batches_and_patches_share_a_graph_of_any_shape() -> None:
-    network = build("umamba_bot", 3)
+    network = build("umamba_bot", 2)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-    for shape in ((2, 6, 20, 10), (3, 10, 24, 14), (4, 14, 28, 6)):
+    for shape in ((2, 20, 14), (3, 28, 18), (4, 32, 22)):
         images = torch.randn(shape[0], CHANNELS, *shape[1:])
         agree(gradients(compiled, network, images), gradients(network, network, images))
     assert n_graphs() == 2  # for the first shape, for any other
@@ -118,7 +118,7 @@ def test_orders_that_fill_up_their_slices_have_one_more_graph_than_lengths_that_
     assert n_graphs() == 3  # for the first shape, for lengths to be filled up, for those that fit
 
 
-@pytest.mark.parametrize("name", [*TRAINED, "nnmamba", "uvm_net"])
+@pytest.mark.parametrize("name", [*TRAINED, "nnmamba"])
 def test_a_network_is_exported_for_batches_of_any_size(name: str) -> None:
     dims = max(get_entry(name).spatial_dims)
     network = build(name, dims).eval()
