@@ -260,3 +260,18 @@ def test_only_the_first_direction_starts_with_spread_step_sizes() -> None:
         assert 0.48 < direction.dt_proj_weight.abs().max() <= 0.5
         assert 0.08 < direction.x_proj_weight.abs().max() <= 128**-0.5
         torch.testing.assert_close(direction.A_log.exp()[5], torch.arange(1.0, 17))
+
+
+@pytest.mark.parametrize("spatial", [(6, 5), (4, 6, 5)], ids=["2d", "3d"])
+def test_channels_last_maps_stay_so_without_a_copy(spatial: tuple[int, ...]) -> None:
+    layer = MixerLayer(8, spatial_dims=len(spatial))
+    layout = torch.channels_last if len(spatial) == 2 else torch.channels_last_3d
+    plain = torch.randn(2, 8, *spatial)
+    features = plain.contiguous(memory_format=layout)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        mixed = layer(features)
+    assert mixed.is_contiguous(memory_format=layout)
+    assert not {event.name for event in profile.events()} & {"aten::clone", "aten::contiguous"}
+    expected = layer(plain)
+    assert expected.is_contiguous()
+    torch.testing.assert_close(mixed, expected)

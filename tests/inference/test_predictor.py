@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 
@@ -24,6 +25,7 @@ from model_folders import (
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from umamba.inference import predictor as predictor_file
 from umamba.inference.cases import find_images, plan_cases
 from umamba.inference.predictor import UMambaPredictor, predict_volume
 
@@ -238,6 +240,52 @@ def test_stock_interface_predicts_a_folder_too(tmp_path, capsys):
     )
     difference = read_array(file) != read_array(tmp_path / "stock" / f"a{ENDING}")
     assert difference.mean() < 0.002
+
+
+@pytest.mark.parametrize(("recipe", "precision"), [(None, "auto"), ({"precision": "fp32"}, "fp32")])
+def test_the_network_runs_in_the_precision_of_the_recipe(tmp_path, monkeypatch, recipe, precision):
+    plans = make_plans()
+    if recipe is not None:
+        plans["configurations"]["3d_fullres"]["recipe"] = recipe
+    predictor = UMambaPredictor(device=CPU, use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(make_model_folder(tmp_path / "model", plans))
+    asked, seen = [], []
+
+    def autocast(device, precision):
+        asked.append((device, precision))
+        return torch.autocast("cpu", dtype=torch.bfloat16)  # stands in for a GPU's
+
+    def watch(module, images, logits):
+        seen.append(torch.is_autocast_enabled("cpu"))
+
+    monkeypatch.setattr(predictor_file, "autocast", autocast)
+    predictor.network.register_forward_hook(watch)
+    logits = predictor.predict_logits_from_preprocessed_data(torch.zeros(1, 8, 16, 12))
+    assert asked == [(CPU, precision)]
+    assert seen == [True]
+    assert logits.dtype == torch.float32
+    predictor.nnunet_exact = True
+    predictor.predict_logits_from_preprocessed_data(torch.zeros(1, 8, 16, 12))
+    assert len(asked) == 1
+    assert seen == [True, False]
+
+
+def test_a_compiled_network_predicts_every_fold_as_without(tmp_path, monkeypatch, capsys):
+    model = make_model_folder(tmp_path / "model", folds=(0, 3))
+    image = torch.from_numpy(make_image(SHAPES["a"]))[None]
+
+    def logits():
+        predictor = UMambaPredictor(device=CPU)
+        predictor.initialize_from_trained_model_folder(model)
+        return predictor, predictor.predict_logits_from_preprocessed_data(image)
+
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    _, expected = logits()
+    monkeypatch.setenv("nnUNet_compile", "true")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    predictor, actual = logits()
+    assert isinstance(predictor.network, torch._dynamo.OptimizedModule)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_plain_unet_is_what_the_default_fixture_makes():

@@ -4,46 +4,27 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import pydoc
 from typing import Any
 
 import pytest
 import torch
+from tiny_networks import (
+    BATCH,
+    CHANNELS,
+    CLASSES,
+    build,
+    network_of,
+    shape_of,
+    strides_of,
+    tiny_arguments,
+)
 from torch import Tensor, nn
 
 from umamba.blocks.mamba import Mamba
 from umamba.blocks.mixer import ConvMixer
 from umamba.blocks.ss2d import SS2D
 from umamba.networks import create_network, get_entry, list_networks
-from umamba.networks.base import SegmentationNetwork
-
-STRIDES = {2: [[1, 1], [2, 1], [2, 2]], 3: [[1, 1, 1], [1, 2, 2], [2, 2, 1]]}
-KERNELS = {2: [[3, 3], [3, 3], [3, 1]], 3: [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
-SHAPES = {2: (20, 14), 3: (6, 20, 10)}
-CHANNELS, CLASSES, BATCH = 2, 3, 2
-NORMALIZED_BIASES = ("conv1.bias", "conv2.bias", "stem.conv.bias", ".expand.bias")
-
-# Arguments in place of, or beside, those of every network. A dropped path would get no gradient.
-NNMAMBA = {"n_blocks_per_stage": 2, "features_per_stage": [6, 80, 8]}  # gates of 5 hidden units
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "hymamba": {
-        "n_blocks_per_stage": [1, 1, 2],
-        "expansion_per_stage": [2, 1, 2],
-        "n_mamba_layers": 2,
-        "n_outputs": 2,
-    },
-    "lightm_unet": {"n_groups": 2},
-    "mamba_clinix": {"features_per_stage": [8, 16, 24], "drop_path": 0},
-    "nnmamba": NNMAMBA,
-    "nnmamba_single": NNMAMBA,
-    "segmamba": {"depths": [2, 1], "n_slices": [4, 8], "n_outputs": 2},
-    "uvm_net": {"inner_size": [4, 5], "input_residual": False},
-    "vm_unet": {"depths_decoder": [1] * 4},  # its decoder has blocks at the deepest stage, too
-}
-
-# Networks that take only their own strides, or fewer or more stages of the kind.
-OWN_STRIDES = ("mamba_unet", "msvm_unet", "swin_umamba", "swin_umamba_d", "vm_unet")
 
 # Biases in front of a norm over voxels, which have no effect: their gradients are round-off.
 NORMALIZED_BIASES = (
@@ -237,20 +218,6 @@ def test_float64_stays_float64(name: str, dims: int) -> None:
     torch.testing.assert_close(single.double(), exact, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("name", list_networks(controls=False))
-def test_a_network_is_one_graph_for_the_compiler(name: str) -> None:
-    dims = max(get_entry(name).spatial_dims)
-    network = build(name, dims, deep_supervision=True)
-    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-    images = torch.randn(1, CHANNELS, *shape_of(name, dims))
-    outputs = compiled(images)
-    for output, expected in zip(outputs, network(images), strict=True):
-        torch.testing.assert_close(output, expected)
-    sum(output.sum() for output in outputs).backward()
-
-
 @pytest.mark.parametrize("name", list_networks(controls=False))
 def test_each_network_names_its_origin(name: str) -> None:
     entry = get_entry(name)
@@ -258,49 +225,6 @@ def test_each_network_names_its_origin(name: str) -> None:
     assert entry.licence
     assert "@" in entry.reference
     assert inspect.getdoc(inspect.getmodule(entry.cls))
-
-
-def build(name: str, dims: int, **arguments: Any) -> SegmentationNetwork:
-    return create_network(name, CHANNELS, CLASSES, **{**tiny_arguments(name, dims), **arguments})
-
-
-def tiny_arguments(name: str, dims: int) -> dict[str, Any]:
-    strides = strides_of(name, dims)
-    n_stages = len(strides)
-    arguments: dict[str, Any] = {
-        "strides": strides,
-        "features_per_stage": [6, 8, 40, 10, 12][:n_stages],
-        "kernel_sizes": KERNELS[dims],
-        "n_conv_per_stage": [2] * n_stages,
-        "n_conv_per_stage_decoder": [2] * (n_stages - 1),
-        "depths": [1] * (n_stages - 1),
-        "depths_decoder": [1] * (n_stages - 2),
-        "drop_path_rate": 0.0,
-        "drop_path_rate_decoder": 0.0,
-        "patch_size": list(shape_of(name, dims)),
-        **ARGUMENTS.get(network_of(name), {}),
-    }
-    return {key: value for key, value in arguments.items() if key in get_entry(name).keywords}
-
-
-def network_of(name: str) -> str:
-    """The name itself, or of which network it is the control."""
-    return get_entry(name).control_of or name
-
-
-def strides_of(name: str, dims: int) -> list[list[int]]:
-    fixed = get_entry(name).fixed_strides
-    if fixed is None or network_of(name) not in OWN_STRIDES:
-        return STRIDES[dims]
-    return [list(stride[-dims:]) for stride in fixed]
-
-
-def shape_of(name: str, dims: int) -> tuple[int, ...]:
-    """Divisible by the strides: once and twice the divisor for networks of their own strides."""
-    if network_of(name) not in OWN_STRIDES:
-        return SHAPES[dims]
-    divisor = [math.prod(axis) for axis in zip(*strides_of(name, dims), strict=True)]
-    return tuple(d * (2 if axis == dims - 1 else 1) for axis, d in enumerate(divisor))
 
 
 def disturb(network: nn.Module) -> None:

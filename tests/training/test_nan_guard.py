@@ -60,6 +60,16 @@ def test_a_finite_loss_with_broken_weights_is_not_kept(tmp_path):
     assert torch.isfinite(network[0].weight).all()
 
 
+def test_the_search_for_the_culprit_leaves_no_mark_on_running_statistics(tmp_path):
+    network = nn.Sequential(nn.Linear(3, 4), Overflow(), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        network[0].weight.fill_(1e6)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    assert NanGuard(network, optimizer, tmp_path).check(batch(1.0), float("nan"))
+    assert torch.equal(network[2].running_mean, torch.zeros(4))
+    assert torch.equal(network[2].running_var, torch.ones(4))
+
+
 def test_training_stops_after_too_many_events(tmp_path):
     network = small_network()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)

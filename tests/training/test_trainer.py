@@ -1,6 +1,7 @@
 """Tests of the trainer on five tiny cases: learning, clock, checkpoints, NaN, transforms."""
 
 import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -139,6 +141,59 @@ def test_a_non_finite_loss_is_named_and_undone_in_the_middle_of_training(blobs):
     trainer.train_step(poisoned)
     assert all(bool(torch.isfinite(p).all()) for p in trainer.network.parameters())
     assert (Path(trainer.output_folder) / "non_finite_1.pt").is_file()
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+
+
+@pytest.fixture
+def autocast_type_after():
+    """What CUDA's autocast takes by default; put back afterwards, as the compiler's setting is."""
+    before = torch.get_autocast_dtype("cuda")
+    with torch._functorch.config.patch(backward_pass_autocast="same_as_forward"):
+        yield lambda: torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_the_default_precision_is_bf16_on_gpus_that_have_it_and_scaled_fp16_elsewhere(
+    blobs, monkeypatch, autocast_type_after, has_bf16, dtype
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    torch.set_autocast_dtype("cuda", torch.float32)
+    trainer = trainer_of(*blobs)
+    trainer.grad_scaler = scaler = object()
+    trainer._settle_precision()
+    assert autocast_type_after() == dtype
+    assert torch._functorch.config.backward_pass_autocast == "off"
+    assert trainer.grad_scaler is (None if has_bf16 else scaler)
+
+
+def test_a_recipe_in_fp32_shields_the_network_from_autocast(blobs, autocast_type_after):
+    before = autocast_type_after()
+    trainer = trainer_of(*blobs, precision="fp32")
+    trainer.grad_scaler = object()
+    trainer.network = torch.nn.Linear(3, 2)
+    trainer._settle_precision()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert trainer.network(torch.zeros(1, 3)).dtype == torch.float32
+    assert trainer.grad_scaler is None
+    assert autocast_type_after() == before
+
+
+def test_a_compiled_network_trains_and_the_guard_looks_into_it(blobs, monkeypatch):
+    compile_quickly = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    monkeypatch.setattr(UMambaTrainer, "_do_i_compile", lambda self: True)
+    trainer = trainer_of(*blobs)
+    trainer.on_train_start()
+    assert hasattr(trainer.network, "_orig_mod")
+    batch = next(trainer.dataloader_train)
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    trainer.set_deep_supervision_enabled(False)
+    assert isinstance(trainer.network(batch["data"]), torch.Tensor)
+    trainer.set_deep_supervision_enabled(True)
+    trainer.train_step({**batch, "data": torch.full_like(batch["data"], 3e38)})
+    saved = torch.load(Path(trainer.output_folder) / "non_finite_1.pt", weights_only=True)
+    assert saved["culprit"].startswith("encoder.")
     assert np.isfinite(trainer.train_step(batch)["loss"])
 
 

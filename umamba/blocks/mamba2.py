@@ -112,7 +112,7 @@ class Mamba2(nn.Module):
             B.unflatten(-1, (self.ngroups, -1)),  # (B, L, G, N)
             C.unflatten(-1, (self.ngroups, -1)),
             self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D,
-            None if initial is None else initial.expand(len(x), *initial.shape),
+            None if initial is None else initial.expand(x.shape[0], *initial.shape),
             chunk_size=self.chunk_size,
         )
         return out.flatten(2)

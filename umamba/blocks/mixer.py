@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umamba.blocks.mamba import Mamba, uniform
+from umamba.blocks.norm import lay_out_as
 from umamba.blocks.recompute import RecomputableLayer, recomputable
 from umamba.ops.dispatch import in_float32
 
@@ -68,7 +69,7 @@ class MixerLayer(RecomputableLayer):
     def _mix(self, features: Tensor) -> Tensor:
         assert self.norm is not None and self.mixer is not None
         if self.tokens == "voxels":
-            mixed = self.mixer(self.norm(features.movedim(1, -1))).movedim(-1, 1).contiguous()
+            mixed = lay_out_as(features, self.mixer(self.norm(features.movedim(1, -1))))
         else:
             mixed = self.mixer(self.norm(features.flatten(2))).reshape(features.shape)
         return features + mixed if self.residual else mixed
@@ -122,13 +123,13 @@ class ProjectedMixerLayer(RecomputableLayer):
         if self.skip == "inside":
             if self.skip_scale is not None:
                 mixed = mixed + self.skip_scale * tokens
-            return self.proj(self.norm(mixed)).movedim(-1, 1).contiguous()
+            return lay_out_as(features, self.proj(self.norm(mixed)))
         # parity: MambaClinix has the scale and does not use it. Without a gradient, if only of 0,
         # training on several GPUs would stop at it.
         assert self.skip_scale is not None
         bias = self.proj.bias + 0 * self.skip_scale
         mixed = functional.linear(self.norm(mixed), self.proj.weight, bias)
-        return features + mixed.movedim(-1, 1).contiguous()
+        return features + lay_out_as(features, mixed)
 
 
 class ConvMixer(nn.Module):
@@ -207,7 +208,8 @@ class PointwiseMixerLayer(RecomputableLayer):
     def _mix(self, features: Tensor) -> Tensor:
         tokens = features.movedim(1, -1)  # (B, *spatial, C)
         if self.four_views:
-            plain, reverse = self.mixer(torch.cat([tokens, tokens.flip(-1)])).chunk(2)
+            views = self.mixer(torch.cat([tokens, tokens.flip(-1)])).unflatten(0, (2, -1))
+            plain, reverse = views.unbind(0)
             return ((plain + reverse.flip(-1)) / 2).movedim(-1, 1)
         return self.mixer(tokens).movedim(-1, 1)
 

@@ -37,4 +37,17 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, *spatial) -> the same shape."""
-        return super().forward(features.movedim(1, -1)).movedim(-1, 1).contiguous()
+        return lay_out_as(features, super().forward(features.movedim(1, -1)))
+
+
+def lay_out_as(features: Tensor, tokens: Tensor) -> Tensor:
+    """tokens (B, *spatial, C) as (B, C, *spatial): a view if features are channels-last in memory.
+
+    Else a dense copy, which the convolutions that follow would make otherwise.
+    """
+    result = tokens.movedim(-1, 1)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = formats.get(features.ndim)
+    if layout is not None and features.is_contiguous(memory_format=layout):
+        return result.contiguous(memory_format=layout)
+    return result.contiguous()

@@ -155,7 +155,7 @@ class SS2D(nn.Module):
             pair = [self._direction(first), self._direction(first + 1)]
             ahead, back = scan_directions(lines, self.walks[:2], pair, merge=None)
             # parity: the backward scan is added as it was walked, not flipped back.
-            mixed = (ahead + back.flip(-1)).unflatten(0, (len(x), -1))
+            mixed = (ahead + back.flip(-1)).unflatten(0, (x.shape[0], -1))
             x = mixed.movedim(1, 3)  # (B, E, L, rows): the other axis is scanned next
         return x
 
@@ -258,7 +258,9 @@ class DropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return branch
-        kept = branch.new_empty((len(branch), *[1] * (branch.ndim - 1))).bernoulli_(1 - self.rate)
+        kept = branch.new_empty((branch.shape[0], *[1] * (branch.ndim - 1))).bernoulli_(
+            1 - self.rate
+        )
         return branch * kept / (1 - self.rate)
 
 

@@ -31,6 +31,7 @@ from umamba.inference.model_folder import (
 from umamba.inference.pipeline import CaseFailure, run_pipeline
 from umamba.inference.preprocessing import CasePreprocessor, PreparedCase
 from umamba.inference.sliding_window import accumulate_windows, tiles_per_batch
+from umamba.networks.precision import autocast
 
 
 class UMambaPredictor(nnUNetPredictor):
@@ -38,7 +39,8 @@ class UMambaPredictor(nnUNetPredictor):
 
     Windows, mirroring, preprocessing and file formats are nnU-Net's.  Sums over windows, mirrored
     passes and folds are float32, where nnU-Net's are half precision; with `nnunet_exact` every step
-    is nnU-Net's own arithmetic, and the labels equal its own voxel for voxel.
+    is nnU-Net's own arithmetic, and the labels equal its own voxel for voxel.  On a GPU the network
+    runs in the precision of the recipe in the plans, without a recipe in "auto".
     """
 
     def __init__(
@@ -139,18 +141,20 @@ class UMambaPredictor(nnUNetPredictor):
             )
         configuration = self.configuration_manager
         patch_size = configuration.patch_size
-        return accumulate_windows(
-            self.network,
-            data.to(self.device) if do_on_device else data.cpu(),
-            slicers,
-            patch_size=patch_size,
-            n_outputs=self.label_manager.num_segmentation_heads,
-            device=self.device,
-            use_gaussian=self.use_gaussian,
-            mirror_axes=self.allowed_mirroring_axes if self.use_mirroring else None,
-            max_batch=tiles_per_batch(patch_size, configuration.batch_size, self.device),
-            progress=lambda share: self.on_windows_done(share / max(1, len(self.folds))),
-        )
+        recipe = configuration.configuration.get("recipe") or {}
+        with autocast(self.device, recipe.get("precision", "auto")):
+            return accumulate_windows(
+                self.network,
+                data.to(self.device) if do_on_device else data.cpu(),
+                slicers,
+                patch_size=patch_size,
+                n_outputs=self.label_manager.num_segmentation_heads,
+                device=self.device,
+                use_gaussian=self.use_gaussian,
+                mirror_axes=self.allowed_mirroring_axes if self.use_mirroring else None,
+                max_batch=tiles_per_batch(patch_size, configuration.batch_size, self.device),
+                progress=lambda share: self.on_windows_done(share / max(1, len(self.folds))),
+            )
 
     @property
     def n_channels(self) -> int:

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from umamba.blocks.conv import ResidualBlock, convolution
 from umamba.blocks.mamba import Direction, Mamba
-from umamba.blocks.norm import ChannelNorm
+from umamba.blocks.norm import ChannelNorm, lay_out_as
 from umamba.blocks.ss2d import MLP, VSSBlock
 from umamba.blocks.unet_decoder import unetr_decoder
 from umamba.networks.base import SegmentationNetwork, check_stages
@@ -144,7 +144,7 @@ class HyMamba(SegmentationNetwork):
         tokens = tokens + table.reshape(tokens.shape[1:])
         for layer in self.bottleneck:
             tokens = layer(tokens)
-        return tokens.movedim(-1, 1).contiguous()
+        return lay_out_as(features, tokens)
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)

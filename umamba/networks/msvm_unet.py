@@ -107,7 +107,7 @@ class MSVMUNet(GrayRepeatingNetwork):
 
     def check_input(self, images: Tensor) -> None:
         super().check_input(images)
-        n_values = len(images) * math.prod(images.shape[2:]) // math.prod(self.divisor)
+        n_values = images.shape[0] * math.prod(images.shape[2:]) // math.prod(self.divisor)
         if self.training and n_values == 1:
             raise ValueError(
                 f"MSVMUNet does not train on a single image of {tuple(images.shape[2:])}: its "

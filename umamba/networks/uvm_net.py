@@ -289,7 +289,7 @@ class UVMBlock(RecomputableLayer):
         """The mixers on the tokens, outside autocast, in at least float32."""
         assert self.norm is not None and self.mixer_along is not None
         assert self.mixer_across is not None
-        tokens = self.norm(features.reshape(len(features), -1, features.shape[1]))  # (B, L, C)
+        tokens = self.norm(features.reshape(features.shape[0], -1, features.shape[1]))  # (B, L, C)
         across = self.mixer_along(tokens).transpose(1, 2)  # (B, C, L)
         mixed = self.mixer_across(across).transpose(1, 2)  # (B, L, C)
         if self.mixer_attention is not None:

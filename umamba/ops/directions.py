@@ -133,7 +133,7 @@ def _project(
 
     aligned: every row of B and C begins on a multiple of 16 bytes.
     """
-    p, batch, length = parameters[0], len(x), x.shape[-1]
+    p, batch, length = parameters[0], x.shape[0], x.shape[-1]
     rank, n_states = p.dt_proj_weight.shape[1], p.A_log.shape[1]
     weights = [q.x_proj_weight for q in parameters]
     sizes = [rank, n_states, n_states]
@@ -196,11 +196,17 @@ def _merge(results: list[Tensor], merge: str | None) -> Tensor | list[Tensor]:
 
 def _launches(directions: Sequence[_Direction], spatial: tuple[int, ...]) -> list[list[int]]:
     """Return the directions that one call can take together."""
-    groups: dict[object, list[int]] = {}
+    groups: list[tuple[object, list[int]]] = []
     for k, (order, p) in enumerate(directions):
         shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in p)
-        groups.setdefault((order.n_tokens(spatial), shapes), []).append(k)
-    return list(groups.values())
+        kind = (order.n_tokens(spatial), shapes)
+        # No dict: a compiled graph would serve the lengths it has hashed, and no others.
+        fitting = [members for other, members in groups if other == kind]
+        if fitting:
+            fitting[0].append(k)
+        else:
+            groups.append((kind, [k]))
+    return [members for _, members in groups]
 
 
 def _stack(tensors: list[Tensor | None]) -> Tensor | None:

@@ -131,7 +131,9 @@ def _choose(
         raise ValueError(
             f"the scan backend {wanted} was asked for and cannot be used: {reasons[wanted]}"
         )
-    chosen = wanted or next(name for name, reason in reasons.items() if reason is None)
+    can_serve = [name for name, reason in reasons.items() if reason is None]
+    # Triton's interpreter, which takes tensors on a CPU, is there for checks only.
+    chosen = wanted or next(name for name in can_serve if (name, kind) != ("triton", "cpu"))
     why = "as asked for" if wanted else None
     if fastest is not None:
         refusal = reasons.get(fastest, "there is no such backend")

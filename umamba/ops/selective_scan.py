@@ -241,7 +241,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         *(empty_matrix(B), empty_matrix(C), plain(D)),
         nothing.clone() if z is None else empty_walked(z, z.shape[1]),
         plain(delta_bias),
-        nothing if initial_state is None else empty_state(A, len(u)),
+        nothing if initial_state is None else empty_state(A, u.shape[0]),
     )
 
 

@@ -59,7 +59,7 @@ class TokenOrder(NamedTuple):
         permuted = last.permute(0, *(axis + 1 for axis in inverse), last.ndim - 1)
         if self.n_slices:
             permuted = permuted.flatten(1, 2)[:, : math.prod(spatial)]
-        return permuted.reshape(len(last), *spatial, tokens.shape[1]).movedim(-1, 1)
+        return permuted.reshape(last.shape[0], *spatial, tokens.shape[1]).movedim(-1, 1)
 
     def strides(self, spatial: tuple[int, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
         """Return (start, levels): where in the raster sequence the tokens of this order lie.

@@ -4,6 +4,9 @@ B batch, K directions, E channels of a direction, L tokens, N states, G groups o
 share B and C. Every kernel runs on one warp. The symbols are those of `reference.backward`.
 """
 
+# mypy: ignore-errors
+# (Triton's functions carry no types of Python's)
+
 import triton
 import triton.language as tl
 
@@ -11,17 +14,15 @@ from umamba.ops.triton_walk import LOG2_E, begin_walk, previous_token, sigmoid, 
 
 
 @triton.jit
-def _place(pid, K, B, G, n_tiles, E, BLOCK_E: tl.constexpr):
-    """Return (segment, k, b, group, tile, places in the group, its width) of a program."""
-    group_tile = pid % (G * n_tiles)
-    rest = pid // (G * n_tiles)
-    group, tile = group_tile // n_tiles, group_tile % n_tiles
+def _place(pid, B, G, n_tiles, n_segments, E, BLOCK_E: tl.constexpr):
+    """Return (k, segment, b, group, tile, places in the group, its width) of a program."""
+    tile = pid % n_tiles
+    group = pid // n_tiles % G
+    rest = pid // n_tiles // G
     b = rest % B
-    k = rest // B % K
-    segment = rest // B // K
-    inside = tile * BLOCK_E + tl.arange(0, BLOCK_E)
-    width = E // G
-    return segment, k, b, group, tile, inside, width
+    segment = rest // B % n_segments
+    k = rest // B // n_segments
+    return k, segment, b, group, tile, tile * BLOCK_E + tl.arange(0, BLOCK_E), E // G
 
 
 @triton.jit
@@ -34,7 +35,11 @@ def _load(pointers, mask):
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+# Sizes that change no address: one kernel serves them all.
+_SIZES = ("n_batch", "n_directions", "L", "G", "n_tiles", "n_segments", "segment_chunks", "first")
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def sweep(
     table, u, delta, z, dout, A, B, C, D, bias, states, carries,
     du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch, places,
@@ -47,13 +52,11 @@ def sweep(
     SCRATCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a tile of channels over a segment of the steps."""
-    pid = tl.program_id(0).to(tl.int64)
-    launched = 1 if SHARED_U or SHARED_Z else n_directions
-    segment, k, b, group, tile, inside, width = _place(
-        pid, launched, n_batch, G, n_tiles, E, BLOCK_E
+    slot = tl.program_id(0).to(tl.int64)
+    k, segment, b, group, tile, inside, width = _place(
+        slot + first, n_batch, G, n_tiles, n_segments, E, BLOCK_E
     )
     e = group * width + inside
-    k += first
     # States are [BLOCK_N // QUAD, QUAD]: so each lane holds neighbours.
     QUAD: tl.constexpr = min(BLOCK_N, 4)
     n_flat = tl.arange(0, BLOCK_N)
@@ -80,8 +83,8 @@ def sweep(
     ROWS: tl.constexpr = CHUNK * BLOCK_E
     COLS: tl.constexpr = CHUNK * BLOCK_N
     TILE: tl.constexpr = BLOCK_E * BLOCK_N
-    scratch += pid * SCRATCH
-    places += pid * CHUNK
+    scratch += slot * SCRATCH
+    places += slot * CHUNK
     cols = scratch + 4 * ROWS
     kept = cols + 2 * COLS + local_e * BLOCK_N + n[None, :, :]
     kept_p = kept + CHUNK // GROUP * TILE
@@ -268,19 +271,19 @@ def _columns(pointers):
     return d[:, :, None], du[:, :, None], q[:, :, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES[:-1])
 def segment_carries(
     table, delta, z, dout, A, C, bias, carries, totals,
     delta_b, delta_k, delta_e, delta_l, z_b, z_k, z_e, z_l,
     dout_b, dout_k, dout_e, dout_l, C_b, C_k, C_g, C_n, C_l,
-    n_batch, n_directions, E, L, G, n_tiles, segment_chunks,
+    n_batch, n_directions, E, L, G, n_tiles, n_segments, segment_chunks,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SOFTPLUS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """What every segment but the first passes back from its own tokens, and its sum of steps."""
     pid = tl.program_id(0).to(tl.int64)
-    segment, k, b, group, _, inside, width = _place(
-        pid, n_directions, n_batch, G, n_tiles, E, BLOCK_E
+    k, segment, b, group, _, inside, width = _place(
+        pid, n_batch, G, n_tiles, n_segments - 1, E, BLOCK_E
     )
     e, mask_e = group * width + inside, inside < width
     segment += 1
@@ -324,7 +327,7 @@ def segment_carries(
     tl.store(totals + part * E + e, total, mask=mask_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_segments", "n_carries", "n_batch"))
 def carry_over(
     A, dlast, carries, totals, n_segments, n_carries, n_batch, E,
     N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,

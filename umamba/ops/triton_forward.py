@@ -137,9 +137,9 @@ def scan_kernel(
     e = tl.minimum(lane, E - 1)  # lanes past E repeat the last channel and store nothing
     u_lane, delta_lane, z_lane, out_lane = cast(e * u_e, e * delta_e, e * z_e, e, INDEX)
     g = (e.to(tl.int32) // per_group).to(tl.int64)
-    B_lane, C_lane, _, _ = cast(g * B_g, g * C_g, g, g, INDEX)
     start = s * segment
     end = tl.minimum(start + segment, L)
+    B_lane, C_lane, first, final = cast(g * B_g, g * C_g, start, end, INDEX)
     n_chunks = tl.cdiv(L, CHUNK_TOKENS)
     TOKENS: tl.constexpr = WINDOW if WINDOW > 1 else 4
 
@@ -169,14 +169,13 @@ def scan_kernel(
 
         token, i1, i2, n1, n2, s0, s1, s2 = begin_walk(table, k, start)
         # In int32, where offsets fit, a token's address takes 2 instructions instead of 6.
-        token, i1, i2, final = cast(token, i1, i2, end, INDEX)
-        n1, n2, s0, s1 = cast(n1, n2, s0, s1, INDEX)
-        s2 = s2.to(INDEX)
-        for chunk in range(start // CHUNK_TOKENS, tl.cdiv(end, CHUNK_TOKENS)):
+        token, i1, i2, s0 = cast(token, i1, i2, s0, INDEX)
+        n1, n2, s1, s2 = cast(n1, n2, s1, s2, INDEX)
+        for begin in range(first, final, CHUNK_TOKENS):
             if states is not None:
-                kept = states + ((k * batch + b) * n_chunks + chunk) * E * N + e * N
+                chunk = (k * batch + b) * n_chunks + begin // CHUNK_TOKENS
+                kept = states + (chunk * E + e) * N
                 store_row(kept, h, real, N)
-            begin = (chunk * CHUNK_TOKENS).to(INDEX)
             for p in range(begin, tl.minimum(begin + CHUNK_TOKENS, final), TOKENS):
                 # Steps past the end repeat the last token with a step size of 0: a = 1, b = 0.
                 tokens, steps, values, gates, before = (), (), (), (), ()
@@ -188,7 +187,7 @@ def scan_kernel(
                         gates += (tl.load(z_k_b + (token * z_l + z_lane)).to(tl.float32),)
                     if SUM:
                         at = out_k_b + (token * E + out_lane)
-                        before += (tl.load(at, mask=real & (k > 0), other=0.0),)
+                        before += (tl.load(at, mask=where_also(real, k > 0), other=0.0),)
                     after, i1, i2 = next_token(token, i1, i2, n1, n2, s0, s1, s2)
                     token = tl.where(p + j + 1 < final, after, token)
                 sizes, inputs, ys = (), (), ()
@@ -213,7 +212,8 @@ def scan_kernel(
                 if WINDOW > 1:
                     ys = add_backward_walk(
                         ys, tokens, sizes, inputs, rates,
-                        B_k_b, B_lane, B_l, B_n, C_k_b, C_lane, C_l, C_n, N, TOKENS, WIDE_B, WIDE_C, LANES,
+                        B_k_b, B_lane, B_l, B_n, C_k_b, C_lane, C_l, C_n,
+                        N, TOKENS, WIDE_B, WIDE_C, LANES,
                     )  # fmt: skip
                 if out is not None:
                     for j in tl.static_range(TOKENS):
@@ -223,13 +223,13 @@ def scan_kernel(
                         if SUM:
                             y += before[j]
                         at = out_k_b + (tokens[j] * E + out_lane)
-                        tl.store(at, y, mask=real & (p + j < final))
+                        tl.store(at, y, mask=where_also(real, p + j < final))
         if ends is not None:
             of_segment = ((k * batch + b) * n_segments + s) * E + e
             tl.store(sums + of_segment, total, mask=real)
-            store_row(ends + (of_segment + E) * N, h, real & (s + 1 < n_segments), N)
+            store_row(ends + (of_segment + E) * N, h, where_also(real, s + 1 < n_segments), N)
         if last is not None:
-            store_row(last + ((k * batch + b) * E + e) * N, h, real & (end == L), N)
+            store_row(last + ((k * batch + b) * E + e) * N, h, where_also(real, end == L), N)
 
 
 @triton.jit(
@@ -244,8 +244,8 @@ def carry_kernel(
     ends (K, B, n_segments, E, N) holds the end of segment j, from a zero state, at j + 1.
     """
     blocks = tl.cdiv(E * N, BLOCK)
-    index = tl.program_id(0).to(tl.int64)
-    block, kb = index % blocks, index // blocks
+    index = tl.program_id(0)
+    block, kb = (index % blocks).to(tl.int64), (index // blocks).to(tl.int64)
     k, b = kb // batch, kb % batch
     i = block * BLOCK + tl.arange(0, BLOCK)
     real = i < E * N
@@ -253,23 +253,26 @@ def carry_kernel(
     rate = tl.load(A + k * E * N + i, mask=real, other=0.0) * LOG2_E
     state = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
-        row = initial + k * k_stride + b * b_stride + e * e_stride + n * n_stride
-        state = tl.load(row, mask=real, other=0.0)
+        at = initial + k * k_stride + b * b_stride + e * e_stride + n * n_stride
+        state = tl.load(at, mask=real, other=0.0)
     ends += kb * n_segments * E * N + i
     sums += kb * n_segments * E + e
     AHEAD: tl.constexpr = 16  # segments whose loads are under way at once
+    channels = E.to(tl.int64)
+    row = channels * N
     tl.store(ends, state, mask=real)
     for first in range(0, n_segments - 1, AHEAD):
         end, decay = (), ()
         for j in tl.static_range(AHEAD):
-            inside = real & (first + j + 1 < n_segments)
-            s = (first + j).to(tl.int64)
-            end += (tl.load(ends + (s + 1) * E * N, mask=inside, other=0.0),)
-            decay += (tl.exp2(tl.load(sums + s * E, mask=inside, other=0.0) * rate),)
+            inside = where_also(real, first + j + 1 < n_segments)
+            end += (tl.load(ends + (first + j + 1) * row, mask=inside, other=0.0),)
+            decay += (
+                tl.exp2(tl.load(sums + (first + j) * channels, mask=inside, other=0.0) * rate),
+            )
         for j in tl.static_range(AHEAD):
             state = decay[j] * state + end[j]
-            inside = real & (first + j + 1 < n_segments)
-            tl.store(ends + ((first + j).to(tl.int64) + 1) * E * N, state, mask=inside)
+            inside = where_also(real, first + j + 1 < n_segments)
+            tl.store(ends + (first + j + 1) * row, state, mask=inside)
 
 
 @triton.jit
@@ -303,7 +306,7 @@ def add_backward_walk(
             y += c_row[n] * carried  # the token's own input is in the forward state
             states += (carried + inputs[j] * b_row[n],)
         h = states
-        sums = (y,) + sums  # noqa: RUF005: Triton knows no unpacking
+        sums = (y,) + sums  # noqa: RUF005 (no unpacking in kernels)
     return sums
 
 
@@ -343,6 +346,12 @@ def store_row(row, values, mask, N: tl.constexpr):
     else:
         for n in tl.static_range(N):
             tl.store(row + n, values[n], mask=mask)
+
+
+@triton.jit
+def where_also(mask, condition):
+    """Return the mask where the scalar condition holds too."""
+    return tl.where(condition, mask, False)  # `&` with a scalar is no mask to the interpreter
 
 
 @triton.jit

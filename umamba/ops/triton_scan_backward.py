@@ -21,6 +21,8 @@ from umamba.ops.triton_walk import walk_table
 
 # Tokens whose states are in registers at once, without and with windows; whose rows are.
 GROUP, WINDOW_GROUP, PART = 4, 2, 16
+# Programs of a launch, of which each has scratch memory.
+MOST_PROGRAMS = 4096
 
 
 def backward(
@@ -40,10 +42,10 @@ def backward(
     block_N = triton.next_power_of_2(n_states)
     block_E = min(max(512 // block_N, 4), 64, max(triton.next_power_of_2(channels // n_groups), 4))
     n_tiles = triton.cdiv(channels // n_groups, block_E)
+    shared = 1 in (u.shape[1], u.shape[1] if z is None else z.shape[1])
+    n_launches = n_directions if shared else 1
     per_segment = n_groups * n_tiles * batch * n_directions
-    shared = n_directions > 1 and (u.shape[1] == 1 or (z is not None and z.shape[1] == 1))
-    n_chunks = triton.cdiv(length, CHUNK)
-    n_segments, segment_chunks = segments(per_segment // (n_directions if shared else 1), n_chunks)
+    n_segments, segment_chunks = segments(per_segment // n_launches, triton.cdiv(length, CHUNK))
 
     def parts(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=u.device)
@@ -60,64 +62,62 @@ def backward(
     dinitial = None
     if initial_state is not None:
         dinitial = parts(n_directions, batch, channels, n_states)
-    A, D, delta_bias, states = (
-        None if x is None else x.to(torch.float32).contiguous() for x in (A, D, delta_bias, states)
-    )
-    carries = None
-    if dlast_state is not None:
-        carries = dlast_state.to(torch.float32).transpose(0, 1).contiguous()
+    weights = [_dense(x) for x in (A, D, delta_bias, states)]
+    rate, bias = weights[0], weights[2]
+    carries = None if dlast_state is None else _dense(dlast_state.transpose(0, 1))
 
     table = walk_table(tuple(walks), u.device)
-    u, z, dout = (None if x is None else x.expand(-1, n_directions, -1, -1) for x in (u, z, dout))
-    z_strides = (0, 0, 0, 0) if z is None else z.stride()
-    sizes = (batch, n_directions, channels, length, n_groups, n_tiles)
+    u_k, dout_k = (x.expand(-1, n_directions, -1, -1) for x in (u, dout))
+    z_k = None if z is None else z.expand(-1, n_directions, -1, -1)
+    z_strides = (0, 0, 0, 0) if z_k is None else z_k.stride()
+    sizes = (batch, n_directions, channels, length, n_groups, n_tiles, n_segments, segment_chunks)
     blocks = {"N": n_states, "BLOCK_N": block_N, "BLOCK_E": block_E, "SOFTPLUS": delta_softplus}
     options = {"num_warps": 1, "enable_fp_fusion": True}
-    if n_segments > 1:
+    if per_segment and n_segments > 1:
         dlast = carries
         carries = parts(n_segments, n_directions, batch, channels, n_states)
         totals = parts(n_segments, n_directions, batch, channels)
         segment_carries[(per_segment * (n_segments - 1),)](
-            table, delta, z, dout, A, C, delta_bias, carries, totals,
-            *delta.stride(), *z_strides, *dout.stride(), *C.stride(),
-            *sizes, segment_chunks, **blocks, CHUNK=CHUNK, **options,
+            table, delta, z_k, dout_k, rate, C, bias, carries, totals,
+            *delta.stride(), *z_strides, *dout_k.stride(), *C.stride(),
+            *sizes, **blocks, CHUNK=CHUNK, **options,
         )  # fmt: skip
         n_carries = n_directions * batch * channels * n_states
         carry_over[(triton.cdiv(n_carries, 128),)](
-            A, dlast, carries, totals, n_segments, n_carries, batch, channels, N=n_states,
+            rate, dlast, carries, totals, n_segments, n_carries, batch, channels, N=n_states,
             BLOCK=128, UNROLL=8, **options,
         )  # fmt: skip
-    n_launches = n_directions if shared else 1
-    n_programs = per_segment * n_segments // n_launches
+    n_programs = per_segment * n_segments
+    per_launch = n_programs // n_launches
     group, n_kept = (WINDOW_GROUP, 2) if window > 1 else (GROUP, 1)
     size = CHUNK * (4 * block_E + 2 * block_N + n_kept * block_E * block_N // group)
-    scratch = parts(n_programs, size)
-    places = torch.empty(n_programs, CHUNK, dtype=torch.int32, device=delta.device)
-    for first in range(n_launches):
-        sweep[(n_programs,)](
-            table, u, delta, z, dout, A, B, C, D, delta_bias, states, carries,
-            du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch, places,
-            *u.stride(), *delta.stride(), *z_strides, *dout.stride(), *B.stride(), *C.stride(),
-            *sizes, n_segments, segment_chunks, first, **blocks,
-            ADD_U=first > 0 and du.shape[0] == 1,
-            ADD_Z=first > 0 and dz is not None and dz.shape[0] == 1,
-            SHARED_U=du.shape[0] == 1, SHARED_Z=dz is not None and dz.shape[0] == 1,
-            CHUNK=CHUNK, GROUP=group, PART=PART, WINDOW=window, SCRATCH=size, **options,
-        )  # fmt: skip
+    scratch = parts(min(per_launch, MOST_PROGRAMS), size)
+    places = torch.empty(len(scratch), CHUNK, dtype=torch.int32, device=u.device)
+    sums_u, sums_z = du.shape[0] == 1, dz is not None and dz.shape[0] == 1
+    for k in range(n_launches):
+        for first in range(k * per_launch, (k + 1) * per_launch, MOST_PROGRAMS):
+            sweep[(min((k + 1) * per_launch - first, MOST_PROGRAMS),)](
+                table, u_k, delta, z_k, dout_k, rate, B, C, *weights[1:], carries,
+                du, ddelta, dz, dB, dC, dA, dD, dbias, dinitial, scratch, places,
+                *u_k.stride(), *delta.stride(), *z_strides, *dout_k.stride(), *B.stride(),
+                *C.stride(), *sizes, first, **blocks, SHARED_U=sums_u, SHARED_Z=sums_z,
+                ADD_U=sums_u and k > 0, ADD_Z=sums_z and k > 0, CHUNK=CHUNK, GROUP=group,
+                PART=PART, WINDOW=window, SCRATCH=size, **options,
+            )  # fmt: skip
 
-    def by_tokens(x: Tensor, like: Tensor) -> Tensor:
-        return x.to(like.dtype).permute(1, 0, 3, 2)
+    def by_tokens(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if x is None else x.to(dtype).permute(1, 0, 3, 2)
 
     return (
-        by_tokens(du, u),
-        by_tokens(ddelta, delta),
+        by_tokens(du, u.dtype),
+        by_tokens(ddelta, delta.dtype),
         dA.sum((0, 1)),
         *(
             (x[0] if n_tiles == 1 else x.sum(0)).to(like.dtype).permute(1, 0, 2, 4, 3)
             for x, like in ((dB, B), (dC, C))
         ),
         None if dD is None else dD.sum((0, 1)),
-        None if dz is None else by_tokens(dz, z),
+        by_tokens(dz, u.dtype),
         None if dbias is None else dbias.sum((0, 1)),
         None if dinitial is None else dinitial.transpose(0, 1),
     )
@@ -129,6 +129,10 @@ def segments(n_programs: int, n_chunks: int) -> tuple[int, int]:
     One segment where the programs fill a large device; else as many as fill it, of at least 8
     chunks each. The shapes alone decide, not the device: results are the same bits on any.
     """
-    wanted = 1 if n_programs >= 1024 else triton.cdiv(2048, n_programs)
+    wanted = 1 if n_programs >= 1024 else triton.cdiv(2048, max(n_programs, 1))
     segment_chunks = max(triton.cdiv(n_chunks, wanted), min(8, n_chunks), 1)
     return max(triton.cdiv(n_chunks, segment_chunks), 1), segment_chunks
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()

@@ -4,6 +4,8 @@ A walk is 7 integers (start, n0, s0, n1, s1, n2, s2), in tokens: step p visits t
 start + i0 * s0 + i1 * s1 + i2 * s2 with i2 = p % n2, i1 = (p // n2) % n1, i0 = p // (n1 * n2).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import functools
 
 import torch

@@ -52,6 +52,7 @@ class NanGuard:
         self.network.load_state_dict(self._weights)
         self.optimizer.load_state_dict(copy.deepcopy(self._moments))
         culprit = first_non_finite(self.network, batch["data"])
+        self.network.load_state_dict(self._weights)  # the search may have moved running statistics
         message = (
             f"the loss became {float(loss)}: {culprit}. The weights went back to the last finite "
             f"state; the batch is in {self._save(batch, culprit)}."

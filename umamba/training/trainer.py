@@ -27,6 +27,11 @@ from tqdm import tqdm
 
 from umamba.blocks.recompute import recompute_mixers
 from umamba.networks.checkpoint import read_checkpoint
+from umamba.networks.precision import (
+    autocast,
+    autocast_type,
+    compile_backward_without_autocast,
+)
 from umamba.networks.pretrained import find_file, initialize_encoder
 from umamba.training.losses import build_loss
 from umamba.training.nan_guard import NanGuard
@@ -112,18 +117,19 @@ class UMambaTrainer(nnUNetTrainer):
             super().initialize()
         if self.recipe.recompute == "mixer":
             recompute_mixers(self._bare_network)
-        if self.device.type != "cuda":
-            return
-        precision = self.recipe.precision
-        if precision == "auto":
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        if precision != "fp16":
+        if self.device.type == "cuda":
+            self._settle_precision()
+
+    def _settle_precision(self) -> None:
+        dtype = autocast_type(self.recipe.precision)
+        if dtype != torch.float16:
             self.grad_scaler = None
-        if precision == "bf16":
-            torch.set_autocast_dtype("cuda", torch.bfloat16)
-        elif precision == "fp32":
+        if dtype is None:
             self.network.forward = without_autocast(self.network.forward)
-        self.print_to_log_file(f"precision: {precision}")
+        else:
+            torch.set_autocast_dtype("cuda", dtype)
+            compile_backward_without_autocast()
+        self.print_to_log_file(f"precision: {dtype or torch.float32}")
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """The scales that the network declares, else those of the strides in the plans."""
@@ -164,7 +170,8 @@ class UMambaTrainer(nnUNetTrainer):
         if pretrained is not None:
             self._take_pretrained(pretrained)
         super().on_train_start()
-        self._guard = NanGuard(self.network, self.optimizer, Path(self.output_folder))
+        # Hooks of the guard are not seen within a compiled network.
+        self._guard = NanGuard(self._bare_network, self.optimizer, Path(self.output_folder))
         self._keep_progress_before(self.current_epoch)
         self._started = self._saved_at = self.clock()
 
@@ -216,8 +223,10 @@ class UMambaTrainer(nnUNetTrainer):
             return {"loss": self._last_loss}
         output = super().train_step(batch)
         self.iteration += 1
-        if self._guard is not None and self._guard.check(batch, output["loss"]):
-            output = {"loss": self._last_loss}
+        if self._guard is not None:
+            with autocast(self.device, self.recipe.precision):
+                if self._guard.check(batch, output["loss"]):
+                    output = {"loss": self._last_loss}
         self._last_loss = output["loss"]
         self._bar.update()
         return output

@@ -1,0 +1,198 @@
+"""The scan's backward in Triton against the definition in float64, and what it compiles to.
+
+Without a CUDA device the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+pytest.importorskip("triton")
+
+from umamba.ops import reference, triton_scan_backward
+
+pytestmark = pytest.mark.triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial_state")
+BY_TOKEN, PER_DIRECTION = ("du", "ddelta", "dB", "dC", "dz"), ("dA", "dD", "ddelta_bias")
+OPTIONS = {
+    "bare": (),
+    "gate": ("z", "softplus"),
+    "skip": ("D", "delta_bias", "dlast_state"),
+    "all": ("D", "z", "delta_bias", "softplus", "initial_state", "dlast_state"),
+}
+
+
+def raster(length: int) -> tuple[int, ...]:
+    return (0, 1, 0, 1, 0, length, 1)
+
+
+def back(length: int) -> tuple[int, ...]:
+    return (length - 1, 1, 0, 1, 0, length, -1)
+
+
+# (B, E, L, N, G), the walks
+CASES = {
+    "one token": ((2, 3, 1, 4, 1), [raster(1)]),
+    "both ways over a chunk": ((1, 5, 35, 3, 1), [raster(35), back(35)]),
+    "groups": ((2, 6, 21, 16, 3), [raster(21)]),
+    "several tiles": ((1, 40, 5, 16, 1), [raster(5)]),
+    "columns and slices": (
+        (1, 4, 30, 2, 2),
+        [raster(30), (0, 1, 0, 5, 1, 6, 5), (0, 1, 0, 10, 1, 3, 10)],
+    ),
+    "three levels": (
+        (1, 4, 24, 1, 1),  # of a map of 2 x 3 x 4
+        [raster(24), (0, 4, 1, 3, 4, 2, 12), (23, 3, -4, 4, -1, 2, -12), back(24)],
+    ),
+}
+
+
+def positions(walk: tuple[int, ...]) -> Tensor:
+    start, n0, s0, n1, s1, n2, s2 = walk
+    i0, i1, i2 = torch.meshgrid(*(torch.arange(n) for n in (n0, n1, n2)), indexing="ij")
+    return (start + i0 * s0 + i1 * s1 + i2 * s2).flatten()
+
+
+def make(
+    sizes: tuple[int, ...],
+    n_directions: int,
+    options: tuple[str, ...],
+    shared: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Random arguments; those named in `shared` (u, z, dout) have one direction."""
+    B, E, L, N, G = sizes
+    K = n_directions
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    def tokens(name: str) -> Tensor:
+        return normal(B, L, 1 if name in shared else K, E, dtype=dtype).permute(0, 2, 3, 1)
+
+    delta = tokens("delta") if "softplus" in options else tokens("delta").abs() * 0.3
+    arguments = {
+        "dout": tokens("dout"),
+        "dlast_state": normal(B, K, E, N),
+        "u": tokens("u"),
+        "delta": delta,
+        "A": -torch.exp(0.5 * normal(K, E, N)),
+        "B": normal(B, K, G, N, L, dtype=dtype),
+        "C": normal(B, K, L, G, N, dtype=dtype).permute(0, 1, 3, 4, 2),
+        "D": normal(K, E),
+        "z": tokens("z"),
+        "delta_bias": normal(K, E) - 1 if "softplus" in options else 0.1 * normal(K, E).abs(),
+        "initial_state": normal(B, K, E, N),
+    }
+    optional = ("D", "z", "delta_bias", "initial_state", "dlast_state")
+    return {name: x for name, x in arguments.items() if name in options or name not in optional}
+
+
+def defined(
+    arguments: dict[str, Tensor], walks: list[tuple[int, ...]], softplus: bool, window: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients in float64, and the states that the forward saves."""
+    wide = {name: x.double() for name, x in arguments.items()}
+    gradients: dict[str, list[Tensor]] = {}
+    states = []
+    for k, walk in enumerate(walks):
+        tokens = positions(walk)
+
+        def taken(name: str, k: int = k, tokens: Tensor = tokens) -> Tensor | None:
+            if name not in wide:
+                return None
+            x = wide[name]
+            x = x[k] if name in ("A", "D", "delta_bias") else x[:, min(k, x.shape[1] - 1)]
+            return x[..., tokens] if name in ("dout", "u", "delta", "B", "C", "z") else x
+
+        inputs = [taken(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+        initial = taken("initial_state")
+        saved = reference.forward(*inputs, softplus, initial, False, True)[2]
+        states.append(saved.transpose(2, 3).flatten(2))
+        if window:
+            found = of_windows(taken("dout"), inputs, softplus, window)
+        else:
+            upstream = (taken("dout"), taken("dlast_state"))
+            found = reference.backward(*upstream, *inputs, softplus, initial, saved, False)
+        for name, gradient in zip(NAMES, found, strict=False):
+            if gradient is None:
+                continue
+            whole = gradient
+            if name in BY_TOKEN:
+                whole = torch.empty_like(gradient)
+                whole[..., tokens] = gradient
+            gradients.setdefault(name, []).append(whole)
+    stacked = {
+        name: torch.stack(parts, 0 if name in PER_DIRECTION else 1)
+        for name, parts in gradients.items()
+    }
+    for name in ("du", "dz"):
+        if name in stacked and arguments[name[1:]].shape[1] == 1:
+            stacked[name] = stacked[name].sum(1, keepdim=True)
+    return stacked, torch.stack(states).float()
+
+
+def of_windows(
+    dout: Tensor, inputs: list[Tensor | None], softplus: bool, window: int
+) -> list[Tensor | None]:
+    """The gradients of `reference.local_scan`."""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
+    out = reference.local_scan(*leaves, softplus, False, window)
+    given = [x for x in leaves if x is not None]
+    found = iter(torch.autograd.grad(out, given, dout))
+    return [None if x is None else next(found) for x in leaves]
+
+
+def run(
+    arguments: dict[str, Tensor],
+    states: Tensor,
+    walks: list[tuple[int, ...]],
+    softplus: bool,
+    window: int = 0,
+) -> dict[str, Tensor]:
+    on = {name: x.to(DEVICE) for name, x in arguments.items()}
+    inputs = [on.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    numbers = tuple(number for walk in walks for number in walk)
+    upstream = (on["dout"], on.get("dlast_state"))
+    states = states.to(DEVICE)
+    found = triton_scan_backward.backward(
+        *upstream, *inputs, softplus, on.get("initial_state"), states, numbers, window
+    )
+    return {name: x.cpu() for name, x in zip(NAMES, found, strict=True) if x is not None}
+
+
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert actual[name].shape == x.shape, name
+        difference = (actual[name].double() - x).abs().max()
+        assert difference <= tolerance * x.abs().max(), name
+
+
+@pytest.fixture(autouse=True)
+def _nan(nan_empty: None) -> None:
+    """Memory that no kernel writes shows."""
+
+
+class TestGradients:
+    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize("case", CASES)
+    def test_gradients_equal_the_definition(self, case: str, options: str) -> None:
+        sizes, walks = CASES[case]
+        softplus = "softplus" in OPTIONS[options]
+        arguments = make(sizes, len(walks), OPTIONS[options])
+        expected, states = defined(arguments, walks, softplus)
+        check(run(arguments, states, walks, softplus), expected, 5e-6)
