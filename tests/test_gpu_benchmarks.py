@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -233,19 +232,19 @@ def test_a_failed_build_leaves_its_reason(tmp_path: Path):
 def test_steps_go_first_while_mamba_ssm_is_being_built(monkeypatch: pytest.MonkeyPatch):
     states = itertools.chain([None, None], itertools.repeat(0))
     build: Any = SimpleNamespace(poll=lambda: next(states))
-    args = argparse.Namespace(parts=list(run.SHARES))
     waited: list[float] = []
     monkeypatch.setattr(official, "wait", lambda builds, seconds: waited.append(seconds))
-    order = list(run.in_order(args, [build], {}))
+    order = [part for part, _ in run.in_order(list(run.SHARES), [build])]
     assert order == ["checks", "steps", "scan", "layers", "train"]
     assert not waited
 
 
 def test_time_that_a_part_leaves_goes_to_the_others():
-    first = run.share("checks", {"checks": "running"}, 538)
-    assert sum(run.SHARES.values()) == 128 and first == pytest.approx(518 * 34 / 128)
-    later = run.share("scan", {"checks": 0, "scan": "running"}, 528)
-    assert later == pytest.approx(508 * 26 / 94)
+    first, *later = run.SHARES
+    seconds = run.share(first, later, 500)
+    assert seconds < 250
+    assert run.share(later[0], later[1:], 500) > run.share(later[0], later[1:], 500 - seconds)
+    assert run.share(first, [], 500) == 500 - run.GRACE
 
 
 def test_without_a_gpu_the_command_says_so_and_exits_with_2():

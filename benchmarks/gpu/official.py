@@ -161,7 +161,8 @@ def start_builds(sources: Path | None, folder: Path) -> tuple[list[subprocess.Po
         return [], "mamba-ssm is not built: no folder with its source archives was given"
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return [], "mamba-ssm is not built: there is no CUDA compiler (nvcc) here"
-    command = [sys.executable, "-m", "benchmarks.gpu.official", str(sources), "--into", str(folder)]
+    words = [str(sources.resolve()), "--into", str(folder.resolve())]
+    command = [sys.executable, "-m", "benchmarks.gpu.official", *words]
     folder.mkdir(parents=True, exist_ok=True)
     processes = []
     for name in EXTENSIONS:

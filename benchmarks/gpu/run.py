@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def main() -> int:
     args = parse()
     started = time.monotonic()
     ends = started + args.seconds - LAST
+    args.output = args.output.resolve()  # the parts run elsewhere
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="umamba_gpu_") as folder:
         work = Path(folder)
@@ -53,8 +55,8 @@ def main() -> int:
             print(note, flush=True)
         codes: dict[str, int | str] = {}
         try:
-            for part in in_order(args, builds, codes):
-                seconds = share(part, codes, ends - time.monotonic())
+            for part, later in in_order(args.parts, builds):
+                seconds = share(part, later, ends - time.monotonic())
                 codes[part] = run_part(part, args, work, seconds)
         finally:
             for process in builds:
@@ -88,9 +90,11 @@ def parse() -> Any:
     return args
 
 
-def in_order(args: Any, builds: list[subprocess.Popen[bytes]], codes: dict[str, int | str]) -> Any:
-    """The parts; "steps" before those that need mamba-ssm while that is being built."""
-    waiting = [part for part in SHARES if part in args.parts]
+def in_order(
+    parts: list[str], builds: list[subprocess.Popen[bytes]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Each part and those after it; "steps" goes first while what is compared is being built."""
+    waiting = [part for part in SHARES if part in parts]
     while waiting:
         part = waiting[0]
         building = any(process.poll() is None for process in builds)
@@ -100,13 +104,12 @@ def in_order(args: Any, builds: list[subprocess.Popen[bytes]], codes: dict[str, 
             else:
                 official.wait(builds, WAIT)
         waiting.remove(part)
-        codes[part] = "running"
-        yield part
+        yield part, waiting
 
 
-def share(part: str, codes: dict[str, int | str], left: float) -> float:
-    """Seconds for a part, of those left for all that have not run."""
-    total = sum(n for name, n in SHARES.items() if name == part or name not in codes)
+def share(part: str, later: list[str], left: float) -> float:
+    """Seconds for a part, of those left for it and those after it."""
+    total = SHARES[part] + sum(SHARES[name] for name in later)
     return max(5.0, (left - GRACE) * SHARES[part] / total)
 
 

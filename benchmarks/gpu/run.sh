@@ -1,7 +1,7 @@
 #!/bin/sh
 # The GPU benchmark from a source tree, nothing installed: benchmarks/gpu/README.md.
-cd "$(dirname "$0")/../.." || exit 1
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd) || exit 1
 # Asked for by the environment, these would change what is measured.
 unset TRITON_INTERPRET UMAMBA_SCAN
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 \
-    exec "${PYTHON:-python3}" -m benchmarks.gpu.run "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 \
+    exec "${PYTHON:-python3}" -P -m benchmarks.gpu.run "$@"

@@ -74,7 +74,7 @@ SHAPES = (
     Shape("U-Mamba Enc CT 40x224x192, stage 2", 2, RASTER, 256, (20, 56, 48)),
 )
 TINY_SHAPES = (
-    Shape("one direction", 2, RASTER, 4, (3, 4, 5)),
+    Shape("one direction", 2, RASTER, 4, (2, 3, 6)),
     Shape("tri-orientated", 1, tri_orientated(4), 4, (4, 2, 3)),
     Shape("cross", 2, CROSS, 4, (4, 6), gated=False),
 )
