@@ -295,8 +295,7 @@ def add_backward_walk(
     for _n in tl.static_range(N):
         h += (tl.zeros([LANES], tl.float32),)
     sums = ()
-    for step in tl.static_range(TOKENS):
-        j: tl.constexpr = TOKENS - 1 - step
+    for j in tl.static_range(TOKENS - 1, -1, -1):
         b_row = load_row(B_k_b + (tokens[j] * B_l + B_lane), B_n, N, WIDE_B)
         c_row = load_row(C_k_b + (tokens[j] * C_l + C_lane), C_n, N, WIDE_C)
         y = ys[j]
