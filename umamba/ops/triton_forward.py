@@ -189,7 +189,10 @@ def scan_kernel(
                         at = out_k_b + (token * E + out_lane)
                         before += (tl.load(at, mask=where_also(real, k > 0), other=0.0),)
                     after, i1, i2 = next_token(token, i1, i2, n1, n2, s0, s1, s2)
-                    token = tl.where(p + j + 1 < final, after, token)
+                    # After the group's last step there is a next group or no need of the token.
+                    if j + 1 < TOKENS:
+                        after = tl.where(p + j + 1 < final, after, token)
+                    token = after
                 sizes, inputs, ys = (), (), ()
                 for j in tl.static_range(TOKENS):
                     d = steps[j] + shift
