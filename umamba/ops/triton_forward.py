@@ -189,7 +189,10 @@ def scan_kernel(
                         at = out_k_b + (token * E + out_lane)
                         before += (tl.load(at, mask=where_also(real, k > 0), other=0.0),)
                     after, i1, i2 = next_token(token, i1, i2, n1, n2, s0, s1, s2)
-                    token = tl.where(p + j + 1 < final, after, token)
+                    # After the group's last step there is a next group or no need of the token.
+                    if j + 1 < TOKENS:
+                        after = tl.where(p + j + 1 < final, after, token)
+                    token = after
                 sizes, inputs, ys = (), (), ()
                 for j in tl.static_range(TOKENS):
                     d = steps[j] + shift
@@ -295,8 +298,7 @@ def add_backward_walk(
     for _n in tl.static_range(N):
         h += (tl.zeros([LANES], tl.float32),)
     sums = ()
-    for step in tl.static_range(TOKENS):
-        j: tl.constexpr = TOKENS - 1 - step
+    for j in tl.static_range(TOKENS - 1, -1, -1):
         b_row = load_row(B_k_b + (tokens[j] * B_l + B_lane), B_n, N, WIDE_B)
         c_row = load_row(C_k_b + (tokens[j] * C_l + C_lane), C_n, N, WIDE_C)
         y = ys[j]

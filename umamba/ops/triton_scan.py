@@ -18,7 +18,7 @@ from umamba.ops.layout import CHUNK
 TAKES_WALKS = True
 
 # Programs to a multiprocessor: as many as keep it busy, and as many as it holds at once.
-ENOUGH, FULL = 6, 20
+ENOUGH, FULL = 5, 20
 
 
 def why_unavailable() -> str | None:
@@ -108,8 +108,8 @@ def conv_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 def segments(n_programs: int, length: int, n_multiprocessors: int) -> int:
     """Return into how many segments the walk is cut, given the programs that there are without.
 
-    Segments cost a second pass over the tokens, so they come in only below 6 programs (of one warp
-    each) to a multiprocessor, and then in the number that fills it.
+    Segments cost a second pass over the tokens, so they come in only below ENOUGH programs (of one
+    warp each) to a multiprocessor, and then in the number that fills it.
     """
     n_chunks = math.ceil(length / CHUNK)
     if n_programs >= ENOUGH * n_multiprocessors:
