@@ -346,10 +346,11 @@ def carry_over(
         own, sums = (), ()
         for j in tl.static_range(UNROLL):
             segment = (n_segments - 1 - done - j).to(tl.int64)
-            loaded = mask & (segment > 0)
+            loaded = i < tl.where(segment > 0, n_carries, 0)
             own += (tl.load(carries + segment * n_carries, mask=loaded, other=0.0),)
             sums += (tl.load(totals + segment * (n_carries // N), mask=loaded, other=0.0),)
         for j in tl.static_range(UNROLL):
             segment = (n_segments - 1 - done - j).to(tl.int64)
-            tl.store(carries + segment * n_carries, carry, mask=mask & (segment >= 0))
+            stored = i < tl.where(segment >= 0, n_carries, 0)
+            tl.store(carries + segment * n_carries, carry, mask=stored)
             carry = tl.exp2(rate * sums[j]) * carry + own[j]
