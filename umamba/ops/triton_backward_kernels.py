@@ -35,8 +35,8 @@ def _load(pointers, mask):
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
-# Sizes that change no address: one kernel serves them all.
-_SIZES = ("n_batch", "n_directions", "L", "G", "n_tiles", "n_segments", "segment_chunks", "first")
+# One kernel serves all values of these; E and G tell it how addresses are aligned.
+_SIZES = ("n_batch", "n_directions", "L", "n_tiles", "n_segments", "segment_chunks", "first")
 
 
 @triton.jit(do_not_specialize=_SIZES)
