@@ -205,15 +205,21 @@ def test_what_directions_share_gets_the_sum_of_their_gradients(shared: tuple[str
     check(run(arguments, states, FOUR, True), expected, 5e-6)
 
 
-@pytest.mark.parametrize("n_segments", [2, 3])
+@pytest.mark.parametrize(
+    ("n_segments", "sizes", "window"),
+    [(2, (2, 2, 33, 2, 1), 0), (3, (1, 2, 66, 2, 2), 0), (2, (1, 2, 37, 2, 1), 8)],
+    ids=("two", "three", "windows"),
+)
 def test_segments_give_the_gradients_of_the_whole(
-    n_segments: int, monkeypatch: pytest.MonkeyPatch
+    n_segments: int, sizes: tuple[int, ...], window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = make((1, 2, 66, 2, 2), 1, OPTIONS["all"])
-    expected, states = defined(arguments, [back(66)], True)
-    cut = (n_segments, 2 if n_segments == 2 else 1)
-    monkeypatch.setattr(triton_scan_backward, "segments", lambda *sizes: cut)
-    check(run(arguments, states, [back(66)], True), expected, 5e-6)
+    B, _, L, _, _ = sizes
+    walks = [back(L), raster(L)][:B]
+    options = set(OPTIONS["all"]) - ({"initial_state", "dlast_state"} if window else set())
+    arguments = make(sizes, len(walks), tuple(options), ("u",))
+    expected, states = defined(arguments, walks, True, window)
+    monkeypatch.setattr(triton_scan_backward, "segments", lambda *sizes: (n_segments, 1))
+    check(run(arguments, states, walks, True, window), expected, 5e-6)
 
 
 def test_gradients_of_the_state_go_through_any_number_of_segments() -> None:
