@@ -35,8 +35,8 @@ def _load(pointers, mask):
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
-# Sizes that change no address: one kernel serves them all.
-_SIZES = ("n_batch", "n_directions", "L", "G", "n_tiles", "n_segments", "segment_chunks", "first")
+# One kernel serves all values of these; E and G tell it how addresses are aligned.
+_SIZES = ("n_batch", "n_directions", "L", "n_tiles", "n_segments", "segment_chunks", "first")
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -346,10 +346,11 @@ def carry_over(
         own, sums = (), ()
         for j in tl.static_range(UNROLL):
             segment = (n_segments - 1 - done - j).to(tl.int64)
-            loaded = mask & (segment > 0)
+            loaded = i < tl.where(segment > 0, n_carries, 0)
             own += (tl.load(carries + segment * n_carries, mask=loaded, other=0.0),)
             sums += (tl.load(totals + segment * (n_carries // N), mask=loaded, other=0.0),)
         for j in tl.static_range(UNROLL):
             segment = (n_segments - 1 - done - j).to(tl.int64)
-            tl.store(carries + segment * n_carries, carry, mask=mask & (segment >= 0))
+            stored = i < tl.where(segment >= 0, n_carries, 0)
+            tl.store(carries + segment * n_carries, carry, mask=stored)
             carry = tl.exp2(rate * sums[j]) * carry + own[j]
