@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from umamba.ops.dispatch import find_backend
 from umamba.ops.layout import CHUNK
 from umamba.ops.selective_scan import selective_scan
 
@@ -73,6 +75,19 @@ def run(arguments: dict[str, Tensor | bool], upstream_seed: int = 1) -> dict[str
     gradients = torch.autograd.grad([out, last], list(tensors.values()), upstream)
     named = {f"d{name}": g for name, g in zip(tensors, gradients, strict=True)}
     return {"out": out.detach(), "last_state": last.detach(), **named}
+
+
+def skip_unless_usable(backend: str) -> None:
+    """Skips the test, with the reason, where the backend does not take tensors on a CPU."""
+    found = find_backend(backend)
+    reason = found.why_unavailable() or found.supports(torch.device("cpu"), torch.float32, 16)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def is_interpreted(backend: str) -> bool:
+    """Whether every operation of the backend's kernels is a call of Python."""
+    return backend == "triton" and not torch.cuda.is_available()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

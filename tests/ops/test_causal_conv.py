@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scan_cases import skip_unless_usable
 from torch import Tensor
 from torch.nn import functional
 
 from umamba.ops import causal_conv as conv_file
 from umamba.ops.causal_conv import causal_conv1d_silu
-from umamba.ops.dispatch import BACKENDS, backend_name, find_backend, use_backend
+from umamba.ops.dispatch import BACKENDS, backend_name, use_backend
 
 
 @pytest.fixture(params=[backend_name(backend) for backend in BACKENDS])
 def backend(request: pytest.FixtureRequest):
-    reason = find_backend(request.param).why_unavailable()
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
+    skip_unless_usable(request.param)
     with use_backend(request.param):
         yield request.param
 
