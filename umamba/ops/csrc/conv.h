@@ -1,12 +1,12 @@
-/* Causal depthwise convolution of at most MAX_TAPS taps with SiLU, channel-last, forward and backward.
+/* Causal depthwise convolution of at most MAX_TAPS taps with SiLU along a walk, forward and backward.
  *
  * One work item is a sample, a segment of tokens and a range of channels; nothing is carried between
- * segments: each reads the K-1 tokens before it (the backward also those after it) itself. */
-#include "vec.h"
+ * segments: each reads the K-1 tokens walked before it (the backward also those after it) itself. */
+#include "rows.h"
 
 #define CONV_BLOCKS 16 /* channel blocks of an item */
 #define CONV_CHUNK 64 /* tokens */
-#define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1))
+#define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1)) /* at most MOST_PLACES */
 
 typedef struct {
     const Conv *s;
@@ -14,27 +14,27 @@ typedef struct {
     int64_t scratch_size, n_segments, n_ranges;
 } ConvJob;
 
-/* Tokens [from, from + n) in walk order, zeros outside the sequence, of `lanes` channels. */
-static Rows read_tokens(const Conv *s, const Tensor *x, int64_t b, int64_t channel, int64_t lanes,
-                        int64_t from, int64_t n, float *scratch) {
-    const int64_t step = s->reverse ? -x->token : x->token;
-    const int64_t origin = b * x->batch + channel * x->channel + (s->reverse ? (s->L - 1) * x->token : 0);
-    if (from >= 0 && from + n <= s->L)
-        return read_rows(x, origin + from * step, step, n, lanes, scratch);
+/* n tokens walked one after another; those outside the sequence stand for zeros. */
+typedef struct {
+    int64_t before, inside, n; /* before: of the n, those that come before the sequence */
+    Places places;             /* of those inside */
+} Window;
+
+static void find_window(const Conv *s, int64_t from, int64_t n, Window *w) {
     const int64_t first = larger(from, 0), last = smaller(from + n, s->L);
-    memset(scratch, 0, (size_t)(n * LANES) * sizeof(float));
-    if (last > first)
-        copy_in(element(x, origin + first * step), x->dtype, step, x->channel, last - first, lanes, LANES,
-                scratch + (first - from) * LANES);
-    return (Rows){scratch, LANES};
+    w->n = n;
+    w->before = first - from;
+    w->inside = larger(last - first, 0);
+    if (w->inside) find_places(&s->walk, first, w->inside, &w->places);
 }
 
-static void expect_tokens(const Conv *s, Ahead *ahead, int i, const Tensor *x, int64_t b, int64_t channel,
-                          int64_t from) {
-    const int64_t step = s->reverse ? -x->token : x->token;
-    expect(ahead, i, x,
-           b * x->batch + channel * x->channel + (s->reverse ? (s->L - 1) * x->token : 0) + from * step,
-           step);
+/* Of `lanes` channels; offset is that of token 0. */
+static Rows read_window(const Tensor *x, int64_t offset, const Window *w, int64_t lanes,
+                        float *scratch) {
+    if (w->inside == w->n) return read_rows(x, offset, &w->places, w->n, lanes, scratch);
+    memset(scratch, 0, (size_t)(w->n * LANES) * sizeof(float));
+    copy_in(x, offset, &w->places, w->inside, lanes, LANES, scratch + w->before * LANES);
+    return (Rows){scratch, LANES};
 }
 
 /* weight[k] of tap k and, at [K], the bias */
@@ -87,26 +87,29 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
     const ConvItem m = conv_item(job, item);
     float *staged_x = job->scratch + worker * job->scratch_size;
     float *staged_out = staged_x + CONV_ROWS * LANES, *taps = staged_out + CONV_ROWS * LANES;
-    const int64_t step = s->reverse ? -s->out.token : s->out.token;
+    Window seen = {0}, here = {0}, next = {0};
     for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
         const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
-        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
-        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CONV_CHUNK);
-        expect_tokens(s, &ahead, 1, &s->out, m.b, m.first_channel, t + CONV_CHUNK);
-        for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
+        find_window(s, t - (s->K - 1), T + s->K - 1, &seen);
+        find_window(s, t, T, &here);
+        find_window(s, t + CONV_CHUNK, CONV_CHUNK, &next);
+        Ahead ahead = look_ahead(divide_up(m.last_channel - m.first_channel, LANES), &next.places);
+#define AT(x) (s->x.batch * m.b + s->x.channel * channel)
+        int64_t channel = m.first_channel;
+        expect(&ahead, 0, &s->x, AT(x), &next.places);
+        expect(&ahead, 1, &s->out, AT(out), &next.places);
+        for (; channel < m.last_channel; channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            const int64_t at = m.b * s->out.batch + channel + t * step
-                               + (s->reverse ? (s->L - 1) * s->out.token : 0);
-            const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (s->K - 1), T + s->K - 1,
-                                       staged_x);
-            const Rows out = write_rows(&s->out, at, step, lanes, staged_out);
+            const Rows x = read_window(&s->x, AT(x), &seen, lanes, staged_x);
+            const Rows out = write_rows(&s->out, AT(out), &here.places, lanes, staged_out);
             load_taps(s, channel, lanes, taps);
             if (s->K == 4)
                 conv_forward_block(4, T, x, out, taps, &ahead);
             else
                 conv_forward_block(s->K, T, x, out, taps, &ahead);
-            finish_rows(&s->out, out, at, step, T, lanes, staged_out);
+            finish_rows(&s->out, out, AT(out), &here.places, T, lanes, staged_out);
         }
+#undef AT
     }
 }
 
@@ -145,28 +148,32 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
     float *staged_dout = staged_x + CONV_ROWS * LANES, *pre = staged_dout + CONV_ROWS * LANES;
     float *staged_dx = pre + CONV_ROWS * LANES, *taps = staged_dx + CONV_ROWS * LANES;
     float *sums = taps + (MAX_TAPS + 1) * LANES;
-    const int64_t step = s->reverse ? -s->dx.token : s->dx.token, K = s->K;
+    const int64_t K = s->K;
     float *dweight = s->dweight + m.part * s->D * K, *dbias = s->dbias + m.part * s->D;
+    Window seen = {0}, here = {0}, later = {0}, next = {0};
     for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
         const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
-        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
-        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CONV_CHUNK);
-        expect_tokens(s, &ahead, 1, &s->dout, m.b, m.first_channel, t + CONV_CHUNK);
-        expect_tokens(s, &ahead, 2, &s->dx, m.b, m.first_channel, t + CONV_CHUNK);
-        for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
+        find_window(s, t - (K - 1), T + 2 * (K - 1), &seen);
+        find_window(s, t, T, &here);
+        find_window(s, t, T + K - 1, &later);
+        find_window(s, t + CONV_CHUNK, CONV_CHUNK, &next);
+        Ahead ahead = look_ahead(divide_up(m.last_channel - m.first_channel, LANES), &next.places);
+#define AT(x) (s->x.batch * m.b + s->x.channel * channel)
+        int64_t channel = m.first_channel;
+        expect(&ahead, 0, &s->x, AT(x), &next.places);
+        expect(&ahead, 1, &s->dout, AT(dout), &next.places);
+        expect(&ahead, 2, &s->dx, AT(dx), &next.places);
+        for (; channel < m.last_channel; channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            const int64_t at = m.b * s->dx.batch + channel + t * step
-                               + (s->reverse ? (s->L - 1) * s->dx.token : 0);
-            const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (K - 1), T + 2 * (K - 1),
-                                       staged_x);
-            const Rows dout = read_tokens(s, &s->dout, m.b, channel, lanes, t, T + K - 1, staged_dout);
-            const Rows dx = write_rows(&s->dx, at, step, lanes, staged_dx);
+            const Rows x = read_window(&s->x, AT(x), &seen, lanes, staged_x);
+            const Rows dout = read_window(&s->dout, AT(dout), &later, lanes, staged_dout);
+            const Rows dx = write_rows(&s->dx, AT(dx), &here.places, lanes, staged_dx);
             load_taps(s, channel, lanes, taps);
             if (K == 4)
                 conv_backward_block(4, T, x, dout, dx, taps, pre, sums, &ahead);
             else
                 conv_backward_block(K, T, x, dout, dx, taps, pre, sums, &ahead);
-            finish_rows(&s->dx, dx, at, step, T, lanes, staged_dx);
+            finish_rows(&s->dx, dx, AT(dx), &here.places, T, lanes, staged_dx);
             for (int64_t i = 0; i < lanes; i++) {
                 for (int64_t k = 0; k < K; k++) {
                     float *total = dweight + (channel + i) * K + k;
@@ -176,6 +183,7 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
                 *total = sums[K * LANES + i] + (t > m.first_token ? *total : 0.0f);
             }
         }
+#undef AT
     }
 }
 

@@ -138,15 +138,17 @@ typedef struct {
 
 /* dB or dC of the window: the items' parts in index order. */
 static void sum_parts(const BackwardJob *job, const float *parts, const Tensor *x, int64_t offset,
-                      int64_t step, float *total) {
+                      float *total) {
     const int64_t N = job->s->N, L = job->s->L;
+    Places places;
     for (int64_t c = job->first_chunk; c < job->last_chunk; c++) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK);
         const float *part = parts + (c - job->first_chunk) * CHUNK * N;
         for (int64_t k = 0; k < T * N; k++) total[k] = part[k];
         for (int64_t i = 1; i < job->split.items_per_group; i++)
             for (int64_t k = 0; k < T * N; k++) total[k] += part[i * job->part_size + k];
-        copy_out(element(x, offset + step * c * CHUNK), x->dtype, step, T, N, N, total);
+        find_places(&job->s->walk, c * CHUNK, T, &places);
+        copy_out(x, offset, &places, T, N, N, total);
     }
 }
 
@@ -196,22 +198,22 @@ INLINE void begin_backward(const int with_softplus, const int gate, int64_t T, R
 }
 
 /* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. */
-static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c, int add,
-                           const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
+static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c,
+                           const Places *here, int add, const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
                            float *sums, Ahead *ahead) {
     const ScanBackward *s = job->s;
     float *rows = w->rows;
     const int64_t N = s->N, D = s->D, T = smaller(CHUNK, s->L - c * CHUNK);
-    const int64_t t0 = token_at(c * CHUNK, s->L, s->reverse), sign = s->reverse ? -1 : 1;
     const int gate = s->z.data != NULL;
-    const Tensor states = {(void *)s->states, 0, 0, D, 1, DTYPE_F32};
-    const Rows initial = read_rows(&states, (b * job->split.n_chunks + c) * N * D + k.channel, D, N,
-                                   k.lanes, w->initial);
+    const Tensor states = {.data = (void *)s->states, .token = D, .channel = 1, .dtype = DTYPE_F32};
+    const Places each = {.step = 1};
+    const Rows initial = read_rows(&states, (b * job->split.n_chunks + c) * N * D + k.channel, &each,
+                                   N, k.lanes, w->initial);
 
-#define AT(x) (s->x.batch * b + s->x.channel * k.channel + s->x.token * t0)
-#define READ(x, scratch) read_rows(&s->x, AT(x), sign * s->x.token, T, k.lanes, scratch)
-#define WRITE(x, scratch) write_rows(&s->x, AT(x), sign * s->x.token, k.lanes, scratch)
-#define FINISH(x, r, scratch) finish_rows(&s->x, r, AT(x), sign * s->x.token, T, k.lanes, scratch)
+#define AT(x) (s->x.batch * b + s->x.channel * k.channel)
+#define READ(x, scratch) read_rows(&s->x, AT(x), here, T, k.lanes, scratch)
+#define WRITE(x, scratch) write_rows(&s->x, AT(x), here, k.lanes, scratch)
+#define FINISH(x, r, scratch) finish_rows(&s->x, r, AT(x), here, T, k.lanes, scratch)
     const Rows u = READ(u, w->staged_u), delta = READ(delta, w->staged_delta);
     const Rows dout = READ(dout, w->staged_dout);
     const Rows z = gate ? READ(z, w->staged_z) : dout;
@@ -262,11 +264,11 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
     const int64_t b = place / s->G, group = place % s->G;
     const int64_t first = item % job->split.items_per_group * per_item;
     const int64_t n_blocks = smaller(per_item, job->split.blocks_per_group - first);
-    const int64_t sign = s->reverse ? -1 : 1, start = token_at(0, L, s->reverse);
     const int64_t width = (N + 2) * LANES; /* of a block's constants, and of its sums */
     float *constants = job->constants + item * per_item * width;
     float *sums = job->sums + item * per_item * width;
     float *carry = job->carry + item * per_item * N * LANES;
+    Places places[2] = {0}; /* of this chunk and of the next, in turn */
     Scratch w;
     lay_out(job->scratch + worker * job->scratch_size, s, &w);
 
@@ -278,17 +280,17 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         memset(sums + j * width, 0, (size_t)width * sizeof(float));
     }
 
-#define AT(x) (s->x.batch * b + s->x.group * group + s->x.token * start)
+#define AT(x) (s->x.batch * b + s->x.group * group)
     for (int64_t c = job->last_chunk - 1; c >= job->first_chunk; c--) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK), part = (c - job->first_chunk) * CHUNK * N;
-        const int64_t step_b = sign * s->Bm.token, step_c = sign * s->Cm.token;
-        const Rows Bc = read_states(&s->Bm, AT(Bm) + step_b * c * CHUNK, step_b, T, N, w.staged_b);
-        const Rows Cc = read_states(&s->Cm, AT(Cm) + step_c * c * CHUNK, step_c, T, N, w.staged_c);
+        Places *here = &places[c % 2], *next = &places[(c + 1) % 2];
+        if (c == job->last_chunk - 1) find_places(&s->walk, c * CHUNK, T, here);
+        if (c > 0) find_places(&s->walk, (c - 1) * CHUNK, CHUNK, next);
+        const Rows Bc = read_states(&s->Bm, AT(Bm), here, T, N, w.staged_b);
+        const Rows Cc = read_states(&s->Cm, AT(Cm), here, T, N, w.staged_c);
         const int64_t channel = block_at(D, s->G, group, first).channel;
-        Ahead ahead[2] = {{.n_blocks = n_blocks}, {.n_blocks = n_blocks}};
-#define EXPECT(which, i, x)                                                              \
-    expect(ahead + which, i, &s->x,                                                      \
-           AT(x) + channel * s->x.channel + sign * (c - 1) * CHUNK * s->x.token, sign * s->x.token)
+        Ahead ahead[2] = {look_ahead(n_blocks, next), look_ahead(n_blocks, next)};
+#define EXPECT(which, i, x) expect(ahead + which, i, &s->x, AT(x) + channel * s->x.channel, next)
         EXPECT(0, 0, u);
         EXPECT(0, 1, delta);
         EXPECT(0, 2, z);
@@ -298,7 +300,7 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         EXPECT(1, 2, dz);
 #undef EXPECT
         for (int64_t j = 0; j < n_blocks; j++)
-            backward_block(job, b, block_at(D, s->G, group, first + j), c, j > 0, &w, Bc, Cc,
+            backward_block(job, b, block_at(D, s->G, group, first + j), c, here, j > 0, &w, Bc, Cc,
                            constants + j * width, carry + j * N * LANES, sums + j * width, ahead);
         unfold_states(T, N, w.sums, job->part_b + item * job->part_size + part,
                       job->part_c + item * job->part_size + part);
@@ -314,8 +316,8 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
     }
     if (atomic_fetch_sub(job->unfinished + place, 1) == 1) {
         const int64_t at = place * job->split.items_per_group * job->part_size;
-        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), sign * s->dBm.token, w.total);
-        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), sign * s->dCm.token, w.total);
+        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), w.total);
+        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), w.total);
     }
 #undef AT
 }

@@ -3,7 +3,7 @@
  * Channels lie across the lanes, a group of states in registers, tokens in the inner loop; the channel
  * blocks of an item are inside the chunk loop, so that the chunk's rows of B and C stay in cache.
  * Letters: T tokens of a chunk, N states, block = LANES channels of one group. */
-#include "vec.h"
+#include "rows.h"
 
 /* Channel blocks never straddle a group; a group's last block may be partial. */
 typedef struct {
@@ -29,10 +29,6 @@ static Split split_channels(int64_t B, int64_t L, int64_t G, int64_t blocks_per_
 INLINE Block block_at(int64_t D, int64_t G, int64_t group, int64_t j) {
     int64_t size = D / G;
     return (Block){group, group * size + j * LANES, smaller(LANES, size - j * LANES)};
-}
-
-INLINE int64_t token_at(int64_t walked, int64_t L, int64_t reverse) {
-    return reverse ? L - 1 - walked : walked;
 }
 
 /* (N, LANES) <-> the states of one block in a (B, D, N) array */
@@ -139,7 +135,7 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
     const int64_t group = item / job->split.items_per_group % s->G;
     const int64_t first = item % job->split.items_per_group * job->split.blocks_per_item;
     const int64_t n_blocks = smaller(job->split.blocks_per_item, job->split.blocks_per_group - first);
-    const int64_t sign = s->reverse ? -1 : 1;
+    Places places[2] = {0}; /* of this chunk and of the next, in turn */
 
     float *staged_b = job->scratch + worker * job->scratch_size, *staged_c = staged_b + CHUNK * N;
     float *d = staged_c + CHUNK * N, *du = d + CHUNK * LANES, *y = du + CHUNK * LANES;
@@ -157,18 +153,19 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
         load_constants(s->A, s->skip, s->bias, N, k, constants + j * (N + 2) * LANES);
     }
 
+    find_places(&s->walk, 0, smaller(CHUNK, L), &places[0]);
     for (int64_t c = 0; c < job->split.n_chunks; c++) {
-        const int64_t T = smaller(CHUNK, L - c * CHUNK);
-        const int64_t t0 = token_at(c * CHUNK, L, s->reverse);
-#define AT(x) (s->x.batch * b + s->x.group * group + s->x.token * t0)
-        const Rows Bc = read_states(&s->Bm, AT(Bm), sign * s->Bm.token, T, N, staged_b);
-        const Rows Cc = read_states(&s->Cm, AT(Cm), sign * s->Cm.token, T, N, staged_c);
+        const int64_t T = smaller(CHUNK, L - c * CHUNK), after = (c + 1) * CHUNK;
+        const Places *here = &places[c % 2];
+        Places *next = &places[(c + 1) % 2];
+        if (after < L) find_places(&s->walk, after, smaller(CHUNK, L - after), next);
+#define AT(x) (s->x.batch * b + s->x.group * group)
+        const Rows Bc = read_states(&s->Bm, AT(Bm), here, T, N, staged_b);
+        const Rows Cc = read_states(&s->Cm, AT(Cm), here, T, N, staged_c);
 
         const int64_t channel = block_at(D, s->G, group, first).channel;
-        Ahead ahead = {.n_blocks = n_blocks};
-#define EXPECT(i, x)                                                            \
-    expect(&ahead, i, &s->x,                                                    \
-           AT(x) + channel * s->x.channel + sign * CHUNK * s->x.token, sign * s->x.token)
+        Ahead ahead = look_ahead(n_blocks, next);
+#define EXPECT(i, x) expect(&ahead, i, &s->x, AT(x) + channel * s->x.channel, next)
         EXPECT(0, u);
         EXPECT(1, delta);
         EXPECT(2, z);
@@ -183,10 +180,9 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 next_state = state_rows(s, b, c + 1, k.channel);
             for (int64_t n = 0; n < N && next_state; n++)
                 __builtin_prefetch(next_state + n * D, 1, 2);
-            const Rows u = read_rows(&s->u, AT(u) + k.channel * s->u.channel, sign * s->u.token, T,
-                                     k.lanes, staged_u);
-            const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
-                                         sign * s->delta.token, T, k.lanes, staged_delta);
+#define READ(x, scratch) \
+    read_rows(&s->x, AT(x) + k.channel * s->x.channel, here, T, k.lanes, scratch)
+            const Rows u = READ(u, staged_u), delta = READ(delta, staged_delta);
             const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
             if (s->softplus)
                 begin_block(1, T, u, delta, skip, bias, d, du, y);
@@ -197,10 +193,9 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             else
                 forward_states(T, N, d, du, y, Bc, Cc, A2, h, &ahead);
 
-            const Rows out = write_rows(&s->out, out_at, sign * s->out.token, k.lanes, y);
+            const Rows out = write_rows(&s->out, out_at, here, k.lanes, y);
             if (s->z.data) {
-                const Rows z = read_rows(&s->z, AT(z) + k.channel * s->z.channel, sign * s->z.token, T,
-                                         k.lanes, staged_u);
+                const Rows z = READ(z, staged_u);
                 for (int64_t t = 0; t < T; t++) {
                     const vf zt = vload(z.rows + t * z.stride);
                     vstore(out.rows + t * out.stride, vload(y + t * LANES) * zt * sigmoid(zt));
@@ -209,9 +204,10 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 for (int64_t t = 0; t < T; t++)
                     vstore(out.rows + t * out.stride, vload(y + t * LANES));
             }
-            finish_rows(&s->out, out, out_at, sign * s->out.token, T, k.lanes, y);
+            finish_rows(&s->out, out, out_at, here, T, k.lanes, y);
             for (int64_t n = 0; n < N && next_state; n++)
                 store_lanes(next_state + n * D, k.lanes, vload(h + n * LANES));
+#undef READ
         }
 #undef AT
     }
