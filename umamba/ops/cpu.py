@@ -269,7 +269,9 @@ def _tensor(x: Tensor | None, k: int) -> _Tensor:
     if x is None:
         return _Tensor()
     batch, direction, *group, channel, token = x.stride()
-    start = x.data_ptr() + (k * direction * x.element_size() if x.shape[1] > 1 else 0)
+    start = x.data_ptr()
+    if k and x.shape[1] > 1:
+        start += k * direction * x.element_size()
     return _Tensor(start, batch, *(group or [0]), token, channel, _DTYPES[x.dtype])
 
 
@@ -286,8 +288,8 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _data(x: Tensor | None, k: int) -> int | None:
-    """Return the address of direction k of a contiguous (K, ...) tensor."""
-    return None if x is None else x.data_ptr() + k * x.stride(0) * x.element_size()
+    """Return the address of direction k of a contiguous float32 tensor (K, ...)."""
+    return None if x is None else x.data_ptr() + (4 * k * x.stride(0) if k else 0)
 
 
 def _total(parts: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
         find_window(s, t - (s->K - 1), T + s->K - 1, &seen);
         find_window(s, t, T, &here);
         find_window(s, t + CONV_CHUNK, CONV_CHUNK, &next);
-        Ahead ahead = look_ahead(divide_up(m.last_channel - m.first_channel, LANES), &next.places);
+        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
 #define AT(x) (s->x.batch * m.b + s->x.channel * channel)
         int64_t channel = m.first_channel;
         expect(&ahead, 0, &s->x, AT(x), &next.places);
@@ -101,6 +101,8 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
         for (; channel < m.last_channel; channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
             const Rows x = read_window(&s->x, AT(x), &seen, lanes, staged_x);
+            fetch_uneven(&s->x, AT(x), &next.places, CONV_CHUNK);
+            fetch_uneven(&s->out, AT(out), &next.places, CONV_CHUNK);
             const Rows out = write_rows(&s->out, AT(out), &here.places, lanes, staged_out);
             load_taps(s, channel, lanes, taps);
             if (s->K == 4)
@@ -157,7 +159,7 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
         find_window(s, t, T, &here);
         find_window(s, t, T + K - 1, &later);
         find_window(s, t + CONV_CHUNK, CONV_CHUNK, &next);
-        Ahead ahead = look_ahead(divide_up(m.last_channel - m.first_channel, LANES), &next.places);
+        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
 #define AT(x) (s->x.batch * m.b + s->x.channel * channel)
         int64_t channel = m.first_channel;
         expect(&ahead, 0, &s->x, AT(x), &next.places);
@@ -167,6 +169,9 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
             const int64_t lanes = smaller(LANES, s->D - channel);
             const Rows x = read_window(&s->x, AT(x), &seen, lanes, staged_x);
             const Rows dout = read_window(&s->dout, AT(dout), &later, lanes, staged_dout);
+            fetch_uneven(&s->x, AT(x), &next.places, CONV_CHUNK);
+            fetch_uneven(&s->dout, AT(dout), &next.places, CONV_CHUNK);
+            fetch_uneven(&s->dx, AT(dx), &next.places, CONV_CHUNK);
             const Rows dx = write_rows(&s->dx, AT(dx), &here.places, lanes, staged_dx);
             load_taps(s, channel, lanes, taps);
             if (K == 4)

@@ -138,21 +138,17 @@ INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, const Places *p
  * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming. */
 typedef struct {
     const char *rows[4];
-    int64_t down[4], across[4]; /* bytes from row to row (per token if tokens is there), from block to block */
+    int64_t down[4], across[4]; /* bytes from row to row, and from block to block */
     int64_t block, n_blocks;
-    const int64_t *tokens; /* of the next row; NULL where rows lie evenly */
 } Ahead;
 
-/* places: of the chunk to be fetched */
-INLINE Ahead look_ahead(int64_t n_blocks, const Places *places) {
-    return (Ahead){.n_blocks = n_blocks, .tokens = places->step ? NULL : places->tokens};
-}
-
-INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, const Places *places) {
+/* offset is that of token 0; uneven rows are left to fetch_uneven. */
+INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, const Places *next) {
     const int64_t size = x->dtype == DTYPE_F32 ? 4 : 2;
-    ahead->rows[i] = x->data ? element(x, offset + places->first * x->token) : (const char *)ahead;
-    ahead->down[i] = x->token * size * (places->step ? places->step : 1);
-    ahead->across[i] = LANES * x->channel * size;
+    const int even = x->data && next->step;
+    ahead->rows[i] = even ? element(x, offset + next->first * x->token) : (const char *)ahead;
+    ahead->down[i] = even ? next->step * x->token * size : 0;
+    ahead->across[i] = even ? LANES * x->channel * size : 0;
 }
 
 /* One block of one row of each of the first n. */
@@ -162,11 +158,14 @@ INLINE void fetch_ahead(const int n, Ahead *ahead) {
         __builtin_prefetch(ahead->rows[i] + ahead->block * ahead->across[i], 0, 2);
     if (++ahead->block < ahead->n_blocks) return;
     ahead->block = 0;
-    const int64_t *tokens = ahead->tokens;
-    const int64_t moved = tokens ? tokens[1] - tokens[0] : 1;
-    if (tokens) ahead->tokens++;
 #pragma GCC unroll 4
-    for (int i = 0; i < n; i++) ahead->rows[i] += moved * ahead->down[i];
+    for (int i = 0; i < n; i++) ahead->rows[i] += ahead->down[i];
+}
+
+/* One block of n uneven rows. */
+static void fetch_uneven(const Tensor *x, int64_t offset, const Places *next, int64_t n) {
+    for (int64_t i = 0; i < n && x->data && !next->step; i++)
+        __builtin_prefetch(element(x, offset + next->tokens[i] * x->token), 0, 2);
 }
 
 #endif

@@ -82,7 +82,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int first
 }
 
 /* Groups of states one after another; each takes (T, LANES) of the sums. */
-static void backward_states(int need_y, int add, int64_t T, int64_t N, float *rows, Rows Bc, Rows Cc,
+APART void backward_states(int need_y, int add, int64_t T, int64_t N, float *rows, Rows Bc, Rows Cc,
                             const float *A2, Rows initial, float *history, float *carry,
                             float *dA, float *sums, Ahead *ahead) {
     int64_t n = 0;
@@ -108,7 +108,7 @@ static void backward_states(int need_y, int add, int64_t T, int64_t N, float *ro
 }
 
 /* Likewise for a local_window; defined in scan_local.h. */
-static void local_backward_states(int need_y, int add, int64_t T, int64_t N, int64_t window, float *rows,
+APART void local_backward_states(int need_y, int add, int64_t T, int64_t N, int64_t window, float *rows,
                                   Rows Bc, Rows Cc, const float *A2, Rows initial, float *history,
                                   float *carry, float *dA, float *sums, Ahead *ahead);
 
@@ -199,7 +199,8 @@ INLINE void begin_backward(const int with_softplus, const int gate, int64_t T, R
 
 /* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. */
 static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c,
-                           const Places *here, int add, const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
+                           const Places *here, const Places *next, int add, const Scratch *w,
+                           Rows Bc, Rows Cc, const float *A2, float *carry,
                            float *sums, Ahead *ahead) {
     const ScanBackward *s = job->s;
     float *rows = w->rows;
@@ -217,6 +218,15 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
     const Rows u = READ(u, w->staged_u), delta = READ(delta, w->staged_delta);
     const Rows dout = READ(dout, w->staged_dout);
     const Rows z = gate ? READ(z, w->staged_z) : dout;
+    if (!next->step) {
+        fetch_uneven(&s->u, AT(u), next, CHUNK);
+        fetch_uneven(&s->delta, AT(delta), next, CHUNK);
+        fetch_uneven(&s->z, AT(z), next, CHUNK);
+        fetch_uneven(&s->dout, AT(dout), next, CHUNK);
+        fetch_uneven(&s->du, AT(du), next, CHUNK);
+        fetch_uneven(&s->ddelta, AT(ddelta), next, CHUNK);
+        fetch_uneven(&s->dz, AT(dz), next, CHUNK);
+    }
     const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
     if (s->softplus && gate)
         begin_backward(1, 1, T, u, delta, dout, z, skip, bias, rows);
@@ -289,7 +299,7 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         const Rows Bc = read_states(&s->Bm, AT(Bm), here, T, N, w.staged_b);
         const Rows Cc = read_states(&s->Cm, AT(Cm), here, T, N, w.staged_c);
         const int64_t channel = block_at(D, s->G, group, first).channel;
-        Ahead ahead[2] = {look_ahead(n_blocks, next), look_ahead(n_blocks, next)};
+        Ahead ahead[2] = {{.n_blocks = n_blocks}, {.n_blocks = n_blocks}};
 #define EXPECT(which, i, x) expect(ahead + which, i, &s->x, AT(x) + channel * s->x.channel, next)
         EXPECT(0, 0, u);
         EXPECT(0, 1, delta);
@@ -300,7 +310,7 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         EXPECT(1, 2, dz);
 #undef EXPECT
         for (int64_t j = 0; j < n_blocks; j++)
-            backward_block(job, b, block_at(D, s->G, group, first + j), c, here, j > 0, &w, Bc, Cc,
+            backward_block(job, b, block_at(D, s->G, group, first + j), c, here, next, j > 0, &w, Bc, Cc,
                            constants + j * width, carry + j * N * LANES, sums + j * width, ahead);
         unfold_states(T, N, w.sums, job->part_b + item * job->part_size + part,
                       job->part_c + item * job->part_size + part);

@@ -93,7 +93,7 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
 }
 
 /* As many states at once as the registers hold. */
-static void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y, Rows Bc,
+APART void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y, Rows Bc,
                            Rows Cc, const float *A2, float *state, Ahead *ahead) {
     int64_t n = 0;
 #define GROUP(k)                                                                            \
@@ -111,7 +111,7 @@ static void forward_states(int64_t T, int64_t N, const float *d, const float *du
 }
 
 /* Likewise for a local_window; defined in scan_local.h. */
-static void local_forward_states(int64_t T, int64_t N, int64_t window, const float *d, const float *du,
+APART void local_forward_states(int64_t T, int64_t N, int64_t window, const float *d, const float *du,
                                  float *y, Rows Bc, Rows Cc, const float *A2, float *state,
                                  float *decays, Ahead *ahead);
 
@@ -164,7 +164,7 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
         const Rows Cc = read_states(&s->Cm, AT(Cm), here, T, N, staged_c);
 
         const int64_t channel = block_at(D, s->G, group, first).channel;
-        Ahead ahead = look_ahead(n_blocks, next);
+        Ahead ahead = {.n_blocks = n_blocks};
 #define EXPECT(i, x) expect(&ahead, i, &s->x, AT(x) + channel * s->x.channel, next)
         EXPECT(0, u);
         EXPECT(1, delta);
@@ -183,6 +183,12 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
 #define READ(x, scratch) \
     read_rows(&s->x, AT(x) + k.channel * s->x.channel, here, T, k.lanes, scratch)
             const Rows u = READ(u, staged_u), delta = READ(delta, staged_delta);
+            if (!next->step) {
+                fetch_uneven(&s->u, AT(u) + k.channel * s->u.channel, next, CHUNK);
+                fetch_uneven(&s->delta, AT(delta) + k.channel * s->delta.channel, next, CHUNK);
+                fetch_uneven(&s->z, AT(z) + k.channel * s->z.channel, next, CHUNK);
+                fetch_uneven(&s->out, out_at, next, CHUNK);
+            }
             const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
             if (s->softplus)
                 begin_block(1, T, u, delta, skip, bias, d, du, y);

@@ -20,6 +20,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline)) /* inner loops: registers of their own */
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
 
