@@ -103,12 +103,18 @@ def test_gradients_equal_finite_differences():
         assert torch.autograd.gradcheck(convolve, (x, weight, bias))
 
 
-def test_operators_pass_torch_opcheck():
-    x, weight, bias = (t.requires_grad_() for t in make(2, 6, 30, 4, torch.float32))
-    torch.library.opcheck(conv_file._conv_forward, (x, weight, bias, True))
-    plain = (x.detach(), weight.detach())
-    torch.library.opcheck(conv_file._conv_forward, (*plain, None, False))
-    torch.library.opcheck(conv_file._conv_backward, (x.detach(), *plain, None, False))
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_operators_pass_torch_opcheck(shared: bool):
+    walks = [0, 1, 0, 1, 0, 30, 1, 29, 1, 0, 6, -1, 5, -6]  # raster, and columns of 5 x 6 reversed
+    x, weight, bias = make(2, 12, 30, 4, torch.float32)
+    x = x[:, :6].unsqueeze(1) if shared else x.unflatten(1, (2, 6))
+    weight, bias = weight.unflatten(0, (2, 6)), bias.unflatten(0, (2, 6))
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(conv_file._conv_forward, (*leaves, walks))
+    torch.library.opcheck(conv_file._conv_forward, (x, weight, None, walks))
+    dout = torch.randn(2, 2, 6, 30)
+    torch.library.opcheck(conv_file._conv_backward, (dout, x, weight, None, walks))
+    torch.library.opcheck(conv_file._conv_backward, (dout, x, weight, bias, walks))
 
 
 def test_runs_on_the_meta_device():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from umamba.ops import directions
 from umamba.ops.directions import DirectionParameters, scan_directions
 from umamba.ops.dispatch import use_backend
 from umamba.ops.local_scan import local_scan
@@ -75,7 +76,6 @@ def written_out(
     return order.from_tokens(y, spatial)
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["one_by_one", "stacked"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no_gate"])
 @pytest.mark.parametrize(
     ("orders", "conv"),
@@ -88,14 +88,10 @@ def written_out(
     ],
     ids=["one", "tri", "cross", "axes", "filled_up"],
 )
-def test_directions_equal_their_parts_written_out(
-    orders: tuple[str, ...], conv: bool, gated: bool, stacked: bool
-):
+def test_directions_equal_their_parts_written_out(orders: tuple[str, ...], conv: bool, gated: bool):
     x, gate = make_features()
     parameters = [make_parameters(k, conv) for k in range(len(orders))]
-    actual = scan_directions(
-        x, orders, parameters, gate if gated else None, merge="stack", stacked=stacked
-    )
+    actual = scan_directions(x, orders, parameters, gate if gated else None, merge="stack")
     assert actual.shape == (2, len(orders), WIDTH, *SPATIAL)
     for k, name in enumerate(orders):
         expected = written_out(name, x, parameters[k], gate if gated else None)
@@ -113,27 +109,48 @@ def test_merges_agree_with_the_list_of_results():
     assert torch.equal(stack, torch.stack(single, 1))
 
 
-def test_stacked_gradients_equal_those_of_one_by_one():
+def test_merges_of_half_precision_are_rounded_once():
+    x, gate = make_features(dtype=torch.bfloat16)
+    parameters = [make_parameters(k, dtype=torch.bfloat16) for k in range(3)]
+    merged = scan_directions(x, TRI, parameters, gate)
+    single = scan_directions(x, TRI, parameters, gate, merge=None)
+    exact = sum(part.double() for part in single)
+    assert merged.dtype == torch.bfloat16
+    error = (merged.double() - exact).abs().max()
+    assert error < 6e-3 * exact.abs().max()  # of the parts and of the sum, each once
+
+
+@pytest.mark.parametrize("orders", [CROSS, TRI], ids=["cross", "tri"])
+@pytest.mark.parametrize("conv", [False, True], ids=["shared", "convolved"])
+def test_gradients_of_one_call_equal_those_of_one_call_per_direction(
+    orders: tuple[str, ...], conv: bool
+):
     x, gate = make_features()
-    inputs = [x, gate, *(t for k in range(4) for t in make_parameters(k, conv=True))]
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    count = len(orders)
+    inputs = [x, gate, *(t for k in range(count) for t in make_parameters(k, conv=conv))]
+    inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
     size = len(DirectionParameters._fields)
-    parameters = [DirectionParameters(*inputs[2 + size * k : 2 + size * (k + 1)]) for k in range(4)]
-    gradients = [
-        torch.autograd.grad(
-            scan_directions(inputs[0], CROSS, parameters, inputs[1], stacked=stacked)
-            .square()
-            .sum(),
-            inputs,
+    parameters = [
+        DirectionParameters(*inputs[2 + size * k : 2 + size * (k + 1)]) for k in range(count)
+    ]
+
+    def one_by_one() -> Tensor:
+        return sum(
+            scan_directions(inputs[0], [order], [p], inputs[1])
+            for order, p in zip(orders, parameters, strict=True)
         )
-        for stacked in (False, True)
+
+    leaves = [t for t in inputs if t is not None]
+    together = scan_directions(inputs[0], orders, parameters, inputs[1])
+    gradients = [
+        torch.autograd.grad(out.square().sum(), leaves) for out in (together, one_by_one())
     ]
     for one, two in zip(*gradients, strict=True):
         assert one.abs().max() > 0
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-10)
 
 
-def test_directions_of_different_shapes_can_be_stacked_where_they_agree():
+def test_directions_of_different_shapes_go_together():
     x, gate = make_features()
     odd = make_parameters(5)
     odd = odd._replace(
@@ -142,10 +159,11 @@ def test_directions_of_different_shapes_can_be_stacked_where_they_agree():
     )
     parameters = [make_parameters(0), odd, make_parameters(1)]
     orders = ("raster", "transposed", "transposed")
-    one, two = (
-        scan_directions(x, orders, parameters, gate, stacked=stacked) for stacked in (False, True)
+    total = scan_directions(x, orders, parameters, gate)
+    expected = sum(
+        scan_directions(x, [order], [p], gate) for order, p in zip(orders, parameters, strict=True)
     )
-    assert torch.allclose(one, two)
+    assert torch.allclose(total, expected)
 
 
 def test_sequences_are_features_with_one_axis():
@@ -170,10 +188,9 @@ def test_absent_biases_and_skip_are_allowed():
     p = make_parameters(0)._replace(conv_bias=None, D=None, delta_bias=None)
     zeros = torch.zeros(WIDTH, dtype=torch.float64)
     full = p._replace(conv_bias=zeros, D=zeros, delta_bias=zeros)
-    for stacked in (False, True):
-        one = scan_directions(x, ("raster",) * 2, [p] * 2, gate, stacked=stacked)
-        two = scan_directions(x, ("raster",) * 2, [full] * 2, gate, stacked=stacked)
-        assert torch.allclose(one, two)
+    one = scan_directions(x, ("raster",) * 2, [p] * 2, gate)
+    two = scan_directions(x, ("raster",) * 2, [full] * 2, gate)
+    assert torch.allclose(one, two)
 
 
 def test_backends_agree_on_a_feature_map():
@@ -217,11 +234,22 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, object], message:
         scan_directions(**good | change)
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["one_by_one", "stacked"])
-def test_with_a_window_every_scan_is_locally_bidirectional(stacked: bool) -> None:
-    x, gate = make_features()
-    parameters = [make_parameters(seed) for seed in range(len(CROSS))]
-    actual = scan_directions(x, CROSS, parameters, gate, merge=None, stacked=stacked, window=7)
-    scan = functools.partial(local_scan, window=7)
+@pytest.mark.parametrize("window", [7, 8], ids=["by_copies", "in_place"])
+def test_with_a_window_every_scan_is_locally_bidirectional(window: int) -> None:
+    x, gate = make_features(dtype=torch.float32)
+    parameters = [make_parameters(seed, dtype=torch.float32) for seed in range(len(CROSS))]
+    actual = scan_directions(x, CROSS, parameters, gate, merge=None, window=window)
+    scan = functools.partial(local_scan, window=window)
     for name, p, out in zip(CROSS, parameters, actual, strict=True):
-        torch.testing.assert_close(out, written_out(name, x, p, gate, scan))
+        expected = written_out(name, x, p, gate, scan)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_gpu_projection_hold_the_same_values():
+    x = torch.randn(2, 1, WIDTH, 10)
+    parameters = [make_parameters(k, dtype=torch.float32) for k in range(3)]
+    plain = directions._project(x, parameters, aligned=False)
+    aligned = directions._project(x, parameters, aligned=True)
+    for one, two in zip(plain, aligned, strict=True):
+        torch.testing.assert_close(one, two)
+    assert all(part.stride(2) % directions.ROW_MULTIPLE == 0 for part in aligned[1:])

@@ -15,26 +15,48 @@ from umamba.ops.dispatch import takes_window
 from umamba.ops.selective_scan import selective_scan
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["apart", "merged"])
 @pytest.mark.parametrize("window", [0, 8], ids=["plain", "windows"])
-def test_operators_pass_torch_opcheck(window: int):
+def test_operators_pass_torch_opcheck(window: int, merged: bool):
     if window and not takes_window(torch.device("cpu"), torch.float32, 4, window):
         pytest.skip("without the C library the locally bidirectional scan is two plain ones")
-    inputs = make_inputs((2, 6, 70, 4, 2), dtype=torch.float32)
-    tensors = [v.requires_grad_() if torch.is_tensor(v) else v for v in positional(inputs)]
-    torch.library.opcheck(scan_file._scan_forward, (*tensors, False, True, window))
+    inputs = walked_inputs(("D", "z", "delta_bias", "delta_softplus", "initial_state"))
+    tensors = [v.requires_grad_() if torch.is_tensor(v) else v for v in inputs]
+    torch.library.opcheck(scan_file._scan_forward, (*tensors, WALKS, merged, True, window))
     plain = [v.detach() if torch.is_tensor(v) else v for v in tensors]
-    out, last, states = torch.ops.umamba.selective_scan_fwd(*plain, False, True, window)
+    forward = torch.ops.umamba.selective_scan_fwd
+    out, last, states = forward(*plain, WALKS, merged, True, window)
     torch.library.opcheck(
         scan_file._scan_backward,
-        (torch.randn_like(out), torch.randn_like(last), *plain, states, False, window),
+        (torch.randn_like(out), torch.randn_like(last), *plain, states, WALKS, window),
     )
-    bare = positional(make_inputs((2, 6, 70, 4, 2), (), torch.float32))
-    torch.library.opcheck(scan_file._scan_forward, (*bare, False, False, window))
+    bare = walked_inputs(())
+    torch.library.opcheck(scan_file._scan_forward, (*bare, WALKS, merged, False, window))
+
+
+# raster, column-major and reversed column-major of 7 x 10 tokens
+WALKS = [0, 1, 0, 1, 0, 70, 1, 0, 1, 0, 10, 1, 7, 10, 69, 1, 0, 10, -1, 7, -10]
+
+
+def walked_inputs(options: tuple[str, ...]) -> list[Tensor | bool | None]:
+    """Arguments of the operator for three directions, u and z shared."""
+    arguments = make_inputs((2, 18, 70, 4, 6), options, torch.float32)
+    values: list[Tensor | bool | None] = []
+    for name in ORDER:
+        value = arguments.get(name)
+        if torch.is_tensor(value):
+            axis = 0 if name in ("A", "D", "delta_bias") else 1
+            value = value.unflatten(axis, (3, -1))
+            value = value[:, :1] if name in ("u", "z") else value
+        values.append(value)
+    return values
+
+
+ORDER = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
 
 
 def positional(arguments: dict[str, Tensor | bool]) -> list[Tensor | bool | None]:
-    order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
-    return [arguments.get(name) for name in order]
+    return [arguments.get(name) for name in ORDER]
 
 
 class Scanner(torch.nn.Module):
@@ -87,7 +109,7 @@ def test_nothing_is_saved_for_a_backward_that_cannot_come(monkeypatch: pytest.Mo
     forward: Callable = chosen.forward
 
     def spy(*arguments: object):
-        asked.append(bool(arguments[-1]))
+        asked.append(any(x is True for x in arguments[-2:]))
         return forward(*arguments)
 
     monkeypatch.setattr(chosen, "forward", spy)

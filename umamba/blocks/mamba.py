@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from umamba.ops.directions import DirectionParameters, scan_directions
 
@@ -53,7 +54,7 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, *spatial, C) -> the same shape; *spatial may be one axis (a sequence)."""
-        features, gate = self.in_proj(tokens).movedim(-1, 1).chunk(2, dim=1)  # (B, E, *spatial)
+        features, gate = (x.movedim(-1, 1) for x in halves(self.in_proj, tokens))  # (B, E, ...)
         parameters = [direction() for direction in self.directions]
         parameters *= len(self.orders) // len(parameters)  # tied: the same for all
         window = self.scan_window(math.prod(features.shape[2:]))
@@ -102,6 +103,18 @@ class Direction(nn.Module):
             *(self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight),
             *(self.A_log, self.D, self.dt_proj_bias),
         )
+
+
+def halves(projection: nn.Linear, x: Tensor) -> list[Tensor]:
+    """The two halves of projection(x), each in memory of its own.
+
+    Cut from one tensor, their gradients would have to be joined to one: a copy of all tokens.
+    """
+    biases: tuple[Tensor | None, ...] = (None, None)
+    if projection.bias is not None:
+        biases = projection.bias.chunk(2)
+    pairs = zip(projection.weight.chunk(2), biases, strict=True)
+    return [functional.linear(x, weight, bias) for weight, bias in pairs]
 
 
 def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:

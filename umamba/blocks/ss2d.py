@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from umamba.blocks.mamba import spread_dt_bias, uniform
+from umamba.blocks.mamba import halves, spread_dt_bias, uniform
 from umamba.blocks.mixer import build_mixer
 from umamba.ops.directions import DirectionParameters, scan_directions
 from umamba.ops.dispatch import in_float32
@@ -123,10 +123,11 @@ class SS2D(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, H, W, C) -> the same shape."""
-        x = self.in_proj(features)
         gate: Tensor | None = None
-        if self.gate != "none":
-            x, gate = x.chunk(2, dim=-1)
+        if self.gate == "none":
+            x = self.in_proj(features)
+        else:
+            x, gate = halves(self.in_proj, features)
         x = x.movedim(-1, 1)  # (B, E, H, W)
         x = functional.silu(x if self.conv is None else self.conv(x))
         mixed = self._scan_cascade(x) if self.cascade else self._scan(x)

@@ -1,22 +1,25 @@
 """Scans a feature map along one or several token orders: all that mixers call.
 
-B batch, E d_inner, L tokens, N d_state, R dt_rank, K directions, taps = d_conv.
+B batch, E d_inner, L tokens, N d_state, R dt_rank, K directions, taps = d_conv. The features stay
+in raster order in memory; convolution and scan address each direction by its walk.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from umamba.ops.causal_conv import causal_conv1d_silu
+from umamba.ops.causal_conv import causal_conv1d_silu, conv_walks
+from umamba.ops.dispatch import takes_window
 from umamba.ops.local_scan import local_scan
-from umamba.ops.selective_scan import selective_scan
+from umamba.ops.selective_scan import scan_walks
 from umamba.ops.token_orders import TokenOrder, token_order
+from umamba.ops.walks import order_walk
 
 MERGES = ("sum", "mean", "stack", None)
+ROW_MULTIPLE = 16  # elements, of the rows of B and C on a GPU: they are then loaded four at a time
 
 
 class DirectionParameters(NamedTuple):
@@ -37,7 +40,6 @@ class DirectionParameters(NamedTuple):
 
 
 _Direction = tuple[TokenOrder, DirectionParameters]
-_Scan = Callable[..., Tensor]
 
 
 def scan_directions(
@@ -48,7 +50,6 @@ def scan_directions(
     merge: str | None = "sum",
     *,
     window: int | None = None,
-    stacked: bool | None = None,
 ) -> Tensor | list[Tensor]:
     """Return the scans of features (B, E, *spatial) along each order, merged, in the same shape.
 
@@ -59,36 +60,103 @@ def scan_directions(
     merge: "sum" and "mean" over the directions, "stack" (B, K, E, *spatial), None a list. Sums
     are taken in the order given.
     window: the scans see the tokens ahead, too, in windows of so many (local_scan); None: not.
-    stacked: directions that are walked the same way and agree in length and in the shapes of their
-    parameters are scanned in one launch (as groups of channels); None does so on a GPU, where
-    launches cost, and not on a CPU, where copies do.
 
-    The result lies channel-last in memory; features that do, too, are not copied in raster order.
+    Directions that agree in length and in the shapes of their parameters are one call of the
+    operators, and nothing is copied for an order, but where an order needs zero tokens or the scan
+    backend takes no such window. The result lies channel-last in memory.
     Raises ValueError for unknown orders and for parameters or a gate that do not fit the features.
     """
     walked = [token_order(name) for name in orders]
     _check(features, walked, parameters, gate, merge)
-    if stacked is None:
-        stacked = features.is_cuda
-    scan: _Scan = selective_scan if window is None else partial(local_scan, window=window)
     directions = list(zip(walked, parameters, strict=True))
-    results: dict[int, Tensor] = {}
     spatial = tuple(features.shape[2:])
-    separate = [[k] for k in range(len(directions))]
-    for members in _launches(directions, spatial) if stacked else separate:
-        if len(members) == 1:
-            outs = [_scan_one(features, *directions[members[0]], gate, scan)]
-        else:
-            outs = _scan_stack(features, [directions[k] for k in members], gate, scan)
-        for k, out in zip(members, outs, strict=True):
-            results[k] = walked[k].restore(out, spatial)
+    n_states = parameters[0].A_log.shape[1]
+    size = 0 if window is None else window
+    if size and not takes_window(features.device, features.dtype, n_states, size):
+        separate = [_scan_copied(features, *direction, gate, size) for direction in directions]
+        return _merge(separate, merge)
+    launches = _launches(directions, spatial)
+    if len(launches) == 1 and merge in ("sum", "mean"):
+        out = _scan_in_place(features, directions, gate, size, merged=True).squeeze(1)
+        return out / len(directions) if merge == "mean" else out
+    results: dict[int, Tensor] = {}
+    for members in launches:
+        outs = _scan_in_place(features, [directions[k] for k in members], gate, size, merged=False)
+        results.update(zip(members, outs.unbind(1), strict=True))
     return _merge([results[k] for k in range(len(walked))], merge)
 
 
-def _scan_one(
-    features: Tensor, order: TokenOrder, p: DirectionParameters, gate: Tensor | None, scan: _Scan
+def _scan_in_place(
+    features: Tensor,
+    directions: Sequence[_Direction],
+    gate: Tensor | None,
+    window: int,
+    *,
+    merged: bool,
 ) -> Tensor:
-    """Return the scan along one order as (B, E, L), in that order."""
+    """Return the scans (B, K, E, *spatial) along orders of one length, or (B, 1, ...) their sum."""
+    orders, parameters = zip(*directions, strict=True)
+    p, spatial = parameters[0], tuple(features.shape[2:])
+    length = orders[0].n_tokens(spatial)
+    padded = spatial if length == features[0, 0].numel() else (length,)
+    walks = [number for order in orders for number in order_walk(order, padded)]
+    x = _tokens(features, length).unsqueeze(1)  # (B, 1, E, L)
+    if p.conv_weight is not None:
+        weight = torch.stack([q.conv_weight.flatten(1) for q in parameters])
+        x = conv_walks(x, weight, _stack([q.conv_bias for q in parameters]), walks)
+    dt, B, C = _project(x, parameters, aligned=x.is_cuda)  # (K, B, L, ...)
+    dt_proj = torch.stack([q.dt_proj_weight for q in parameters])  # (K, E, R)
+    delta = torch.bmm(dt.flatten(1, 2), dt_proj.transpose(1, 2)).unflatten(1, dt.shape[1:3])
+    out, _ = scan_walks(
+        x,
+        delta.permute(1, 0, 3, 2),
+        -torch.exp(torch.stack([q.A_log for q in parameters])),
+        B.permute(1, 0, 3, 2).unsqueeze(2),
+        C.permute(1, 0, 3, 2).unsqueeze(2),
+        _stack([q.D for q in parameters]),
+        None if gate is None else _tokens(gate, length).unsqueeze(1),
+        _stack([q.delta_bias for q in parameters]),
+        True,
+        None,
+        walks,
+        merged=merged,
+        window=window,
+    )
+    whole = out if length == features[0, 0].numel() else out[..., : features[0, 0].numel()]
+    return whole.unflatten(-1, spatial)
+
+
+def _project(
+    x: Tensor, parameters: Sequence[DirectionParameters], *, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dt, B and C (K, B, L, R or N) of x (B, K or 1, E, L).
+
+    aligned: every row of B and C begins on a multiple of 16 bytes.
+    """
+    p, batch, length = parameters[0], len(x), x.shape[-1]
+    rank, n_states = p.dt_proj_weight.shape[1], p.A_log.shape[1]
+    weights = [q.x_proj_weight for q in parameters]
+    sizes = [rank, n_states, n_states]
+    if aligned:  # B, C, dt, zeros
+        missing = -sum(sizes) % ROW_MULTIPLE
+        weights = [functional.pad(w.roll(-rank, 0), (0, 0, 0, missing)) for w in weights]
+        sizes = [n_states, n_states, rank, missing]
+    n_directions, width = len(weights), len(weights[0])
+    if x.shape[1] == 1:
+        rows = functional.linear(x[:, 0].transpose(1, 2), torch.cat(weights))  # (B, L, K * width)
+        projected = rows.unflatten(-1, (n_directions, width)).movedim(2, 0)
+    else:
+        tokens = x.permute(1, 0, 3, 2).reshape(n_directions, batch * length, -1)
+        projected = torch.bmm(tokens, torch.stack(weights).transpose(1, 2))
+        projected = projected.unflatten(1, (batch, length))
+    parts = projected.split(sizes, dim=-1)
+    return (parts[2], parts[0], parts[1]) if aligned else (parts[0], parts[1], parts[2])
+
+
+def _scan_copied(
+    features: Tensor, order: TokenOrder, p: DirectionParameters, gate: Tensor | None, window: int
+) -> Tensor:
+    """Return the locally bidirectional scan along one order, by copies in that order."""
     x = order.arrange(features)  # (B, E, L)
     if p.conv_weight is not None:
         x = causal_conv1d_silu(x, p.conv_weight, p.conv_bias, order.reverse)
@@ -96,46 +164,23 @@ def _scan_one(
     projected = functional.linear(x.transpose(1, 2), p.x_proj_weight)  # (B, L, R + 2N)
     dt, B, C = projected.split([rank, n_states, n_states], dim=-1)
     delta = functional.linear(dt, p.dt_proj_weight)  # (B, L, E)
-    z = None if gate is None else order.arrange(gate)
-    return scan(
+    out = local_scan(
         *(x, delta.transpose(1, 2), -torch.exp(p.A_log), B.transpose(1, 2), C.transpose(1, 2)),
-        *(p.D, z, p.delta_bias),
+        *(p.D, None if gate is None else order.arrange(gate), p.delta_bias),
         delta_softplus=True,
         reverse=order.reverse,
+        window=window,
     )
+    return order.restore(out, tuple(features.shape[2:]))
 
 
-def _scan_stack(
-    features: Tensor, directions: Sequence[_Direction], gate: Tensor | None, scan: _Scan
-) -> list[Tensor]:
-    """Return the scans along K orders walked the same way, in one launch: K groups of channels."""
-    orders, parameters = zip(*directions, strict=True)
-    p, reverse, n_directions = parameters[0], orders[0].reverse, len(orders)
-
-    def arranged(x: Tensor) -> Tensor:  # (B, KE, L)
-        return torch.cat([order.arrange(x).transpose(1, 2) for order in orders], -1).transpose(1, 2)
-
-    x = arranged(features)
-    if p.conv_weight is not None:
-        weight = torch.cat([q.conv_weight.flatten(1) for q in parameters])
-        x = causal_conv1d_silu(x, weight, _cat([q.conv_bias for q in parameters]), reverse)
-    rank, n_states = p.dt_proj_weight.shape[1], p.A_log.shape[1]
-    x_proj = torch.stack([q.x_proj_weight for q in parameters])  # (K, R + 2N, E)
-    dt_proj = torch.stack([q.dt_proj_weight for q in parameters])  # (K, E, R)
-    tokens = x.transpose(1, 2).unflatten(-1, (n_directions, -1))  # (B, L, K, E)
-    projected = torch.einsum("blke,kpe->blkp", tokens, x_proj)
-    dt, B, C = projected.split([rank, n_states, n_states], dim=-1)  # (B, L, K, ...)
-    delta = torch.einsum("blkr,ker->blke", dt, dt_proj).flatten(2)  # (B, L, KE)
-    decay = -torch.exp(torch.cat([q.A_log for q in parameters]))
-    out = scan(
-        *(x, delta.transpose(1, 2), decay, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)),
-        _cat([q.D for q in parameters]),
-        None if gate is None else arranged(gate),
-        _cat([q.delta_bias for q in parameters]),
-        delta_softplus=True,
-        reverse=reverse,
-    )
-    return list(out.chunk(n_directions, dim=1))
+def _tokens(features: Tensor, length: int) -> Tensor:
+    """Return features (B, E, *spatial) as (B, E, L) in raster order, zeros added at its end."""
+    tokens = features.flatten(2)
+    missing = length - tokens.shape[2]
+    if not missing:
+        return tokens
+    return functional.pad(tokens.transpose(1, 2), (0, 0, 0, missing)).transpose(1, 2)
 
 
 def _merge(results: list[Tensor], merge: str | None) -> Tensor | list[Tensor]:
@@ -150,17 +195,17 @@ def _merge(results: list[Tensor], merge: str | None) -> Tensor | list[Tensor]:
 
 
 def _launches(directions: Sequence[_Direction], spatial: tuple[int, ...]) -> list[list[int]]:
-    """Return the directions that one launch can take together."""
+    """Return the directions that one call can take together."""
     groups: dict[object, list[int]] = {}
     for k, (order, p) in enumerate(directions):
         shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in p)
-        groups.setdefault((order.reverse, order.n_tokens(spatial), shapes), []).append(k)
+        groups.setdefault((order.n_tokens(spatial), shapes), []).append(k)
     return list(groups.values())
 
 
-def _cat(tensors: list[Tensor | None]) -> Tensor | None:
+def _stack(tensors: list[Tensor | None]) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(present) if present else None
+    return torch.stack(present) if present else None
 
 
 def _check(

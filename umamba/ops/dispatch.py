@@ -58,10 +58,14 @@ def takes_window(device: torch.device, dtype: torch.dtype, d_state: int, window:
     return _takes_window(device, dtype, len(range(d_state)), len(range(window)))
 
 
-@torch.compiler.assume_constant_result  # a traced graph holds the answer, not the search for it
 def _takes_window(device: torch.device, dtype: torch.dtype, d_state: int, window: int) -> bool:
     asked = getattr(choose(device, dtype, d_state), "takes_window", None)
     return asked is not None and bool(asked(window))
+
+
+# A traced graph holds the answer, not the search for it: what torch.compiler.assume_constant_result
+# sets, which itself would load torch's compiler, and Triton with it, on import.
+_takes_window._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend_name(backend: ModuleType) -> str:

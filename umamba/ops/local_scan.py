@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from umamba.ops.dispatch import takes_window, without_autocast
 from umamba.ops.reference import step_sizes
-from umamba.ops.selective_scan import result_type, run_scan, selective_scan
+from umamba.ops.selective_scan import result_type, scan_sequence, selective_scan
 
 # parity: the official window is the number of tokens that one thread of the CUDA kernel takes,
 # which its launch chooses by the length of the sequence.
@@ -54,7 +54,7 @@ def local_scan(
     dtype = result_type(u, delta, B, C, z)
     if takes_window(u.device, dtype, A.shape[-1], size):
         tensors = (u, delta, A, B, C, D, z, delta_bias)
-        return run_scan(*tensors, delta_softplus, None, reverse, size)[0]
+        return scan_sequence(*tensors, delta_softplus, None, reverse, size)[0]
     with without_autocast(u.device):
         wide = torch.promote_types(dtype, torch.float32)
         u, delta, B, C = (x.to(wide) for x in (u, delta, B, C))

@@ -1,8 +1,10 @@
 """The selective scan: the public function, its checks, and the two operators behind it.
 
-B batch, D channels, L tokens, N states, G groups of channels that share B and C.
+B batch, D channels, L tokens, N states, G groups of channels that share B and C; K directions and
+E channels of each in the operators, whose tokens stay in place (see walks).
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor
 
 from umamba.ops.dispatch import choose, takes_window, without_autocast
-from umamba.ops.layout import CHUNK, empty_tokens
+from umamba.ops.layout import empty_matrix, empty_saved, empty_state, empty_walked
 from umamba.ops.reference import wide_type
+from umamba.ops.walks import scan_backward, scan_forward, sequence_walk, takes_walks
 
 
 @overload
@@ -64,11 +67,11 @@ def selective_scan(
     Raises ValueError for shapes that do not agree, complex A, and tensors on different devices.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    out, last_state = run_scan(*tensors, delta_softplus, initial_state, reverse, window=0)
+    out, last_state = scan_sequence(*tensors, delta_softplus, initial_state, reverse, window=0)
     return (out, last_state) if return_last_state else out
 
 
-def run_scan(
+def scan_sequence(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
     window: int,
@@ -79,6 +82,29 @@ def run_scan(
     """
     B, C = [x.unsqueeze(1) if x.ndim == 3 else x for x in (B, C)]
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    samples = [None if x is None else x.unsqueeze(1) for x in (u, delta, B, C, z, initial_state)]
+    u, delta, B, C, z, initial_state = samples  # type: ignore[assignment]
+    D, delta_bias = [None if x is None else x.unsqueeze(0) for x in (D, delta_bias)]
+    out, last_state = scan_walks(
+        *(u, delta, A.unsqueeze(0), B, C, D, z, delta_bias, delta_softplus, initial_state),
+        sequence_walk(u.shape[-1], reverse),
+        window=window,
+    )
+    return out.squeeze(1), last_state.squeeze(1)
+
+
+def scan_walks(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
+    walks: Sequence[int], *, merged: bool = False, window: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return out and last state (B, K, E, N) of K scans along walks through the same tokens.
+
+    u, z (B, K, E, L), or (B, 1, E, L) for all directions; delta (B, K, E, L); A (K, E, N); B, C
+    (B, K, G, N, L); D, delta_bias (K, E); initial_state (B, K, E, N); walks: see ops.walks. out is
+    (B, K, E, L), with `merged` (B, 1, E, L), the sum over the directions in their order; it lies
+    channel-last in memory. For the rest see selective_scan.
+    """
     dtype = result_type(u, delta, B, C, z)
     wide = wide_type(dtype)
     if wide == torch.float64:
@@ -90,7 +116,7 @@ def run_scan(
         x is not None and x.requires_grad for x in (*leading, initial)
     )
     out, last_state, _ = torch.ops.umamba.selective_scan_fwd(
-        *leading, delta_softplus, initial, reverse, needs_states, window
+        *leading, delta_softplus, initial, walks, merged, needs_states, window
     )
     return out, last_state
 
@@ -146,12 +172,12 @@ def _check(
 
 
 def _backend(u: Tensor, A: Tensor, window: int) -> ModuleType:
-    if window and not takes_window(u.device, u.dtype, A.shape[1], window):
+    if window and not takes_window(u.device, u.dtype, A.shape[2], window):
         raise ValueError(
             f"the scan backend chosen now takes no windows of {window} tokens; run the backward "
             "where the forward ran, inside or outside of use_backend"
         )
-    return choose(u.device, u.dtype, A.shape[1])
+    return choose(u.device, u.dtype, A.shape[2])
 
 
 @torch.library.custom_op(
@@ -159,25 +185,25 @@ def _backend(u: Tensor, A: Tensor, window: int) -> ModuleType:
     mutates_args=(),
     schema=(
         "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-        "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, bool reverse, "
-        "bool save_states, int window) -> (Tensor, Tensor, Tensor)"
+        "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, SymInt[] walks, "
+        "bool merged, bool save_states, SymInt window) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _scan_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, _, A, *_ = arguments
-    *plain, window = arguments
+    u, _, A, *_, window = arguments
+    backend = _backend(u, A, window)
     with without_autocast(u.device):
-        return _backend(u, A, window).forward(*(arguments if window else plain))
+        if takes_walks(backend):
+            return backend.forward(*arguments)
+        return scan_forward(backend, *arguments)
 
 
 @_scan_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, _, A, *_, save_states, _ = arguments
-    batch, channels, length = u.shape
-    n_chunks = (length + CHUNK - 1) // CHUNK
-    last_state = A.new_empty(batch, channels, A.shape[1])
-    states = A.new_empty((batch, n_chunks, A.shape[1], channels) if save_states else (0,))
-    return empty_tokens(u), last_state, states
+    u, delta, A, *_, merged, save_states, _ = arguments
+    batch, n_directions, _, length = delta.shape
+    out = empty_walked(u, 1 if merged else n_directions)
+    return out, empty_state(A, batch), empty_saved(A, batch, length, save_states)
 
 
 @torch.library.custom_op(
@@ -186,58 +212,62 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     schema=(
         "(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
         "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, "
-        "Tensor states, bool reverse, int window) -> "
+        "Tensor states, SymInt[] walks, SymInt window) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The backend's gradients; an operator cannot return None, so absent ones are empty tensors."""
-    _, _, u, _, A, *_ = arguments
-    *plain, window = arguments
+    _, _, u, _, A, *_, window = arguments
+    backend = _backend(u, A, window)
     with without_autocast(u.device):
-        gradients = _backend(u, A, window).backward(*(arguments if window else plain))
+        if takes_walks(backend):
+            gradients = backend.backward(*arguments)
+        else:
+            gradients = scan_backward(backend, *arguments)
     return tuple(A.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @_scan_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     _, _, u, delta, A, B, C, D, z, delta_bias, _, initial_state, *_ = arguments
-
-    def tokens(x: Tensor | None) -> Tensor:
-        return A.new_empty(0) if x is None else empty_tokens(x)
-
-    def matrix(x: Tensor) -> Tensor:  # token-major
-        batch, n_groups, n_states, length = x.shape
-        return x.new_empty(batch, n_groups, length, n_states).transpose(2, 3)
+    nothing = A.new_empty(0)
 
     def plain(x: Tensor | None) -> Tensor:
-        return A.new_empty(0) if x is None else A.new_empty(x.shape)
+        return nothing.clone() if x is None else A.new_empty(x.shape)
 
-    leading = (tokens(u), tokens(delta), plain(A), matrix(B), matrix(C))
-    return (*leading, plain(D), tokens(z), plain(delta_bias), plain(initial_state))
+    return (
+        *(empty_walked(u, u.shape[1]), empty_walked(delta, delta.shape[1]), plain(A)),
+        *(empty_matrix(B), empty_matrix(C), plain(D)),
+        nothing.clone() if z is None else empty_walked(z, z.shape[1]),
+        plain(delta_bias),
+        nothing if initial_state is None else empty_state(A, len(u)),
+    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, reverse, _, window = inputs
+    *tensors, softplus, initial_state, walks, _, _, window = inputs
     _, _, states = output
     # Absent gradients stay None: zeros for the states would cost as much as the states.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, states)
-    ctx.delta_softplus, ctx.reverse, ctx.window = softplus, reverse, window
+    ctx.save_for_backward(*tensors, initial_state, states)
+    ctx.delta_softplus, ctx.walks, ctx.window = softplus, walks, window
+    ctx.out_shape = output[0].shape
 
 
 def _differentiate(ctx, dout, dlast_state, dstates):  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, initial_state, states = ctx.saved_tensors
+    *inputs, initial_state, states = ctx.saved_tensors
     if dout is None:
-        dout = torch.zeros_like(u)
+        dout = inputs[0].new_zeros(ctx.out_shape)
     gradients = torch.ops.umamba.selective_scan_bwd(
-        *(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias),
-        *(ctx.delta_softplus, initial_state, states, ctx.reverse, ctx.window),
+        *(dout, dlast_state, *inputs, ctx.delta_softplus, initial_state, states),
+        *(ctx.walks, ctx.window),
     )
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    present = [None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)]
+    present = [
+        None if x is None else dx for x, dx in zip((*inputs, initial_state), gradients, strict=True)
+    ]
     *leading, dinitial = present
-    return (*leading, None, dinitial, None, None, None)
+    return (*leading, None, dinitial, None, None, None, None)
 
 
 _scan_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
