@@ -2,7 +2,7 @@
  *
  * One work item is a sample, a segment of tokens and a range of channels; nothing is carried between
  * segments: each reads the K-1 tokens walked before it (the backward also those after it) itself. */
-#include "rows.h"
+#include "carry.h"
 
 #define CONV_BLOCKS 16 /* channel blocks of an item */
 #define CONV_CHUNK 64 /* tokens */
@@ -12,28 +12,18 @@ typedef struct {
     const Conv *s;
     float *scratch;
     int64_t scratch_size, n_segments, n_ranges;
+    int apart; /* tokens are carried */
 } ConvJob;
 
-/* n tokens walked one after another; those outside the sequence stand for zeros. */
-typedef struct {
-    int64_t before, inside, n; /* before: of the n, those that come before the sequence */
-    Places places;             /* of those inside */
-} Window;
-
-static void find_window(const Conv *s, int64_t from, int64_t n, Window *w) {
+/* n tokens on a line from step `from` on, zeros outside the sequence; offset is that of token 0. */
+static Rows read_window(const Conv *s, const Tensor *x, int64_t offset, int64_t lanes, int64_t from,
+                        int64_t n, float *scratch) {
     const int64_t first = larger(from, 0), last = smaller(from + n, s->L);
-    w->n = n;
-    w->before = first - from;
-    w->inside = larger(last - first, 0);
-    if (w->inside) find_places(&s->walk, first, w->inside, &w->places);
-}
-
-/* Of `lanes` channels; offset is that of token 0. */
-static Rows read_window(const Tensor *x, int64_t offset, const Window *w, int64_t lanes,
-                        float *scratch) {
-    if (w->inside == w->n) return read_rows(x, offset, &w->places, w->n, lanes, scratch);
-    memset(scratch, 0, (size_t)(w->n * LANES) * sizeof(float));
-    copy_in(x, offset, &w->places, w->inside, lanes, LANES, scratch + w->before * LANES);
+    const Places places = places_on_line(&s->walk, first);
+    if (last - first == n) return read_rows(x, offset, &places, n, lanes, scratch);
+    memset(scratch, 0, (size_t)(n * LANES) * sizeof(float));
+    copy_in(x, offset, &places, 0, larger(last - first, 0), lanes, LANES,
+            scratch + (first - from) * LANES);
     return (Rows){scratch, LANES};
 }
 
@@ -87,32 +77,48 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
     const ConvItem m = conv_item(job, item);
     float *staged_x = job->scratch + worker * job->scratch_size;
     float *staged_out = staged_x + CONV_ROWS * LANES, *taps = staged_out + CONV_ROWS * LANES;
-    Window seen = {0}, here = {0}, next = {0};
-    for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
-        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
-        find_window(s, t - (s->K - 1), T + s->K - 1, &seen);
-        find_window(s, t, T, &here);
-        find_window(s, t + CONV_CHUNK, CONV_CHUNK, &next);
-        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
+    const int64_t width = m.last_channel - m.first_channel, n_blocks = divide_up(width, LANES);
+    const int64_t last = (m.last_token - 1) / CONV_CHUNK;
 #define AT(x) (s->x.batch * m.b + s->x.channel * channel)
-        int64_t channel = m.first_channel;
-        expect(&ahead, 0, &s->x, AT(x), &next.places);
-        expect(&ahead, 1, &s->out, AT(out), &next.places);
-        for (; channel < m.last_channel; channel += LANES) {
+    int64_t channel = m.first_channel;
+    Carrier carrier = {
+        .walk = &s->walk, .L = s->L, .chunk = CONV_CHUNK, .halo = s->K - 1, .n_blocks = n_blocks};
+    if (job->apart) {
+        add_carried(&carrier, &s->x, AT(x), &s->out, AT(out), width, n_blocks * LANES,
+                    taps + 2 * (MAX_TAPS + 1) * LANES);
+        carry_first(&carrier, m.first_token / CONV_CHUNK);
+    }
+    for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t), c = t / CONV_CHUNK;
+        const Places here = places_on_line(&s->walk, t), next = places_on_line(&s->walk, t + CONV_CHUNK);
+        Ahead ahead = {.n_blocks = n_blocks};
+        channel = m.first_channel;
+        if (job->apart) {
+            carry_between(&carrier, t > m.first_token ? c - 1 : -1, c < last ? c + 1 : -1);
+            ahead.rows[0] = ahead.rows[1] = (const char *)&ahead;
+        } else {
+            expect(&ahead, 0, &s->x, AT(x), &next);
+            expect(&ahead, 1, &s->out, AT(out), &next);
+        }
+        for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            const Rows x = read_window(&s->x, AT(x), &seen, lanes, staged_x);
-            fetch_uneven(&s->x, AT(x), &next.places, CONV_CHUNK);
-            fetch_uneven(&s->out, AT(out), &next.places, CONV_CHUNK);
-            const Rows out = write_rows(&s->out, AT(out), &here.places, lanes, staged_out);
+            if (job->apart) fetch_share(&carrier, j);
+            const Rows x = job->apart ? carried_rows(&carrier, 0, c, j)
+                                      : read_window(s, &s->x, AT(x), lanes, t - (s->K - 1),
+                                                    T + s->K - 1, staged_x);
+            /* a token's row is not read again after the result that lies there is known */
+            const Rows out = job->apart ? x : write_rows(&s->out, AT(out), &here, lanes, staged_out);
             load_taps(s, channel, lanes, taps);
             if (s->K == 4)
                 conv_forward_block(4, T, x, out, taps, &ahead);
             else
                 conv_forward_block(s->K, T, x, out, taps, &ahead);
-            finish_rows(&s->out, out, AT(out), &here.places, T, lanes, staged_out);
+            finish_rows(&s->out, out, AT(out), &here, T, lanes, staged_out);
+            if (job->apart) move_share(&carrier, j);
         }
-#undef AT
     }
+    if (job->apart) carry_last(&carrier, last);
+#undef AT
 }
 
 /* pre: T + K - 1 gradients before the SiLU, from which dx, dweight and dbias follow. */
@@ -152,33 +158,50 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
     float *sums = taps + (MAX_TAPS + 1) * LANES;
     const int64_t K = s->K;
     float *dweight = s->dweight + m.part * s->D * K, *dbias = s->dbias + m.part * s->D;
-    Window seen = {0}, here = {0}, later = {0}, next = {0};
-    for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
-        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
-        find_window(s, t - (K - 1), T + 2 * (K - 1), &seen);
-        find_window(s, t, T, &here);
-        find_window(s, t, T + K - 1, &later);
-        find_window(s, t + CONV_CHUNK, CONV_CHUNK, &next);
-        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
+    const int64_t width = m.last_channel - m.first_channel, n_blocks = divide_up(width, LANES);
+    const int64_t last = (m.last_token - 1) / CONV_CHUNK;
 #define AT(x) (s->x.batch * m.b + s->x.channel * channel)
-        int64_t channel = m.first_channel;
-        expect(&ahead, 0, &s->x, AT(x), &next.places);
-        expect(&ahead, 1, &s->dout, AT(dout), &next.places);
-        expect(&ahead, 2, &s->dx, AT(dx), &next.places);
-        for (; channel < m.last_channel; channel += LANES) {
+    int64_t channel = m.first_channel;
+    Carrier carrier = {
+        .walk = &s->walk, .L = s->L, .chunk = CONV_CHUNK, .halo = K - 1, .n_blocks = n_blocks};
+    if (job->apart) {
+        float *end = sums + (MAX_TAPS + 1) * LANES;
+        end = add_carried(&carrier, &s->x, AT(x), &s->dx, AT(dx), width, n_blocks * LANES, end);
+        add_carried(&carrier, &s->dout, AT(dout), NULL, 0, width, n_blocks * LANES, end);
+        carry_first(&carrier, m.first_token / CONV_CHUNK);
+    }
+    for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t), c = t / CONV_CHUNK;
+        const Places here = places_on_line(&s->walk, t), next = places_on_line(&s->walk, t + CONV_CHUNK);
+        Ahead ahead = {.n_blocks = n_blocks};
+        channel = m.first_channel;
+        if (job->apart) {
+            carry_between(&carrier, t > m.first_token ? c - 1 : -1, c < last ? c + 1 : -1);
+            for (int i = 0; i < 3; i++) ahead.rows[i] = (const char *)&ahead;
+        } else {
+            expect(&ahead, 0, &s->x, AT(x), &next);
+            expect(&ahead, 1, &s->dout, AT(dout), &next);
+            expect(&ahead, 2, &s->dx, AT(dx), &next);
+        }
+        for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            const Rows x = read_window(&s->x, AT(x), &seen, lanes, staged_x);
-            const Rows dout = read_window(&s->dout, AT(dout), &later, lanes, staged_dout);
-            fetch_uneven(&s->x, AT(x), &next.places, CONV_CHUNK);
-            fetch_uneven(&s->dout, AT(dout), &next.places, CONV_CHUNK);
-            fetch_uneven(&s->dx, AT(dx), &next.places, CONV_CHUNK);
-            const Rows dx = write_rows(&s->dx, AT(dx), &here.places, lanes, staged_dx);
+            if (job->apart) fetch_share(&carrier, j);
+            Rows x, dout, dx;
+            if (job->apart) {
+                dx = x = carried_rows(&carrier, 0, c, j);
+                dout = carried_rows(&carrier, 1, c, j);
+                dout.rows += (K - 1) * dout.stride;
+            } else {
+                x = read_window(s, &s->x, AT(x), lanes, t - (K - 1), T + 2 * (K - 1), staged_x);
+                dout = read_window(s, &s->dout, AT(dout), lanes, t, T + K - 1, staged_dout);
+                dx = write_rows(&s->dx, AT(dx), &here, lanes, staged_dx);
+            }
             load_taps(s, channel, lanes, taps);
             if (K == 4)
                 conv_backward_block(4, T, x, dout, dx, taps, pre, sums, &ahead);
             else
                 conv_backward_block(K, T, x, dout, dx, taps, pre, sums, &ahead);
-            finish_rows(&s->dx, dx, AT(dx), &here.places, T, lanes, staged_dx);
+            finish_rows(&s->dx, dx, AT(dx), &here, T, lanes, staged_dx);
             for (int64_t i = 0; i < lanes; i++) {
                 for (int64_t k = 0; k < K; k++) {
                     float *total = dweight + (channel + i) * K + k;
@@ -187,9 +210,11 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
                 float *total = dbias + channel + i;
                 *total = sums[K * LANES + i] + (t > m.first_token ? *total : 0.0f);
             }
+            if (job->apart) move_share(&carrier, j);
         }
-#undef AT
     }
+    if (job->apart) carry_last(&carrier, last);
+#undef AT
 }
 
 static int run_conv(const Conv *s, void (*work)(void *, int64_t, int64_t)) {
@@ -198,7 +223,10 @@ static int run_conv(const Conv *s, void (*work)(void *, int64_t, int64_t)) {
                    .n_ranges = divide_up(s->D, CONV_BLOCKS * LANES)};
     const int64_t n_items = s->B * job.n_segments * job.n_ranges;
     const int64_t threads = smaller(s->n_threads, n_items);
-    job.scratch_size = padded((4 * CONV_ROWS + 2 * (MAX_TAPS + 1)) * LANES);
+    job.apart = !is_line(&s->walk, s->L);
+    const int64_t carried = 2 * 2 * CONV_ROWS * smaller(CONV_BLOCKS, divide_up(s->D, LANES)) * LANES;
+    job.scratch_size =
+        padded((4 * CONV_ROWS + 2 * (MAX_TAPS + 1)) * LANES + (job.apart ? carried : 0));
     job.scratch = allocate(threads * job.scratch_size);
     if (!job.scratch) return STATUS_NO_MEMORY;
     umamba_parallel(threads, n_items, work, &job);
