@@ -1,4 +1,4 @@
-"""The C library along walks: against a loop in float64 over gathered tokens, scattered and summed."""
+"""The C library along walks, against a loop in float64 over gathered tokens and their sum."""
 
 from __future__ import annotations
 
