@@ -15,6 +15,7 @@ from scan_cases import OPTIONS, make_inputs
 from torch import Tensor
 
 from umamba.ops import cpu, layout
+from umamba.ops.walks import sequence_walk
 
 REASON = cpu.why_unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -64,8 +65,8 @@ def test_every_instruction_set_convolves_as_torch_does(instruction_set):
         expected = torch.nn.functional.conv1d(padded, leaves[1][:, None], leaves[2], groups=21)
         expected = torch.nn.functional.silu(expected.flip(2) if reverse else expected)
         wanted = torch.autograd.grad(expected, leaves, dout.double())
-        out = cpu.conv_forward(x, weight, bias, reverse)
-        found = cpu.conv_backward(dout, x, weight, bias, reverse)
+        out = conv_forward(x, weight, bias, reverse)
+        found = conv_backward(dout, x, weight, bias, reverse)
         for a, b in zip((out, *found), (expected.detach(), *wanted), strict=True):
             assert a is not None and (a - b).abs().max() < 3e-6 * b.abs().max()
 
@@ -79,8 +80,8 @@ def test_results_are_bit_identical_for_any_number_of_threads(threads, shape, win
         torch.set_num_threads(n_threads)
         x, weight = inputs["u"], normal(shape[1], 4)
         results.append(forward_backward(inputs))
-        results[-1]["conv"] = cpu.conv_forward(x, weight, None, False)
-        for name, value in zip("xw", cpu.conv_backward(x, x, weight, None, True), strict=False):
+        results[-1]["conv"] = conv_forward(x, weight, None, False)
+        for name, value in zip("xw", conv_backward(x, x, weight, None, True), strict=False):
             results[-1]["conv_d" + name] = value
     assert all(torch.equal(r[k], results[0][k]) for r in results[1:] for k in r)
 
@@ -180,9 +181,9 @@ def test_every_element_of_a_result_is_written(monkeypatch, window):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     found = forward_backward(inputs)
-    found["conv"] = cpu.conv_forward(inputs["u"], normal(42, 4), None, False)
+    found["conv"] = conv_forward(inputs["u"], normal(42, 4), None, False)
     for i, gradient in enumerate(
-        cpu.conv_backward(inputs["u"], inputs["u"], normal(42, 4), normal(42), False)
+        conv_backward(inputs["u"], inputs["u"], normal(42, 4), normal(42), False)
     ):
         found[f"conv_gradient_{i}"] = gradient
     monkeypatch.undo()
@@ -199,7 +200,7 @@ def test_a_nan_is_never_hidden(instruction_set, window):
         assert forward_only(inputs)[0, 0, 0].isnan(), name
     x = normal(1, 20, 70)
     x[0, 3, 5] = float("nan")
-    assert cpu.conv_forward(x, normal(20, 4), None, False)[0, 3, 5:9].isnan().all()
+    assert conv_forward(x, normal(20, 4), None, False)[0, 3, 5:9].isnan().all()
 
 
 def test_huge_arguments_stay_finite(instruction_set):
@@ -220,9 +221,8 @@ def test_slow_decays_are_not_biased(instruction_set):
     delta = step * (0.5 + torch.rand(1, 4, length, generator=generator))
     ones = torch.ones(1, 1, 1, length)
     u = 1 / delta
-    out, _, _ = cpu.forward(
-        u, delta, -torch.ones(4, 1), ones, ones, None, None, None, False, None, False, False
-    )
+    inputs = {"u": u, "delta": delta, "A": -torch.ones(4, 1), "B": ones, "C": ones}
+    out = forward_only(inputs | {"delta_softplus": False, "reverse": False})
     h, a, b = torch.zeros(1, 4, dtype=torch.float64), torch.exp(-delta.double()), delta * u
     for t in range(length):
         h = a[..., t] * h + b[..., t]
@@ -288,26 +288,58 @@ def forward_only(inputs: dict) -> Tensor:
     return run_forward(inputs, save_states=False)[0]
 
 
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
+
+
+def one_direction(inputs: dict) -> list:
+    """The arguments of a plain scan as those of a walk's, one direction."""
+    values = [inputs.get(name) for name in NAMES]
+    of_direction = ("A", "D", "delta_bias")  # without a sample axis in front
+    return [
+        x.unsqueeze(0 if name in of_direction else 1) if torch.is_tensor(x) else x
+        for name, x in zip(NAMES, values, strict=True)
+    ]
+
+
 def run_forward(inputs: dict, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus")
-    rest = (inputs.get("initial_state"), inputs["reverse"], save_states, inputs.get("window", 0))
-    return cpu.forward(*(inputs.get(name) for name in names), *rest)
+    walk = sequence_walk(inputs["u"].shape[2], inputs["reverse"])
+    rest = (walk, False, save_states, inputs.get("window", 0))
+    out, last, states = cpu.forward(*one_direction(inputs), *rest)
+    return out.squeeze(1), last.squeeze(1), states
 
 
 def forward_backward(inputs: dict) -> dict[str, Tensor]:
     """Output, last state and the gradients, for fixed upstream gradients."""
     out, last, states = run_forward(inputs, save_states=True)
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus")
+    walk = sequence_walk(inputs["u"].shape[2], inputs["reverse"])
+    dout, dlast = (x.unsqueeze(1) for x in upstream(out, last))
     gradients = cpu.backward(
-        *upstream(out, last),
-        *(inputs.get(name) for name in (*names, "initial_state")),
-        states,
-        inputs["reverse"],
-        inputs.get("window", 0),
+        dout, dlast, *one_direction(inputs), states, walk, inputs.get("window", 0)
     )
-    order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-    found = {f"d{name}": g for name, g in zip(order, gradients, strict=True) if g is not None}
+    order = [name for name in NAMES if name != "delta_softplus"]
+    axis = {"A": 0, "D": 0, "delta_bias": 0}
+    found = {
+        f"d{name}": g.squeeze(axis.get(name, 1))
+        for name, g in zip(order, gradients, strict=True)
+        if g is not None
+    }
     return {"out": out, "last_state": last, **found}
+
+
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    walk = sequence_walk(x.shape[2], reverse)
+    each = None if bias is None else bias[None]
+    return cpu.conv_forward(x.unsqueeze(1), weight[None], each, walk).squeeze(1)
+
+
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    walk = sequence_walk(x.shape[2], reverse)
+    each = None if bias is None else bias[None]
+    leading = (dout.unsqueeze(1), x.unsqueeze(1), weight[None], each)
+    dx, dweight, dbias = cpu.conv_backward(*leading, walk)
+    return dx.squeeze(1), dweight[0], None if dbias is None else dbias[0]
 
 
 def upstream(out: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
 """Backend of the selective scan and of the causal convolution: the C library through ctypes.
 
-B batch, D channels, L tokens, N states, G groups of channels that share B and C, K taps. Every
-function accepts any strides, float32, bfloat16 or float16, and computes in float32. Results lie
-channel-last in memory ((B, L, D) under a (B, D, L) view) and are the same for any number of
-threads.
+B batch, K directions, E channels of a direction, L tokens, N states, G groups of channels that
+share B and C. Tokens lie in raster order; the library addresses those of a direction by its walk,
+seven integers (start, n0, s0, n1, s1, n2, s2), one direction after another. Every function accepts
+any strides, float32, bfloat16 or float16, and computes in float32. Results lie direction by
+direction and channel-last in memory ((K, B, L, E) under a (B, K, E, L) view) and are the same for
+any number of threads.
 """
 
 import ctypes
@@ -11,15 +13,16 @@ import functools
 import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from umamba.ops import reference
-from umamba.ops.layout import CHUNK, empty_tokens
+from umamba.ops.layout import CHUNK
 
+TAKES_WALKS = True
 LIBRARY = Path(__file__).with_name("libumamba_cpu.so")
 INSTRUCTION_SETS = ("v2", "v3", "v4")  # x86-64 levels: SSE4.2, AVX2 with FMA, AVX-512
 
@@ -52,112 +55,138 @@ def instruction_set() -> str | None:
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reverse: bool,
-    save_states: bool, window: int = 0,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
+    walks: Sequence[int], merged: bool, save_states: bool, window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return out, last_state and states as reference.forward does, and of the same shapes.
+    """Return out, last_state (B, K, E, N) and the states (K, B, n_chunks, NE) before each chunk.
 
-    With a window, out is that of reference.local_scan; takes_window says which there are.
+    u and z (B, K or 1, E, L), one direction if all share it; delta (B, K, E, L); A (K, E, N); B, C
+    (B, K, G, N, L); D, delta_bias (K, E); initial_state (B, K, E, N). out is (B, K, E, L), or
+    (B, 1, E, L) if merged: the sum over the directions in their order. states is empty unless
+    save_states. With a window, out is that of reference.local_scan along the walk; takes_window
+    says which there are.
     """
-    if u.numel() == 0:
-        plain = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse)
-        return reference.forward(*plain, save_states)
-    batch, channels, length = u.shape
-    n_states = A.shape[1]
-    n_chunks = math.ceil(length / CHUNK)
-    out = empty_tokens(u)
-    last_state = torch.empty(batch, channels, n_states)
-    states = torch.empty((batch, n_chunks, n_states, channels) if save_states else (0,))
-    dense = [_dense(x) for x in (A, D, delta_bias, initial_state)]
-    arguments = _ScanForward(
-        *(batch, channels, length, n_states, B.shape[1]),
-        *(delta_softplus, reverse, window, torch.get_num_threads()),
-        *map(_tensor, (u, delta, z, B, C, out)),
-        *map(_data, (*dense, last_state, states if save_states else None)),
-    )
-    _call("umamba_scan_forward", arguments)
-    return out, last_state, states
+    batch, n_directions, channels, length = delta.shape
+    n_states, n_chunks = A.shape[2], math.ceil(length / CHUNK)
+    out = _empty_tokens(u, n_directions, 1 if merged else n_directions)
+    last_state = torch.empty(n_directions, batch, channels, n_states)
+    shape = (n_directions, batch, n_chunks, n_states * channels) if save_states else (0,)
+    states = torch.empty(shape)
+    initial = None if initial_state is None else initial_state.transpose(0, 1)
+    dense = [_dense(x) for x in (A, D, delta_bias, initial)]
+    if not delta.numel():
+        last_state = torch.zeros_like(last_state) if dense[3] is None else dense[3].clone()
+    for k in range(n_directions if delta.numel() else 0):
+        arguments = _ScanForward(
+            *(batch, channels, length, n_states, B.shape[2]),
+            *(delta_softplus, window, torch.get_num_threads()),
+            *_walk(walks, k),
+            *(_tensor(x, k) for x in (u, delta, z, B, C)),
+            _result(out, k),
+            *(_data(x, k) for x in (*dense, last_state, states if save_states else None)),
+        )
+        _call("umamba_scan_forward", arguments)
+    return out.to(u.dtype), last_state.transpose(0, 1), states
 
 
 def backward(
     dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
     C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-    initial_state: Tensor | None, states: Tensor, reverse: bool, window: int = 0,
+    initial_state: Tensor | None, states: Tensor, walks: Sequence[int], window: int = 0,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients in the order of reference.backward, None for absent inputs.
 
-    du, ddelta, dz have the type of their input and lie channel-last; dB and dC have the type of B
-    and C and lie token-major ((B, G, L, N) in memory); the others are float32.
+    dout is (B, 1, E, L) if the forward was merged, else (B, K, E, L). Every gradient has its
+    input's shape: du and dz of an input that directions share are sums over them, in their order.
+    du, ddelta, dz have the type of their input and lie as out does; dB and dC have the type of B
+    and C and lie token-major ((K, B, G, L, N) in memory); the others are float32.
     """
-    if u.numel() == 0:
-        plain = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, states)
-        return reference.backward(dout, dlast_state, *plain, reverse)
-    batch, channels, length = u.shape
-    n_states, n_groups = A.shape[1], B.shape[1]
-    du, ddelta = empty_tokens(u), empty_tokens(delta)
-    dz = None if z is None else empty_tokens(z)
-    dB, dC = (
-        torch.empty(batch, n_groups, length, n_states, dtype=x.dtype).transpose(2, 3)
-        for x in (B, C)
-    )
-    dA = torch.empty(batch, channels, n_states)
-    dD = None if D is None else torch.empty(batch, channels)
-    dbias = None if delta_bias is None else torch.empty(batch, channels)
-    dinitial = None if initial_state is None else torch.empty(batch, channels, n_states)
-    dense = [_dense(x) for x in (A, D, delta_bias, states, dlast_state)]
-    arguments = _ScanBackward(
-        *(batch, channels, length, n_states, n_groups),
-        *(delta_softplus, reverse, window, torch.get_num_threads()),
-        *map(_tensor, (u, delta, z, B, C, dout, du, ddelta, dz, dB, dC)),
-        *map(_data, (*dense, dA, dD, dbias, dinitial)),
-    )
-    _call("umamba_scan_backward", arguments)
-    total_A, total_D, total_bias = (None if x is None else _total(x) for x in (dA, dD, dbias))
-    return (du, ddelta, total_A, dB, dC, total_D, dz, total_bias, dinitial)
+    batch, n_directions, channels, length = delta.shape
+    n_states, n_groups = A.shape[2], B.shape[2]
+    du, dz = (None if x is None else _empty_tokens(x, n_directions, x.shape[1]) for x in (u, z))
+    ddelta = _empty_tokens(delta, n_directions, n_directions)
+    matrix = (n_directions, batch, n_groups, length, n_states)
+    dB, dC = (torch.empty(matrix, dtype=x.dtype).permute(1, 0, 2, 4, 3) for x in (B, C))
+    parts = (n_directions, batch, channels)  # of the sums over the samples
+    dA, dinitial = torch.zeros(*parts, n_states), torch.empty(*parts, n_states)
+    dD, dbias = (None if x is None else torch.zeros(parts) for x in (D, delta_bias))
+    dlast = None if dlast_state is None else dlast_state.transpose(0, 1)
+    dense = [_dense(x) for x in (A, D, delta_bias, states, dlast)]
+    if not delta.numel():
+        dinitial = torch.zeros_like(dinitial) if dense[4] is None else dense[4].clone()
+    for k in range(n_directions if delta.numel() else 0):
+        arguments = _ScanBackward(
+            *(batch, channels, length, n_states, n_groups),
+            *(delta_softplus, window, torch.get_num_threads()),
+            *_walk(walks, k),
+            *(_tensor(x, k) for x in (u, delta, z, B, C, dout)),
+            *(_result(x, k) for x in (du, ddelta, dz, dB, dC)),
+            *(_data(x, k) for x in (*dense, dA, dD, dbias, dinitial)),
+        )
+        _call("umamba_scan_backward", arguments)
+    du, dz = (None if x is None else x.to(u.dtype) for x in (du, dz))
+    total_D, total_bias = (None if x is None else _total(x) for x in (dD, dbias))
+    dstate = None if initial_state is None else dinitial.transpose(0, 1)
+    return (du, ddelta, _total(dA), dB, dC, total_D, dz, total_bias, dstate)
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """Return reference.conv_forward's result; at most 8 taps."""
-    out = empty_tokens(x)
-    if x.numel():
-        dense = [_dense(weight), _dense(bias)]
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, walks: Sequence[int]) -> Tensor:
+    """Return silu(causal depthwise convolution) of x along each walk, (B, K, E, L).
+
+    x (B, K or 1, E, L); weight (K, E, taps), at most 8 taps, of which the last meets the current
+    token and the others those walked before it; bias (K, E) or None.
+    """
+    batch, _, channels, length = x.shape
+    n_directions, _, n_taps = weight.shape
+    out = _empty_tokens(x, n_directions, n_directions)
+    dense = [_dense(weight), _dense(bias)]
+    for k in range(n_directions if x.numel() else 0):
         arguments = _Conv(
-            *(*x.shape, weight.shape[1], reverse, torch.get_num_threads()),
-            *map(_tensor, (x, out, None, None)),
-            *map(_data, (*dense, None, None)),
+            *(batch, channels, length, n_taps, torch.get_num_threads()),
+            *_walk(walks, k),
+            *(_tensor(x, k), _result(out, k), _Tensor(), _Tensor()),
+            *(_data(y, k) for y in (*dense, None, None)),
         )
         _call("umamba_conv_forward", arguments)
     return out
 
 
 def conv_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, walks: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (dx, dweight, dbias): dx as x and channel-last, the others float32."""
-    batch, channels, length = x.shape
-    n_parts = batch * math.ceil(length / _CONV_SEGMENT)
-    dx = empty_tokens(x)
-    dweight = torch.empty(n_parts, channels, weight.shape[1])
-    dbias = torch.empty(n_parts, channels)
-    if x.numel():
-        dense = [_dense(weight), _dense(bias)]
+    """Return (dx, dweight, dbias): dx in the shape and type of x, the others float32.
+
+    dx of an x that directions share is the sum over them, in their order.
+    """
+    batch, _, channels, length = x.shape
+    n_directions, _, n_taps = weight.shape
+    parts = (n_directions, batch * math.ceil(length / _CONV_SEGMENT), channels)
+    dx = _empty_tokens(x, n_directions, x.shape[1])
+    dweight, dbias = torch.empty(*parts, n_taps), torch.empty(parts)
+    dense = [_dense(weight), _dense(bias)]
+    for k in range(n_directions if x.numel() else 0):
         arguments = _Conv(
-            *(batch, channels, length, weight.shape[1], reverse, torch.get_num_threads()),
-            *map(_tensor, (x, None, dout, dx)),
-            *map(_data, (*dense, dweight, dbias)),
+            *(batch, channels, length, n_taps, torch.get_num_threads()),
+            *_walk(walks, k),
+            *(_tensor(x, k), _Tensor(), _tensor(dout, k), _result(dx, k)),
+            *(_data(y, k) for y in (*dense, dweight, dbias)),
         )
         _call("umamba_conv_backward", arguments)
-    return dx, _total(dweight), None if bias is None else _total(dbias)
+    return dx.to(x.dtype), _total(dweight), None if bias is None else _total(dbias)
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WALK = 7  # integers of a direction's walk
 _CONV_SEGMENT = 256  # tokens; equals CONV_SEGMENT in csrc/umamba.h
+
+
+_FIELDS = ("batch", "group", "token", "channel", "dtype", "add")
 
 
 class _Tensor(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batch", "group", "token", "channel", "dtype")),
+        *((name, ctypes.c_int64) for name in _FIELDS),
     ]
 
 
@@ -171,18 +200,21 @@ def _structure(name: str, sizes: str, tensors: str, pointers: str) -> type[ctype
 # The field order is that of csrc/umamba.h.
 _ScanForward = _structure(
     "_ScanForward",
-    "B D L N G softplus reverse local_window n_threads",
+    "B D L N G softplus local_window n_threads start n0 s0 n1 s1 n2 s2",
     "u delta z Bm Cm out",
     "A skip bias initial last states",
 )
 _ScanBackward = _structure(
     "_ScanBackward",
-    "B D L N G softplus reverse local_window n_threads",
+    "B D L N G softplus local_window n_threads start n0 s0 n1 s1 n2 s2",
     "u delta z Bm Cm dout du ddelta dz dBm dCm",
     "A skip bias states dlast dA dskip dbias dinitial",
 )
 _Conv = _structure(
-    "_Conv", "B D L K reverse n_threads", "x out dout dx", "weight bias dweight dbias"
+    "_Conv",
+    "B D L K n_threads start n0 s0 n1 s1 n2 s2",
+    "x out dout dx",
+    "weight bias dweight dbias",
 )
 
 
@@ -218,23 +250,48 @@ def _call(name: str, arguments: ctypes.Structure) -> None:
         raise MemoryError(f"{name} could not allocate its scratch memory (status {status})")
 
 
-def _tensor(x: Tensor | None) -> _Tensor:
-    """Describe a (B, D, L) or (B, G, N, L) tensor."""
+def _walk(walks: Sequence[int], k: int) -> Sequence[int]:
+    return walks[_WALK * k : _WALK * (k + 1)]
+
+
+def _empty_tokens(x: Tensor, n_directions: int, n_kept: int) -> Tensor:
+    """Return memory for n_kept results (B, n_kept, E, L) like x of so many directions.
+
+    Float32 where one result is the sum of several directions.
+    """
+    batch, _, channels, length = x.shape
+    dtype = x.dtype if n_kept == n_directions else torch.float32
+    return torch.empty(n_kept, batch, length, channels, dtype=dtype).permute(1, 0, 3, 2)
+
+
+def _tensor(x: Tensor | None, k: int) -> _Tensor:
+    """Describe direction k of a (B, K or 1, E, L) or (B, K, G, N, L) tensor."""
     if x is None:
         return _Tensor()
-    batch, *group, channel, token = x.stride()
-    return _Tensor(x.data_ptr(), batch, *(group or [0]), token, channel, _DTYPES[x.dtype])
+    batch, direction, *group, channel, token = x.stride()
+    start = x.data_ptr()
+    if k and x.shape[1] > 1:
+        start += k * direction * x.element_size()
+    return _Tensor(start, batch, *(group or [0]), token, channel, _DTYPES[x.dtype])
+
+
+def _result(x: Tensor | None, k: int) -> _Tensor:
+    """Describe x likewise, to be added to where an earlier direction has written."""
+    described = _tensor(x, k)
+    described.add = k > 0 and x is not None and x.shape[1] == 1
+    return described
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
-    """Return x as contiguous float32, which the caller keeps alive during the call."""
+    """Return x as contiguous float32, which the caller keeps alive during the calls."""
     return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
-def _data(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _data(x: Tensor | None, k: int) -> int | None:
+    """Return the address of direction k of a contiguous float32 tensor (K, ...)."""
+    return None if x is None else x.data_ptr() + (4 * k * x.stride(0) if k else 0)
 
 
 def _total(parts: Tensor) -> Tensor:
-    """Return the sum that the library left in the first part, zeros if there is none."""
-    return parts[0].clone() if len(parts) else parts.new_zeros(parts.shape[1:])
+    """Return the sums that the library left in the first of the parts (K, parts, ...)."""
+    return parts[:, 0].contiguous() if parts.shape[1] else parts.sum(1)

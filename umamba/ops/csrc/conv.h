@@ -1,40 +1,30 @@
-/* Causal depthwise convolution of at most MAX_TAPS taps with SiLU, channel-last, forward and backward.
+/* Causal depthwise convolution of at most MAX_TAPS taps with SiLU along a walk, forward and backward.
  *
  * One work item is a sample, a segment of tokens and a range of channels; nothing is carried between
- * segments: each reads the K-1 tokens before it (the backward also those after it) itself. */
-#include "vec.h"
+ * segments: each reads the K-1 tokens walked before it (the backward also those after it) itself. */
+#include "carry.h"
 
 #define CONV_BLOCKS 16 /* channel blocks of an item */
 #define CONV_CHUNK 64 /* tokens */
-#define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1))
+#define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1)) /* at most MOST_PLACES */
 
 typedef struct {
     const Conv *s;
     float *scratch;
     int64_t scratch_size, n_segments, n_ranges;
+    int apart; /* tokens are carried */
 } ConvJob;
 
-/* Tokens [from, from + n) in walk order, zeros outside the sequence, of `lanes` channels. */
-static Rows read_tokens(const Conv *s, const Tensor *x, int64_t b, int64_t channel, int64_t lanes,
-                        int64_t from, int64_t n, float *scratch) {
-    const int64_t step = s->reverse ? -x->token : x->token;
-    const int64_t origin = b * x->batch + channel * x->channel + (s->reverse ? (s->L - 1) * x->token : 0);
-    if (from >= 0 && from + n <= s->L)
-        return read_rows(x, origin + from * step, step, n, lanes, scratch);
+/* n tokens on a line from step `from` on, zeros outside the sequence; offset is that of token 0. */
+static Rows read_window(const Conv *s, const Tensor *x, int64_t offset, int64_t lanes, int64_t from,
+                        int64_t n, float *scratch) {
     const int64_t first = larger(from, 0), last = smaller(from + n, s->L);
+    const Places places = places_on_line(&s->walk, first);
+    if (last - first == n) return read_rows(x, offset, &places, n, lanes, scratch);
     memset(scratch, 0, (size_t)(n * LANES) * sizeof(float));
-    if (last > first)
-        copy_in(element(x, origin + first * step), x->dtype, step, x->channel, last - first, lanes, LANES,
-                scratch + (first - from) * LANES);
+    copy_in(x, offset, &places, 0, larger(last - first, 0), lanes, LANES,
+            scratch + (first - from) * LANES);
     return (Rows){scratch, LANES};
-}
-
-static void expect_tokens(const Conv *s, Ahead *ahead, int i, const Tensor *x, int64_t b, int64_t channel,
-                          int64_t from) {
-    const int64_t step = s->reverse ? -x->token : x->token;
-    expect(ahead, i, x,
-           b * x->batch + channel * x->channel + (s->reverse ? (s->L - 1) * x->token : 0) + from * step,
-           step);
 }
 
 /* weight[k] of tap k and, at [K], the bias */
@@ -87,27 +77,48 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
     const ConvItem m = conv_item(job, item);
     float *staged_x = job->scratch + worker * job->scratch_size;
     float *staged_out = staged_x + CONV_ROWS * LANES, *taps = staged_out + CONV_ROWS * LANES;
-    const int64_t step = s->reverse ? -s->out.token : s->out.token;
+    const int64_t width = m.last_channel - m.first_channel, n_blocks = divide_up(width, LANES);
+    const int64_t last = (m.last_token - 1) / CONV_CHUNK;
+#define AT(x) (s->x.batch * m.b + s->x.channel * channel)
+    int64_t channel = m.first_channel;
+    Carrier carrier = {
+        .walk = &s->walk, .L = s->L, .chunk = CONV_CHUNK, .halo = s->K - 1, .n_blocks = n_blocks};
+    if (job->apart) {
+        add_carried(&carrier, &s->x, AT(x), &s->out, AT(out), width, n_blocks * LANES,
+                    taps + 2 * (MAX_TAPS + 1) * LANES);
+        carry_first(&carrier, m.first_token / CONV_CHUNK);
+    }
     for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
-        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
-        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
-        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CONV_CHUNK);
-        expect_tokens(s, &ahead, 1, &s->out, m.b, m.first_channel, t + CONV_CHUNK);
-        for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t), c = t / CONV_CHUNK;
+        const Places here = places_on_line(&s->walk, t), next = places_on_line(&s->walk, t + CONV_CHUNK);
+        Ahead ahead = {.n_blocks = n_blocks};
+        channel = m.first_channel;
+        if (job->apart) {
+            carry_between(&carrier, t > m.first_token ? c - 1 : -1, c < last ? c + 1 : -1);
+            ahead.rows[0] = ahead.rows[1] = (const char *)&ahead;
+        } else {
+            expect(&ahead, 0, &s->x, AT(x), &next);
+            expect(&ahead, 1, &s->out, AT(out), &next);
+        }
+        for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            const int64_t at = m.b * s->out.batch + channel + t * step
-                               + (s->reverse ? (s->L - 1) * s->out.token : 0);
-            const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (s->K - 1), T + s->K - 1,
-                                       staged_x);
-            const Rows out = write_rows(&s->out, at, step, lanes, staged_out);
+            if (job->apart) fetch_share(&carrier, j);
+            const Rows x = job->apart ? carried_rows(&carrier, 0, c, j)
+                                      : read_window(s, &s->x, AT(x), lanes, t - (s->K - 1),
+                                                    T + s->K - 1, staged_x);
+            /* a token's row is not read again after the result that lies there is known */
+            const Rows out = job->apart ? x : write_rows(&s->out, AT(out), &here, lanes, staged_out);
             load_taps(s, channel, lanes, taps);
             if (s->K == 4)
                 conv_forward_block(4, T, x, out, taps, &ahead);
             else
                 conv_forward_block(s->K, T, x, out, taps, &ahead);
-            finish_rows(&s->out, out, at, step, T, lanes, staged_out);
+            finish_rows(&s->out, out, AT(out), &here, T, lanes, staged_out);
+            if (job->apart) move_share(&carrier, j);
         }
     }
+    if (job->apart) carry_last(&carrier, last);
+#undef AT
 }
 
 /* pre: T + K - 1 gradients before the SiLU, from which dx, dweight and dbias follow. */
@@ -145,28 +156,52 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
     float *staged_dout = staged_x + CONV_ROWS * LANES, *pre = staged_dout + CONV_ROWS * LANES;
     float *staged_dx = pre + CONV_ROWS * LANES, *taps = staged_dx + CONV_ROWS * LANES;
     float *sums = taps + (MAX_TAPS + 1) * LANES;
-    const int64_t step = s->reverse ? -s->dx.token : s->dx.token, K = s->K;
+    const int64_t K = s->K;
     float *dweight = s->dweight + m.part * s->D * K, *dbias = s->dbias + m.part * s->D;
+    const int64_t width = m.last_channel - m.first_channel, n_blocks = divide_up(width, LANES);
+    const int64_t last = (m.last_token - 1) / CONV_CHUNK;
+#define AT(x) (s->x.batch * m.b + s->x.channel * channel)
+    int64_t channel = m.first_channel;
+    Carrier carrier = {
+        .walk = &s->walk, .L = s->L, .chunk = CONV_CHUNK, .halo = K - 1, .n_blocks = n_blocks};
+    if (job->apart) {
+        float *end = sums + (MAX_TAPS + 1) * LANES;
+        end = add_carried(&carrier, &s->x, AT(x), &s->dx, AT(dx), width, n_blocks * LANES, end);
+        add_carried(&carrier, &s->dout, AT(dout), NULL, 0, width, n_blocks * LANES, end);
+        carry_first(&carrier, m.first_token / CONV_CHUNK);
+    }
     for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
-        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
-        Ahead ahead = {.n_blocks = divide_up(m.last_channel - m.first_channel, LANES)};
-        expect_tokens(s, &ahead, 0, &s->x, m.b, m.first_channel, t + CONV_CHUNK);
-        expect_tokens(s, &ahead, 1, &s->dout, m.b, m.first_channel, t + CONV_CHUNK);
-        expect_tokens(s, &ahead, 2, &s->dx, m.b, m.first_channel, t + CONV_CHUNK);
-        for (int64_t channel = m.first_channel; channel < m.last_channel; channel += LANES) {
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t), c = t / CONV_CHUNK;
+        const Places here = places_on_line(&s->walk, t), next = places_on_line(&s->walk, t + CONV_CHUNK);
+        Ahead ahead = {.n_blocks = n_blocks};
+        channel = m.first_channel;
+        if (job->apart) {
+            carry_between(&carrier, t > m.first_token ? c - 1 : -1, c < last ? c + 1 : -1);
+            for (int i = 0; i < 3; i++) ahead.rows[i] = (const char *)&ahead;
+        } else {
+            expect(&ahead, 0, &s->x, AT(x), &next);
+            expect(&ahead, 1, &s->dout, AT(dout), &next);
+            expect(&ahead, 2, &s->dx, AT(dx), &next);
+        }
+        for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            const int64_t at = m.b * s->dx.batch + channel + t * step
-                               + (s->reverse ? (s->L - 1) * s->dx.token : 0);
-            const Rows x = read_tokens(s, &s->x, m.b, channel, lanes, t - (K - 1), T + 2 * (K - 1),
-                                       staged_x);
-            const Rows dout = read_tokens(s, &s->dout, m.b, channel, lanes, t, T + K - 1, staged_dout);
-            const Rows dx = write_rows(&s->dx, at, step, lanes, staged_dx);
+            if (job->apart) fetch_share(&carrier, j);
+            Rows x, dout, dx;
+            if (job->apart) {
+                dx = x = carried_rows(&carrier, 0, c, j);
+                dout = carried_rows(&carrier, 1, c, j);
+                dout.rows += (K - 1) * dout.stride;
+            } else {
+                x = read_window(s, &s->x, AT(x), lanes, t - (K - 1), T + 2 * (K - 1), staged_x);
+                dout = read_window(s, &s->dout, AT(dout), lanes, t, T + K - 1, staged_dout);
+                dx = write_rows(&s->dx, AT(dx), &here, lanes, staged_dx);
+            }
             load_taps(s, channel, lanes, taps);
             if (K == 4)
                 conv_backward_block(4, T, x, dout, dx, taps, pre, sums, &ahead);
             else
                 conv_backward_block(K, T, x, dout, dx, taps, pre, sums, &ahead);
-            finish_rows(&s->dx, dx, at, step, T, lanes, staged_dx);
+            finish_rows(&s->dx, dx, AT(dx), &here, T, lanes, staged_dx);
             for (int64_t i = 0; i < lanes; i++) {
                 for (int64_t k = 0; k < K; k++) {
                     float *total = dweight + (channel + i) * K + k;
@@ -175,8 +210,11 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
                 float *total = dbias + channel + i;
                 *total = sums[K * LANES + i] + (t > m.first_token ? *total : 0.0f);
             }
+            if (job->apart) move_share(&carrier, j);
         }
     }
+    if (job->apart) carry_last(&carrier, last);
+#undef AT
 }
 
 static int run_conv(const Conv *s, void (*work)(void *, int64_t, int64_t)) {
@@ -185,7 +223,10 @@ static int run_conv(const Conv *s, void (*work)(void *, int64_t, int64_t)) {
                    .n_ranges = divide_up(s->D, CONV_BLOCKS * LANES)};
     const int64_t n_items = s->B * job.n_segments * job.n_ranges;
     const int64_t threads = smaller(s->n_threads, n_items);
-    job.scratch_size = padded((4 * CONV_ROWS + 2 * (MAX_TAPS + 1)) * LANES);
+    job.apart = !is_line(&s->walk, s->L);
+    const int64_t carried = 2 * 2 * CONV_ROWS * smaller(CONV_BLOCKS, divide_up(s->D, LANES)) * LANES;
+    job.scratch_size =
+        padded((4 * CONV_ROWS + 2 * (MAX_TAPS + 1)) * LANES + (job.apart ? carried : 0));
     job.scratch = allocate(threads * job.scratch_size);
     if (!job.scratch) return STATUS_NO_MEMORY;
     umamba_parallel(threads, n_items, work, &job);

@@ -82,7 +82,7 @@ INLINE void backward_group(const int n_states, const int need_y, const int first
 }
 
 /* Groups of states one after another; each takes (T, LANES) of the sums. */
-static void backward_states(int need_y, int add, int64_t T, int64_t N, float *rows, Rows Bc, Rows Cc,
+APART void backward_states(int need_y, int add, int64_t T, int64_t N, float *rows, Rows Bc, Rows Cc,
                             const float *A2, Rows initial, float *history, float *carry,
                             float *dA, float *sums, Ahead *ahead) {
     int64_t n = 0;
@@ -108,7 +108,7 @@ static void backward_states(int need_y, int add, int64_t T, int64_t N, float *ro
 }
 
 /* Likewise for a local_window; defined in scan_local.h. */
-static void local_backward_states(int need_y, int add, int64_t T, int64_t N, int64_t window, float *rows,
+APART void local_backward_states(int need_y, int add, int64_t T, int64_t N, int64_t window, float *rows,
                                   Rows Bc, Rows Cc, const float *A2, Rows initial, float *history,
                                   float *carry, float *dA, float *sums, Ahead *ahead);
 
@@ -133,30 +133,33 @@ typedef struct {
     int64_t first_chunk, last_chunk; /* the window: [first, last) */
     float *scratch, *part_b, *part_c, *constants, *sums, *carry;
     int64_t scratch_size, part_size;
+    int apart; /* tokens are carried */
     atomic_llong *unfinished; /* per sample and group */
 } BackwardJob;
 
 /* dB or dC of the window: the items' parts in index order. */
 static void sum_parts(const BackwardJob *job, const float *parts, const Tensor *x, int64_t offset,
-                      int64_t step, float *total) {
+                      float *total) {
     const int64_t N = job->s->N, L = job->s->L;
+    int64_t tokens[CHUNK];
     for (int64_t c = job->first_chunk; c < job->last_chunk; c++) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK);
         const float *part = parts + (c - job->first_chunk) * CHUNK * N;
         for (int64_t k = 0; k < T * N; k++) total[k] = part[k];
         for (int64_t i = 1; i < job->split.items_per_group; i++)
             for (int64_t k = 0; k < T * N; k++) total[k] += part[i * job->part_size + k];
-        copy_out(element(x, offset + step * c * CHUNK), x->dtype, step, T, N, N, total);
+        const Places places = find_places(&job->s->walk, c * CHUNK, T, tokens);
+        copy_out(x, offset, &places, 0, T, N, N, total);
     }
 }
 
 /* The scratch of one worker. */
 typedef struct {
     float *staged_b, *staged_c, *initial, *sums, *history, *rows, *total;
-    float *staged_u, *staged_delta, *staged_z, *staged_dout;
+    float *staged_u, *staged_delta, *staged_z, *staged_dout, *carried;
 } Scratch;
 
-static int64_t lay_out(float *start, const ScanBackward *s, Scratch *w) {
+static int64_t lay_out(float *start, const ScanBackward *s, int64_t n_carried, Scratch *w) {
     const int64_t N = s->N, kept = s->local_window > 1 ? 3 : 2;
     int64_t size = 0;
 #define TAKE(name, n_floats) w->name = start + size, size += padded(n_floats)
@@ -171,6 +174,7 @@ static int64_t lay_out(float *start, const ScanBackward *s, Scratch *w) {
     TAKE(staged_delta, CHUNK * LANES);
     TAKE(staged_z, CHUNK * LANES);
     TAKE(staged_dout, CHUNK * LANES);
+    TAKE(carried, n_carried);
 #undef TAKE
     return size;
 }
@@ -195,26 +199,27 @@ INLINE void begin_backward(const int with_softplus, const int gate, int64_t T, R
     }
 }
 
-/* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. */
-static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c, int add,
-                           const Scratch *w, Rows Bc, Rows Cc, const float *A2, float *carry,
-                           float *sums, Ahead *ahead) {
+/* sums: rows of dA for N states, then of dskip and dbias, over the chunks so far. Block j of the item. */
+static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c, int64_t j,
+                           const Scratch *w, const Carrier *carrier, Rows Bc, Rows Cc,
+                           const float *A2, float *carry, float *sums, Ahead *ahead) {
     const ScanBackward *s = job->s;
     float *rows = w->rows;
     const int64_t N = s->N, D = s->D, T = smaller(CHUNK, s->L - c * CHUNK);
-    const int64_t t0 = token_at(c * CHUNK, s->L, s->reverse), sign = s->reverse ? -1 : 1;
     const int gate = s->z.data != NULL;
-    const Tensor states = {(void *)s->states, 0, 0, D, 1, DTYPE_F32};
-    const Rows initial = read_rows(&states, (b * job->split.n_chunks + c) * N * D + k.channel, D, N,
-                                   k.lanes, w->initial);
+    const Tensor states = {.data = (void *)s->states, .token = D, .channel = 1, .dtype = DTYPE_F32};
+    const Places each = {.step = 1}, here = places_on_line(&s->walk, c * CHUNK);
+    const Rows initial = read_rows(&states, (b * job->split.n_chunks + c) * N * D + k.channel, &each,
+                                   N, k.lanes, w->initial);
 
-#define AT(x) (s->x.batch * b + s->x.channel * k.channel + s->x.token * t0)
-#define READ(x, scratch) read_rows(&s->x, AT(x), sign * s->x.token, T, k.lanes, scratch)
-#define WRITE(x, scratch) write_rows(&s->x, AT(x), sign * s->x.token, k.lanes, scratch)
-#define FINISH(x, r, scratch) finish_rows(&s->x, r, AT(x), sign * s->x.token, T, k.lanes, scratch)
-    const Rows u = READ(u, w->staged_u), delta = READ(delta, w->staged_delta);
-    const Rows dout = READ(dout, w->staged_dout);
-    const Rows z = gate ? READ(z, w->staged_z) : dout;
+#define AT(x) (s->x.batch * b + s->x.channel * k.channel)
+#define READ(i, x, scratch)                               \
+    (job->apart ? carried_rows(carrier, i, c, j) : read_rows(&s->x, AT(x), &here, T, k.lanes, scratch))
+#define WRITE(x, input, scratch) \
+    (job->apart ? input : write_rows(&s->x, AT(x), &here, k.lanes, scratch))
+#define FINISH(x, r, scratch) finish_rows(&s->x, r, AT(x), &here, T, k.lanes, scratch)
+    const Rows u = READ(0, u, w->staged_u), delta = READ(1, delta, w->staged_delta);
+    const Rows z = gate ? READ(2, z, w->staged_z) : u, dout = READ(3, dout, w->staged_dout);
     const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
     if (s->softplus && gate)
         begin_backward(1, 1, T, u, delta, dout, z, skip, bias, rows);
@@ -222,15 +227,15 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
         begin_backward((int)s->softplus, gate, T, u, delta, dout, z, skip, bias, rows);
 
     if (s->local_window > 1)
-        local_backward_states(gate, add, T, N, s->local_window, rows, Bc, Cc, A2, initial, w->history,
+        local_backward_states(gate, j > 0, T, N, s->local_window, rows, Bc, Cc, A2, initial, w->history,
                               carry, sums, w->sums, ahead);
     else
-        backward_states(gate, add, T, N, rows, Bc, Cc, A2, initial, w->history, carry, sums, w->sums,
+        backward_states(gate, j > 0, T, N, rows, Bc, Cc, A2, initial, w->history, carry, sums, w->sums,
                         ahead);
 
-    /* an input is not read again after its token, so its scratch may take the gradient */
-    const Rows du = WRITE(du, w->staged_u), ddelta = WRITE(ddelta, w->staged_delta);
-    const Rows dz = gate ? WRITE(dz, w->staged_z) : du;
+    /* an input is not read again after its token, so its rows may take the gradient */
+    const Rows du = WRITE(du, u, w->staged_u), ddelta = WRITE(ddelta, delta, w->staged_delta);
+    const Rows dz = gate ? WRITE(dz, z, w->staged_z) : du;
     vf dskip = {0}, dbias = {0};
     for (int64_t t = 0; t < T; t++) {
         const vf ut = vload(u.rows + t * u.stride), q = vload(row(rows, t, Q));
@@ -262,47 +267,70 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
     const int64_t b = place / s->G, group = place % s->G;
     const int64_t first = item % job->split.items_per_group * per_item;
     const int64_t n_blocks = smaller(per_item, job->split.blocks_per_group - first);
-    const int64_t sign = s->reverse ? -1 : 1, start = token_at(0, L, s->reverse);
     const int64_t width = (N + 2) * LANES; /* of a block's constants, and of its sums */
     float *constants = job->constants + item * per_item * width;
     float *sums = job->sums + item * per_item * width;
-    float *carry = job->carry + item * per_item * N * LANES;
+    float *gradients = job->carry + item * per_item * N * LANES;
     Scratch w;
-    lay_out(job->scratch + worker * job->scratch_size, s, &w);
+    lay_out(job->scratch + worker * job->scratch_size, s, 0, &w);
 
     for (int64_t j = 0; j < n_blocks && job->last_chunk == job->split.n_chunks; j++) {
         const Block k = block_at(D, s->G, group, first + j);
         load_constants(s->A, s->skip, s->bias, N, k, constants + j * width);
         load_state(s->dlast ? s->dlast + (b * D + k.channel) * N : NULL, N, k.lanes,
-                   carry + j * N * LANES);
+                   gradients + j * N * LANES);
         memset(sums + j * width, 0, (size_t)width * sizeof(float));
     }
 
-#define AT(x) (s->x.batch * b + s->x.group * group + s->x.token * start)
+#define AT(x) (s->x.batch * b + s->x.group * group)
+#define FIRST(x) (AT(x) + block_at(D, s->G, group, first).channel * s->x.channel)
+    const int64_t pitch = n_blocks * LANES, columns = smaller(pitch, D / s->G - first * LANES);
+    Carrier carrier = {.walk = &s->walk, .L = L, .chunk = CHUNK, .n_blocks = n_blocks};
+    if (job->apart) {
+        float *end = w.carried;
+#define CARRY(x, dx) end = add_carried(&carrier, &s->x, FIRST(x), &s->dx, FIRST(dx), columns, pitch, end)
+        CARRY(u, du);
+        CARRY(delta, ddelta);
+        CARRY(z, dz);
+#undef CARRY
+        end = add_carried(&carrier, &s->dout, FIRST(dout), NULL, 0, columns, pitch, end);
+        end = add_carried(&carrier, &s->Bm, AT(Bm), NULL, 0, N, N, end);
+        add_carried(&carrier, &s->Cm, AT(Cm), NULL, 0, N, N, end);
+        carry_first(&carrier, job->last_chunk - 1);
+    }
     for (int64_t c = job->last_chunk - 1; c >= job->first_chunk; c--) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK), part = (c - job->first_chunk) * CHUNK * N;
-        const int64_t step_b = sign * s->Bm.token, step_c = sign * s->Cm.token;
-        const Rows Bc = read_states(&s->Bm, AT(Bm) + step_b * c * CHUNK, step_b, T, N, w.staged_b);
-        const Rows Cc = read_states(&s->Cm, AT(Cm) + step_c * c * CHUNK, step_c, T, N, w.staged_c);
-        const int64_t channel = block_at(D, s->G, group, first).channel;
+        const Places here = places_on_line(&s->walk, c * CHUNK);
+        const Places next = places_on_line(&s->walk, (c - 1) * CHUNK);
+        Rows Bc, Cc;
         Ahead ahead[2] = {{.n_blocks = n_blocks}, {.n_blocks = n_blocks}};
-#define EXPECT(which, i, x)                                                              \
-    expect(ahead + which, i, &s->x,                                                      \
-           AT(x) + channel * s->x.channel + sign * (c - 1) * CHUNK * s->x.token, sign * s->x.token)
-        EXPECT(0, 0, u);
-        EXPECT(0, 1, delta);
-        EXPECT(0, 2, z);
-        EXPECT(0, 3, dout);
-        EXPECT(1, 0, du);
-        EXPECT(1, 1, ddelta);
-        EXPECT(1, 2, dz);
-#undef EXPECT
-        for (int64_t j = 0; j < n_blocks; j++)
-            backward_block(job, b, block_at(D, s->G, group, first + j), c, j > 0, &w, Bc, Cc,
-                           constants + j * width, carry + j * N * LANES, sums + j * width, ahead);
+        if (job->apart) {
+            Bc = carried_rows(&carrier, 4, c, 0);
+            Cc = carried_rows(&carrier, 5, c, 0);
+            carry_between(&carrier, c + 1 < job->last_chunk ? c + 1 : -1,
+                          c > job->first_chunk ? c - 1 : -1);
+            for (int i = 0; i < 4; i++) ahead[0].rows[i] = ahead[1].rows[i] = (const char *)ahead;
+        } else {
+            Bc = read_states(&s->Bm, AT(Bm), &here, T, N, w.staged_b);
+            Cc = read_states(&s->Cm, AT(Cm), &here, T, N, w.staged_c);
+            expect(&ahead[0], 0, &s->u, FIRST(u), &next);
+            expect(&ahead[0], 1, &s->delta, FIRST(delta), &next);
+            expect(&ahead[0], 2, &s->z, FIRST(z), &next);
+            expect(&ahead[0], 3, &s->dout, FIRST(dout), &next);
+            expect(&ahead[1], 0, &s->du, FIRST(du), &next);
+            expect(&ahead[1], 1, &s->ddelta, FIRST(ddelta), &next);
+            expect(&ahead[1], 2, &s->dz, FIRST(dz), &next);
+        }
+        for (int64_t j = 0; j < n_blocks; j++) {
+            if (job->apart) fetch_share(&carrier, j);
+            backward_block(job, b, block_at(D, s->G, group, first + j), c, j, &w, &carrier, Bc, Cc,
+                           constants + j * width, gradients + j * N * LANES, sums + j * width, ahead);
+            if (job->apart) move_share(&carrier, j);
+        }
         unfold_states(T, N, w.sums, job->part_b + item * job->part_size + part,
                       job->part_c + item * job->part_size + part);
     }
+    if (job->apart) carry_last(&carrier, job->first_chunk);
     for (int64_t j = 0; j < n_blocks && job->first_chunk == 0; j++) {
         const Block k = block_at(D, s->G, group, first + j);
         const float *total = sums + j * width;
@@ -310,14 +338,15 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         if (s->dskip) store_state(s->dskip + b * D + k.channel, 1, k.lanes, total + N * LANES);
         if (s->dbias) store_state(s->dbias + b * D + k.channel, 1, k.lanes, total + (N + 1) * LANES);
         if (s->dinitial)
-            store_state(s->dinitial + (b * D + k.channel) * N, N, k.lanes, carry + j * N * LANES);
+            store_state(s->dinitial + (b * D + k.channel) * N, N, k.lanes, gradients + j * N * LANES);
     }
     if (atomic_fetch_sub(job->unfinished + place, 1) == 1) {
         const int64_t at = place * job->split.items_per_group * job->part_size;
-        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), sign * s->dBm.token, w.total);
-        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), sign * s->dCm.token, w.total);
+        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), w.total);
+        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), w.total);
     }
 #undef AT
+#undef FIRST
 }
 
 static int scan_backward(const ScanBackward *s) {
@@ -333,7 +362,9 @@ static int scan_backward(const ScanBackward *s) {
     const int64_t width = (N + 2) * LANES;
     Scratch w;
     job.part_size = smaller(window, job.split.n_chunks) * CHUNK * N;
-    job.scratch_size = lay_out(NULL, s, &w);
+    job.apart = !is_line(&s->walk, s->L);
+    job.scratch_size =
+        lay_out(NULL, s, job.apart ? 2 * CHUNK * (4 * job.split.blocks_per_item * LANES + 2 * N) : 0, &w);
     job.scratch = allocate(threads * job.scratch_size);
     job.part_b = allocate(2 * job.split.n_items * job.part_size);
     job.constants = allocate(n_blocks * (2 * width + N * LANES));

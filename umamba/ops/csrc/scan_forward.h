@@ -3,7 +3,7 @@
  * Channels lie across the lanes, a group of states in registers, tokens in the inner loop; the channel
  * blocks of an item are inside the chunk loop, so that the chunk's rows of B and C stay in cache.
  * Letters: T tokens of a chunk, N states, block = LANES channels of one group. */
-#include "vec.h"
+#include "carry.h"
 
 /* Channel blocks never straddle a group; a group's last block may be partial. */
 typedef struct {
@@ -29,10 +29,6 @@ static Split split_channels(int64_t B, int64_t L, int64_t G, int64_t blocks_per_
 INLINE Block block_at(int64_t D, int64_t G, int64_t group, int64_t j) {
     int64_t size = D / G;
     return (Block){group, group * size + j * LANES, smaller(LANES, size - j * LANES)};
-}
-
-INLINE int64_t token_at(int64_t walked, int64_t L, int64_t reverse) {
-    return reverse ? L - 1 - walked : walked;
 }
 
 /* (N, LANES) <-> the states of one block in a (B, D, N) array */
@@ -97,7 +93,7 @@ INLINE void forward_group(const int n_states, int64_t T, const float *d, const f
 }
 
 /* As many states at once as the registers hold. */
-static void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y, Rows Bc,
+APART void forward_states(int64_t T, int64_t N, const float *d, const float *du, float *y, Rows Bc,
                            Rows Cc, const float *A2, float *state, Ahead *ahead) {
     int64_t n = 0;
 #define GROUP(k)                                                                            \
@@ -115,7 +111,7 @@ static void forward_states(int64_t T, int64_t N, const float *d, const float *du
 }
 
 /* Likewise for a local_window; defined in scan_local.h. */
-static void local_forward_states(int64_t T, int64_t N, int64_t window, const float *d, const float *du,
+APART void local_forward_states(int64_t T, int64_t N, int64_t window, const float *d, const float *du,
                                  float *y, Rows Bc, Rows Cc, const float *A2, float *state,
                                  float *decays, Ahead *ahead);
 
@@ -124,6 +120,7 @@ typedef struct {
     Split split;
     float *scratch;
     int64_t scratch_size;
+    int apart; /* tokens are carried */
 } ForwardJob;
 
 /* The saved states before chunk c: N rows, D apart. */
@@ -139,7 +136,6 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
     const int64_t group = item / job->split.items_per_group % s->G;
     const int64_t first = item % job->split.items_per_group * job->split.blocks_per_item;
     const int64_t n_blocks = smaller(job->split.blocks_per_item, job->split.blocks_per_group - first);
-    const int64_t sign = s->reverse ? -1 : 1;
 
     float *staged_b = job->scratch + worker * job->scratch_size, *staged_c = staged_b + CHUNK * N;
     float *d = staged_c + CHUNK * N, *du = d + CHUNK * LANES, *y = du + CHUNK * LANES;
@@ -157,23 +153,38 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
         load_constants(s->A, s->skip, s->bias, N, k, constants + j * (N + 2) * LANES);
     }
 
+#define AT(x) (s->x.batch * b + s->x.group * group)
+#define FIRST(x) (AT(x) + block_at(D, s->G, group, first).channel * s->x.channel)
+    const int64_t size = D / s->G, pitch = n_blocks * LANES, columns = smaller(pitch, size - first * LANES);
+    Carrier carrier = {.walk = &s->walk, .L = L, .chunk = CHUNK, .n_blocks = n_blocks};
+    if (job->apart) {
+        float *end = decays + s->local_window * 8 * LANES;
+        end = add_carried(&carrier, &s->u, FIRST(u), &s->out, FIRST(out), columns, pitch, end);
+        end = add_carried(&carrier, &s->delta, FIRST(delta), NULL, 0, columns, pitch, end);
+        end = add_carried(&carrier, &s->z, FIRST(z), NULL, 0, columns, pitch, end);
+        end = add_carried(&carrier, &s->Bm, AT(Bm), NULL, 0, N, N, end);
+        add_carried(&carrier, &s->Cm, AT(Cm), NULL, 0, N, N, end);
+        carry_first(&carrier, 0);
+    }
     for (int64_t c = 0; c < job->split.n_chunks; c++) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK);
-        const int64_t t0 = token_at(c * CHUNK, L, s->reverse);
-#define AT(x) (s->x.batch * b + s->x.group * group + s->x.token * t0)
-        const Rows Bc = read_states(&s->Bm, AT(Bm), sign * s->Bm.token, T, N, staged_b);
-        const Rows Cc = read_states(&s->Cm, AT(Cm), sign * s->Cm.token, T, N, staged_c);
-
-        const int64_t channel = block_at(D, s->G, group, first).channel;
+        const Places here = places_on_line(&s->walk, c * CHUNK);
+        const Places next = places_on_line(&s->walk, (c + 1) * CHUNK);
+        Rows Bc, Cc;
         Ahead ahead = {.n_blocks = n_blocks};
-#define EXPECT(i, x)                                                            \
-    expect(&ahead, i, &s->x,                                                    \
-           AT(x) + channel * s->x.channel + sign * CHUNK * s->x.token, sign * s->x.token)
-        EXPECT(0, u);
-        EXPECT(1, delta);
-        EXPECT(2, z);
-        EXPECT(3, out);
-#undef EXPECT
+        if (job->apart) {
+            Bc = carried_rows(&carrier, 3, c, 0);
+            Cc = carried_rows(&carrier, 4, c, 0);
+            carry_between(&carrier, c - 1, c + 1 < job->split.n_chunks ? c + 1 : -1);
+            for (int i = 0; i < 4; i++) ahead.rows[i] = (const char *)&ahead;
+        } else {
+            Bc = read_states(&s->Bm, AT(Bm), &here, T, N, staged_b);
+            Cc = read_states(&s->Cm, AT(Cm), &here, T, N, staged_c);
+            expect(&ahead, 0, &s->u, FIRST(u), &next);
+            expect(&ahead, 1, &s->delta, FIRST(delta), &next);
+            expect(&ahead, 2, &s->z, FIRST(z), &next);
+            expect(&ahead, 3, &s->out, FIRST(out), &next);
+        }
         for (int64_t j = 0; j < n_blocks; j++) {
             const Block k = block_at(D, s->G, group, first + j);
             const int64_t out_at = AT(out) + k.channel;
@@ -183,10 +194,11 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 next_state = state_rows(s, b, c + 1, k.channel);
             for (int64_t n = 0; n < N && next_state; n++)
                 __builtin_prefetch(next_state + n * D, 1, 2);
-            const Rows u = read_rows(&s->u, AT(u) + k.channel * s->u.channel, sign * s->u.token, T,
-                                     k.lanes, staged_u);
-            const Rows delta = read_rows(&s->delta, AT(delta) + k.channel * s->delta.channel,
-                                         sign * s->delta.token, T, k.lanes, staged_delta);
+            if (job->apart) fetch_share(&carrier, j);
+#define READ(i, x, scratch)                               \
+    (job->apart ? carried_rows(&carrier, i, c, j)         \
+                : read_rows(&s->x, AT(x) + k.channel * s->x.channel, &here, T, k.lanes, scratch))
+            const Rows u = READ(0, u, staged_u), delta = READ(1, delta, staged_delta);
             const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
             if (s->softplus)
                 begin_block(1, T, u, delta, skip, bias, d, du, y);
@@ -197,10 +209,10 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             else
                 forward_states(T, N, d, du, y, Bc, Cc, A2, h, &ahead);
 
-            const Rows out = write_rows(&s->out, out_at, sign * s->out.token, k.lanes, y);
+            /* u is not read again: its rows may take the result */
+            const Rows out = job->apart ? u : write_rows(&s->out, out_at, &here, k.lanes, y);
             if (s->z.data) {
-                const Rows z = read_rows(&s->z, AT(z) + k.channel * s->z.channel, sign * s->z.token, T,
-                                         k.lanes, staged_u);
+                const Rows z = READ(2, z, staged_u);
                 for (int64_t t = 0; t < T; t++) {
                     const vf zt = vload(z.rows + t * z.stride);
                     vstore(out.rows + t * out.stride, vload(y + t * LANES) * zt * sigmoid(zt));
@@ -209,12 +221,16 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 for (int64_t t = 0; t < T; t++)
                     vstore(out.rows + t * out.stride, vload(y + t * LANES));
             }
-            finish_rows(&s->out, out, out_at, sign * s->out.token, T, k.lanes, y);
+            finish_rows(&s->out, out, out_at, &here, T, k.lanes, y);
             for (int64_t n = 0; n < N && next_state; n++)
                 store_lanes(next_state + n * D, k.lanes, vload(h + n * LANES));
+            if (job->apart) move_share(&carrier, j);
+#undef READ
         }
-#undef AT
     }
+    if (job->apart) carry_last(&carrier, job->split.n_chunks - 1);
+#undef AT
+#undef FIRST
     for (int64_t j = 0; j < n_blocks; j++) {
         const Block k = block_at(D, s->G, group, first + j);
         store_state(s->last + (b * D + k.channel) * N, N, k.lanes, state + j * N * LANES);
@@ -228,9 +244,11 @@ static int scan_forward(const ScanForward *s) {
     ForwardJob job = {.s = s, .split = split_channels(s->B, s->L, s->G, blocks,
                                                       divide_up(total, rounds * s->n_threads))};
     const int64_t threads = smaller(s->n_threads, job.split.n_items);
+    const int64_t carried = 2 * CHUNK * (3 * job.split.blocks_per_item * LANES + 2 * s->N);
+    job.apart = !is_line(&s->walk, s->L);
     job.scratch_size = padded(2 * CHUNK * s->N + 5 * CHUNK * LANES
                               + job.split.blocks_per_item * (2 * s->N + 2) * LANES
-                              + s->local_window * 8 * LANES);
+                              + s->local_window * 8 * LANES + (job.apart ? carried : 0));
     job.scratch = allocate(threads * job.scratch_size);
     if (!job.scratch) return STATUS_NO_MEMORY;
     umamba_parallel(threads, job.split.n_items, forward_item, &job);

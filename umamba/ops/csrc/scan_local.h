@@ -58,7 +58,7 @@ INLINE void local_forward_group(const int n_states, int64_t T, int64_t window, c
     for (int i = 0; i < n_states; i++) vstore(state + i * LANES, h[i]);
 }
 
-static void local_forward_states(int64_t T, int64_t N, int64_t window, const float *d, const float *du,
+APART void local_forward_states(int64_t T, int64_t N, int64_t window, const float *d, const float *du,
                                  float *y, Rows Bc, Rows Cc, const float *A2, float *state,
                                  float *decays, Ahead *ahead) {
     int64_t n = 0;
@@ -155,7 +155,7 @@ INLINE void local_backward_group(const int n_states, int need_y, int first, int 
 #undef KEPT
 }
 
-static void local_backward_states(int need_y, int add, int64_t T, int64_t N, int64_t window, float *rows,
+APART void local_backward_states(int need_y, int add, int64_t T, int64_t N, int64_t window, float *rows,
                                   Rows Bc, Rows Cc, const float *A2, Rows initial, float *history,
                                   float *carry, float *dA, float *sums, Ahead *ahead) {
     int64_t n = 0;

@@ -10,19 +10,28 @@
 enum { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
 enum { STATUS_DONE = 0, STATUS_NO_MEMORY = 1, STATUS_NO_ISA = 2 };
 
-/* A tensor (batch, group, token, channel or state); strides in elements; data is NULL if absent. */
+/* A tensor (batch, group, token, channel or state); strides in elements; data is NULL if absent.
+ * add: results are added to the float32 elements there. */
 typedef struct {
     void *data;
     int64_t batch, group, token, channel;
-    int64_t dtype;
+    int64_t dtype, add;
 } Tensor;
 
-/* Dense float32 arrays: A (D,N), skip and bias (D), initial and last (B,D,N),
- * states (B,n_chunks,N,D) before each chunk in walk order. local_window: tokens of a window of the
+/* Step p visits token start + i0 s0 + i1 s1 + i2 s2, where i2 = p % n2, i1 = p / n2 % n1,
+ * i0 = p / (n1 n2). */
+typedef struct {
+    int64_t start, n0, s0, n1, s1, n2, s2;
+} Walk;
+
+/* One direction; tokens lie in raster order and are met along the walk.
+ * Dense float32 arrays: A (D,N), skip and bias (D), initial and last (B,D,N),
+ * states (B,n_chunks,N,D) before each chunk walked. local_window: tokens of a window of the
  * locally bidirectional scan, which divide CHUNK; 0 or 1 for the plain scan. */
 typedef struct {
     int64_t B, D, L, N, G;
-    int64_t softplus, reverse, local_window, n_threads;
+    int64_t softplus, local_window, n_threads;
+    Walk walk;
     Tensor u, delta, z, Bm, Cm, out;
     const float *A, *skip, *bias, *initial;
     float *last, *states;
@@ -31,7 +40,8 @@ typedef struct {
 /* dA (B,D,N), dskip and dbias (B,D) hold one part per sample; the first ends as their sum. */
 typedef struct {
     int64_t B, D, L, N, G;
-    int64_t softplus, reverse, local_window, n_threads;
+    int64_t softplus, local_window, n_threads;
+    Walk walk;
     Tensor u, delta, z, Bm, Cm, dout;
     Tensor du, ddelta, dz, dBm, dCm;
     const float *A, *skip, *bias, *states, *dlast;
@@ -41,8 +51,8 @@ typedef struct {
 /* weight (D,K), bias (D); dweight (parts,D,K) and dbias (parts,D) hold one part per CONV_SEGMENT tokens
  * of a sample; the first ends as their sum. dout, dx, dweight and dbias are absent in the forward. */
 typedef struct {
-    int64_t B, D, L, K;
-    int64_t reverse, n_threads;
+    int64_t B, D, L, K, n_threads;
+    Walk walk;
     Tensor x, out, dout, dx;
     const float *weight, *bias;
     float *dweight, *dbias;

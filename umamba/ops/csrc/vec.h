@@ -1,4 +1,4 @@
-/* Vectors of 4, 8 or 16 floats, exp2, log1p and sigmoid on them, and chunk-wise tensor access. */
+/* Vectors of 4, 8 or 16 floats; exp2, log1p, sigmoid, sums over lanes and half types on them. */
 #ifndef UMAMBA_VEC_H
 #define UMAMBA_VEC_H
 
@@ -20,6 +20,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline)) /* inner loops: registers of their own */
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
 
@@ -268,112 +269,6 @@ static float *allocate(int64_t n_floats) {
 static void sum_into_first(float *x, int64_t n_parts, int64_t size) {
     for (int64_t i = 1; x && i < n_parts; i++)
         for (int64_t k = 0; k < size; k++) x[k] += x[i * size + k];
-}
-
-/* Copies n_rows x n_columns elements with any strides to rows of `pitch` floats, zeros to the right. */
-#define COPY_IN(type, convert)                                                        \
-    for (int64_t i = 0; i < n_rows; i++) {                                            \
-        const type *from = (const type *)x + i * row;                                 \
-        float *to = out + i * pitch;                                                  \
-        if (column == 1)                                                              \
-            for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k]);         \
-        else                                                                          \
-            for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k * column]); \
-        for (int64_t k = n_columns; k < pitch; k++) to[k] = 0.0f;                     \
-    }
-static void copy_in(const void *x, int64_t dtype, int64_t row, int64_t column, int64_t n_rows,
-                    int64_t n_columns, int64_t pitch, float *out) {
-    if (dtype == DTYPE_F32) {
-        COPY_IN(float, )
-    } else if (dtype == DTYPE_BF16) {
-        COPY_IN(uint16_t, bf16_to_float)
-    } else {
-        COPY_IN(uint16_t, half_to_float)
-    }
-}
-
-#define COPY_OUT(type, convert)                                               \
-    for (int64_t i = 0; i < n_rows; i++) {                                    \
-        type *to = (type *)x + i * row;                                       \
-        const float *from = in + i * pitch;                                   \
-        for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k]);     \
-    }
-static void copy_out(void *x, int64_t dtype, int64_t row, int64_t n_rows, int64_t n_columns,
-                     int64_t pitch, const float *in) {
-    if (dtype == DTYPE_F32) {
-        COPY_OUT(float, )
-    } else if (dtype == DTYPE_BF16) {
-        COPY_OUT(uint16_t, float_to_bf16)
-    } else {
-        COPY_OUT(uint16_t, float_to_half)
-    }
-}
-
-/* Rows of floats, `stride` floats apart: the tensor's own memory or a scratch copy of it. */
-typedef struct {
-    float *rows;
-    int64_t stride;
-} Rows;
-
-INLINE char *element(const Tensor *x, int64_t offset) {
-    return (char *)x->data + offset * (x->dtype == DTYPE_F32 ? 4 : 2);
-}
-
-/* n_tokens of one channel block in walk order; `step` is the token stride times the sign of walk. */
-INLINE Rows read_rows(const Tensor *x, int64_t offset, int64_t step, int64_t n_tokens,
-                      int64_t n_channels, float *scratch) {
-    if (x->dtype == DTYPE_F32 && x->channel == 1 && n_channels == LANES)
-        return (Rows){(float *)element(x, offset), step};
-    copy_in(element(x, offset), x->dtype, step, x->channel, n_tokens, n_channels, LANES, scratch);
-    return (Rows){scratch, LANES};
-}
-
-/* n_tokens rows of all states, likewise. */
-INLINE Rows read_states(const Tensor *x, int64_t offset, int64_t step, int64_t n_tokens,
-                        int64_t n_states, float *scratch) {
-    if (x->dtype == DTYPE_F32 && x->channel == 1) return (Rows){(float *)element(x, offset), step};
-    copy_in(element(x, offset), x->dtype, step, x->channel, n_tokens, n_states, n_states, scratch);
-    return (Rows){scratch, n_states};
-}
-
-/* Where results of a block are written; finish_rows copies them out when that is scratch. */
-INLINE Rows write_rows(const Tensor *x, int64_t offset, int64_t step, int64_t n_channels,
-                       float *scratch) {
-    if (x->dtype == DTYPE_F32 && n_channels == LANES)
-        return (Rows){(float *)element(x, offset), step};
-    return (Rows){scratch, LANES};
-}
-
-INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, int64_t step, int64_t n_tokens,
-                        int64_t n_channels, const float *scratch) {
-    if (r.rows == scratch)
-        copy_out(element(x, offset), x->dtype, step, n_tokens, n_channels, LANES, r.rows);
-}
-
-/* Up to 4 tensors of which the next chunk is fetched while this one is computed, row by row as it lies in
- * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming. */
-typedef struct {
-    const char *rows[4];
-    int64_t down[4], across[4]; /* bytes from row to row, and from block to block */
-    int64_t block, n_blocks;
-} Ahead;
-
-INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, int64_t step) {
-    const int64_t size = x->dtype == DTYPE_F32 ? 4 : 2;
-    ahead->rows[i] = x->data ? element(x, offset) : (const char *)ahead;
-    ahead->down[i] = step * size;
-    ahead->across[i] = LANES * x->channel * size;
-}
-
-/* One block of one row of each of the first n. */
-INLINE void fetch_ahead(const int n, Ahead *ahead) {
-#pragma GCC unroll 4
-    for (int i = 0; i < n; i++)
-        __builtin_prefetch(ahead->rows[i] + ahead->block * ahead->across[i], 0, 2);
-    if (++ahead->block < ahead->n_blocks) return;
-    ahead->block = 0;
-#pragma GCC unroll 4
-    for (int i = 0; i < n; i++) ahead->rows[i] += ahead->down[i];
 }
 
 #endif

@@ -1,0 +1,180 @@
+/* Rows of tensors met along a walk: where tokens lie, scratch copies, what is fetched ahead. */
+#ifndef UMAMBA_ROWS_H
+#define UMAMBA_ROWS_H
+
+#include "vec.h"
+
+/* Where some tokens walked one after another lie: first + i * step, or tokens[i] if step is 0. */
+typedef struct {
+    int64_t first, step;
+    const int64_t *tokens;
+} Places;
+
+INLINE int64_t place(const Places *p, int64_t i) {
+    return p->step ? p->first + i * p->step : p->tokens[i];
+}
+
+/* The places of n tokens from step `from` of the walk; tokens (n) is where to list them. */
+static Places find_places(const Walk *w, int64_t from, int64_t n, int64_t *tokens) {
+    const int64_t line = from / w->n2;
+    int64_t i2 = from % w->n2, i1 = line % w->n1, i0 = line / w->n1;
+    int64_t token = w->start + i0 * w->s0 + i1 * w->s1 + i2 * w->s2, even = 1;
+    if (i2 + n <= w->n2) return (Places){token, w->s2, NULL};
+    for (int64_t i = 0; i < n; i++) {
+        tokens[i] = token;
+        if (i > 1) even &= token - tokens[i - 1] == tokens[1] - tokens[0];
+        if (++i2 < w->n2) {
+            token += w->s2;
+            continue;
+        }
+        i2 = 0;
+        if (++i1 == w->n1) i1 = 0, i0++;
+        token = w->start + i0 * w->s0 + i1 * w->s1;
+    }
+    return (Places){tokens[0], even ? tokens[1] - tokens[0] : 0, tokens};
+}
+
+/* Whether neighbors in the walk are neighbors in memory: their rows are then used where they lie. */
+INLINE int is_line(const Walk *w, int64_t L) { return w->n2 == L && (w->s2 == 1 || w->s2 == -1); }
+
+INLINE Places places_on_line(const Walk *w, int64_t from) {
+    return (Places){w->start + from * w->s2, w->s2, NULL};
+}
+
+INLINE char *element(const Tensor *x, int64_t offset) {
+    return (char *)x->data + offset * (x->dtype == DTYPE_F32 ? 4 : 2);
+}
+
+/* Copies the n_rows from place `start` on, of n_columns with any strides, to rows of `pitch` floats,
+ * zeros to the right. */
+#define COPY_IN(type, convert)                                                             \
+    for (int64_t i = 0; i < n_rows; i++) {                                                 \
+        const type *from = (const type *)element(x, offset) + place(places, start + i) * x->token; \
+        float *to = out + i * pitch;                                                       \
+        if (column == 1)                                                                   \
+            for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k]);              \
+        else                                                                               \
+            for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k * column]);     \
+        for (int64_t k = n_columns; k < pitch; k++) to[k] = 0.0f;                          \
+    }
+static void copy_in(const Tensor *x, int64_t offset, const Places *places, int64_t start,
+                    int64_t n_rows, int64_t n_columns, int64_t pitch, float *out) {
+    const int64_t column = x->channel;
+    if (x->dtype == DTYPE_F32 && column == 1 && n_columns == LANES && pitch == LANES) {
+        const float *from = (const float *)element(x, offset);
+        for (int64_t i = 0; i < n_rows; i++)
+            vstore(out + i * LANES, vload(from + place(places, start + i) * x->token));
+    } else if (x->dtype == DTYPE_F32) {
+        COPY_IN(float, )
+    } else if (x->dtype == DTYPE_BF16) {
+        COPY_IN(uint16_t, bf16_to_float)
+    } else {
+        COPY_IN(uint16_t, half_to_float)
+    }
+}
+
+#define COPY_OUT(type, convert)                                                \
+    for (int64_t i = 0; i < n_rows; i++) {                                     \
+        type *to = (type *)element(x, offset) + place(places, start + i) * x->token;   \
+        const float *from = in + i * pitch;                                    \
+        for (int64_t k = 0; k < n_columns; k++) to[k] = convert(k);            \
+    }
+#define SUM(k) (to[k] + from[k])
+#define SAME(k) from[k]
+#define BF16(k) float_to_bf16(from[k])
+#define HALF(k) float_to_half(from[k])
+static void copy_out(const Tensor *x, int64_t offset, const Places *places, int64_t start,
+                     int64_t n_rows, int64_t n_columns, int64_t pitch, const float *in) {
+    if (x->dtype == DTYPE_F32 && n_columns == LANES && pitch == LANES) {
+        float *to = (float *)element(x, offset);
+        for (int64_t i = 0; i < n_rows; i++) {
+            float *there = to + place(places, start + i) * x->token;
+            const vf value = vload(in + i * LANES);
+            vstore(there, x->add ? vload(there) + value : value);
+        }
+    } else if (x->dtype == DTYPE_F32 && x->add) {
+        COPY_OUT(float, SUM)
+    } else if (x->dtype == DTYPE_F32) {
+        COPY_OUT(float, SAME)
+    } else if (x->dtype == DTYPE_BF16) {
+        COPY_OUT(uint16_t, BF16)
+    } else {
+        COPY_OUT(uint16_t, HALF)
+    }
+}
+
+/* Rows of floats, `stride` floats apart: the tensor's own memory or a scratch copy of it. */
+typedef struct {
+    float *rows;
+    int64_t stride;
+} Rows;
+
+/* n_tokens of one channel block, as walked, evenly; offset is that of token 0. */
+INLINE Rows read_rows(const Tensor *x, int64_t offset, const Places *places, int64_t n_tokens,
+                      int64_t n_channels, float *scratch) {
+    if (x->dtype == DTYPE_F32 && x->channel == 1 && n_channels == LANES)
+        return (Rows){(float *)element(x, offset + places->first * x->token), places->step * x->token};
+    copy_in(x, offset, places, 0, n_tokens, n_channels, LANES, scratch);
+    return (Rows){scratch, LANES};
+}
+
+/* n_tokens rows of all states, likewise. */
+INLINE Rows read_states(const Tensor *x, int64_t offset, const Places *places, int64_t n_tokens,
+                        int64_t n_states, float *scratch) {
+    if (x->dtype == DTYPE_F32 && x->channel == 1)
+        return (Rows){(float *)element(x, offset + places->first * x->token), places->step * x->token};
+    copy_in(x, offset, places, 0, n_tokens, n_states, n_states, scratch);
+    return (Rows){scratch, n_states};
+}
+
+/* Where results of a block are written; finish_rows copies them out when that is scratch. */
+INLINE Rows write_rows(const Tensor *x, int64_t offset, const Places *places, int64_t n_channels,
+                       float *scratch) {
+    if (x->dtype == DTYPE_F32 && n_channels == LANES && !x->add)
+        return (Rows){(float *)element(x, offset + places->first * x->token), places->step * x->token};
+    return (Rows){scratch, LANES};
+}
+
+INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, const Places *places,
+                        int64_t n_tokens, int64_t n_channels, const float *scratch) {
+    if (r.rows == scratch) copy_out(x, offset, places, 0, n_tokens, n_channels, LANES, r.rows);
+}
+
+/* Up to 4 tensors of which the next chunk is fetched while this one is computed, row by row as it lies in
+ * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming. */
+typedef struct {
+    const char *rows[4];
+    int64_t down[4], across[4]; /* bytes from row to row, and from block to block */
+    int64_t block, n_blocks;
+} Ahead;
+
+INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, const Places *next) {
+    const int64_t size = x->dtype == DTYPE_F32 ? 4 : 2;
+    ahead->rows[i] = x->data ? element(x, offset + next->first * x->token) : (const char *)ahead;
+    ahead->down[i] = next->step * x->token * size;
+    ahead->across[i] = LANES * x->channel * size;
+}
+
+/* One block of one row of each of the first n. */
+INLINE void fetch_ahead(const int n, Ahead *ahead) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++)
+        __builtin_prefetch(ahead->rows[i] + ahead->block * ahead->across[i], 0, 2);
+    if (++ahead->block < ahead->n_blocks) return;
+    ahead->block = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) ahead->rows[i] += ahead->down[i];
+}
+
+/* n_rows from place `start` on, whole cache lines. Inline, or gcc takes calls for without effect. */
+INLINE void fetch_rows(const Tensor *x, int64_t offset, const Places *places, int64_t start,
+                       int64_t n_rows, int64_t n_columns) {
+    const int64_t size = (x->dtype == DTYPE_F32 ? 4 : 2) * n_columns;
+    for (int64_t i = 0; i < n_rows; i++) {
+        const char *row = element(x, offset + place(places, start + i) * x->token);
+        for (int64_t k = 0; k < size; k += 64) __builtin_prefetch(row + k, 0, 2);
+        __builtin_prefetch(row + size - 1, 0, 2);
+    }
+}
+
+#endif
