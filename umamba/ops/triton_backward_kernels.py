@@ -26,11 +26,6 @@ def _place(pid, B, G, n_tiles, n_segments, E, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _row(pointers, offset, mask):
-    return tl.load(pointers + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _load(pointers, mask):
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
@@ -311,15 +306,15 @@ def segment_carries(
             step -= 1
             in_segment = step >= start
             row_mask = inside < tl.where(in_segment, width, 0)
-            d = _row(delta, token * delta_l, row_mask) + shift
+            d = _load(delta + token * delta_l, row_mask) + shift
             if SOFTPLUS:
                 d = softplus(d)
             d = tl.where(in_segment, d, 0.0)
-            q = _row(dout, token * dout_l, row_mask)
+            q = _load(dout + token * dout_l, row_mask)
             if z is not None:
-                z_t = _row(z, token * z_l, row_mask)
+                z_t = _load(z + token * z_l, row_mask)
                 q = q * z_t * sigmoid(z_t)
-            C_t = _row(C, token * C_l, n < tl.where(in_segment, N, 0))
+            C_t = _load(C + token * C_l, n < tl.where(in_segment, N, 0))
             carry = tl.exp2(rate * d[:, None]) * (C_t[None, :] * q[:, None] + carry)
             total += d
     part = (segment * n_directions + k) * n_batch + b

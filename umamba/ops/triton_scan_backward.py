@@ -39,6 +39,7 @@ def backward(
     """
     batch, n_directions, channels, length = delta.shape
     n_groups, n_states = B.shape[2:4]
+    assert length < 2**31  # tokens are kept as 32-bit integers
     block_N = triton.next_power_of_2(n_states)
     block_E = min(max(512 // block_N, 4), 64, max(triton.next_power_of_2(channels // n_groups), 4))
     n_tiles = triton.cdiv(channels // n_groups, block_E)
