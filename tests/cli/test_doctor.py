@@ -27,6 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No variables, a fresh choice, nothing remembered, a folder of its own, and no timing."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "UMAMBA_SCAN"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(remembered, "choices_file", lambda: tmp_path / "cache" / "scan.json")
     forget()
     monkeypatch.chdir(tmp_path)
@@ -59,7 +60,7 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]):
     assert call("--json") == 0
     found = json.loads(capsys.readouterr().out)
     reasons = found["scan"]["cpu"]["backends"]
-    assert set(reasons) == {"mamba_ssm", "cpu", "chunked", "reference"}
+    assert set(reasons) == {"cpu", "triton", "mamba_ssm", "chunked", "reference"}
     checked = {check["backend"] for check in found["self_check"] if check["device"] == "cpu"}
     assert checked == {name for name, reason in reasons.items() if reason is None}
     assert all(0 < check["error"] < 5e-6 for check in found["self_check"])

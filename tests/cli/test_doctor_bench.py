@@ -33,7 +33,8 @@ def forget() -> None:
 def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Where the test remembers; two calls to time, which take SECONDS; one error per backend."""
     path = tmp_path / "cache" / "scan.json"
-    monkeypatch.delenv("UMAMBA_SCAN", raising=False)
+    for name in ("UMAMBA_SCAN", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(remembered, "choices_file", lambda: path)
     monkeypatch.setattr(cpu, "why_unavailable", lambda: None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scan_cases import skip_unless_usable
+from scan_cases import is_interpreted, skip_unless_usable
 from torch import Tensor
 from torch.nn import functional
 
@@ -66,7 +66,8 @@ def test_half_precision_is_rounded_only_at_input_and_output(backend: str):
     out = causal_conv1d_silu(x, weight, bias)
     expected = expected_conv(x.double(), weight.double(), bias.double(), False)
     assert out.dtype == torch.bfloat16
-    assert (out - expected).abs().max() < 2**-8 * expected.abs().max()
+    step = 2**-7 if is_interpreted(backend) else 2**-8  # Triton's interpreter cuts bits off
+    assert (out - expected).abs().max() < step * expected.abs().max()
 
 
 def test_float64_is_computed_in_float64():

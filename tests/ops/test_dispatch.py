@@ -44,6 +44,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_backend_has_the_functions_of_a_backend():
     assert [backend_name(backend) for backend in BACKENDS] == [
         "cpu",
+        "triton",
         "mamba_ssm",
         "chunked",
         "reference",
@@ -175,7 +176,7 @@ def test_under_compile_the_remembered_backend_says_which_windows_it_takes(
 
 
 def test_unknown_names_are_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch):
-    known = "choose one of cpu, mamba_ssm, chunked, reference"
+    known = "choose one of cpu, triton, mamba_ssm, chunked, reference"
     with pytest.raises(ValueError, match=known), use_backend("cuda"):
         pass
     monkeypatch.setenv("UMAMBA_SCAN", "fast")

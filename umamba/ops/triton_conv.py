@@ -77,9 +77,8 @@ def conv_backward(
             *(taps, rows, bias is not None, first > 0, STEPS, TILES, block),
             num_warps=_warps(block),
         )
-    sums = parts.sum(1)  # (K, rows, E)
-    dweight = sums[:, :taps].transpose(1, 2).contiguous()
-    return dx, dweight, None if bias is None else sums[:, taps].contiguous()
+    dweight = parts[:, :, :taps].sum(1).transpose(1, 2).contiguous()
+    return dx, dweight, None if bias is None else parts[:, :, taps].sum(1)
 
 
 def _empty(directions: int, x: Tensor) -> Tensor:
