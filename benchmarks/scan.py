@@ -19,18 +19,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from umamba.cli.main import keep_freed_memory
-from umamba.ops import chunked, cpu
+from umamba.ops import cpu
 from umamba.ops.dispatch import use_backend
 from umamba.ops.local_scan import local_scan
 from umamba.ops.selective_scan import selective_scan
 from umamba.ops.self_check import make_inputs, scan_errors
+from umamba.ops.walks import sequence_walk
 
 N_STATES = 16
 SHAPES = ((1, 64, 16384), (1, 384, 1024), (2, 768, 1024))
@@ -53,11 +53,11 @@ def main() -> int:
         print("The tests of the operators fail: no figures.", file=sys.stderr)
         return 1
     shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else list(SHAPES)
-    backends = {"cpu": cpu, "chunked": chunked}
+    backends = ["cpu", "chunked"]
     reason = cpu.why_unavailable()
     if reason is not None:
         print(f"without the C library ({reason})", file=sys.stderr)
-        del backends["cpu"]
+        backends.remove("cpu")
     keep_freed_memory()
     facts = {
         "torch": torch.__version__,
@@ -65,7 +65,7 @@ def main() -> int:
         "instruction_set": cpu.instruction_set(),
         "n_states": N_STATES,
         "rows": [measure(shape, backends, args.repeats) for shape in shapes],
-        "local": [local_times(shape, list(backends), args.repeats) for shape in shapes],
+        "local": [local_times(shape, backends, args.repeats) for shape in shapes],
         "backends": {name: properties(name) for name in backends},
     }
     print(table(facts))
@@ -82,34 +82,39 @@ def tests_pass() -> bool:
     return result.returncode == 0
 
 
-def measure(
-    shape: tuple[int, ...], backends: dict[str, ModuleType], repeats: int
-) -> dict[str, Any]:
+def measure(shape: tuple[int, ...], backends: list[str], repeats: int) -> dict[str, Any]:
     """The times of one shape, in ns per (b,d,l,n), on one thread."""
     torch.set_num_threads(1)
     batch, channels, length = shape
     size = batch * channels * length * N_STATES
     inputs = make_inputs(batch, channels, length, N_STATES, dtype=torch.float32)
     row: dict[str, Any] = {"shape": list(shape)}
-    for name, backend in backends.items():
+    for name in backends:
         count = repeats if name == "cpu" else max(2, repeats // 7)
-        calls = backend_calls(backend, inputs, torch.randn_like(inputs["u"]))
-        row[name] = {what: cpu_seconds(call, count) / size * 1e9 for what, call in calls.items()}
+        with use_backend(name):
+            calls = backend_calls(inputs, torch.randn_like(inputs["u"]))
+            seconds = {what: cpu_seconds(call, count) for what, call in calls.items()}
+        row[name] = {what: second / size * 1e9 for what, second in seconds.items()}
     return row
 
 
-def backend_calls(
-    backend: ModuleType, inputs: dict[str, Tensor], dout: Tensor
-) -> dict[str, Callable[[], object]]:
+def backend_calls(inputs: dict[str, Tensor], dout: Tensor) -> dict[str, Callable[[], object]]:
     """Forward and backward of the scan, without initial state, and of the convolution."""
-    leading = [inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
-    u, weight, bias = (inputs[name] for name in ("u", "conv_weight", "conv_bias"))
-    _, _, states = backend.forward(*leading, True, None, False, True)
+    u, delta, B, C, z, dout = (
+        x.unsqueeze(1) for x in (*(inputs[name] for name in ("u", "delta", "B", "C", "z")), dout)
+    )
+    A, D, delta_bias, weight, bias = (
+        inputs[name].unsqueeze(0) for name in ("A", "D", "delta_bias", "conv_weight", "conv_bias")
+    )
+    walk = sequence_walk(u.shape[-1])
+    leading = (u, delta, A, B, C, D, z, delta_bias, True, None)
+    scan = torch.ops.umamba
+    _, _, states = scan.selective_scan_fwd(*leading, walk, False, True, 0)
     return {
-        "forward": lambda: backend.forward(*leading, True, None, False, True),
-        "backward": lambda: backend.backward(dout, None, *leading, True, None, states, False),
-        "conv_forward": lambda: backend.conv_forward(u, weight, bias, False),
-        "conv_backward": lambda: backend.conv_backward(dout, u, weight, bias, False),
+        "forward": lambda: scan.selective_scan_fwd(*leading, walk, False, True, 0),
+        "backward": lambda: scan.selective_scan_bwd(dout, None, *leading, states, walk, 0),
+        "conv_forward": lambda: scan.causal_conv1d_silu(u, weight, bias, walk),
+        "conv_backward": lambda: scan.causal_conv1d_silu_bwd(dout, u, weight, bias, walk),
     }
 
 

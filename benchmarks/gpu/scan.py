@@ -31,7 +31,7 @@ from benchmarks.gpu.shapes import N_STATES, SHAPES, TINY_SHAPES, Shape, floors
 from umamba.ops.dispatch import use_backend
 from umamba.ops.selective_scan import scan_walks
 from umamba.ops.token_orders import token_order
-from umamba.ops.walks import order_walk
+from umamba.ops.walks import order_walk, walk_positions
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "backward", "both")
@@ -183,10 +183,9 @@ def walk_indices(walks: list[int], device: torch.device) -> list[Tensor | None]:
     """The tokens of each walk in the order visited; None for the order in memory."""
     indices: list[Tensor | None] = []
     for k in range(0, len(walks), 7):
-        start, n0, s0, n1, s1, n2, s2 = walks[k : k + 7]
-        p = torch.arange(n0 * n1 * n2, device=device)
-        index = start + p // (n1 * n2) * s0 + p // n2 % n1 * s1 + p % n2 * s2
-        indices.append(None if torch.equal(index, p) else index)
+        index = walk_positions(walks[k : k + 7], device)
+        in_memory = torch.equal(index, torch.arange(len(index), device=device))
+        indices.append(None if in_memory else index)
     return indices
 
 

@@ -193,5 +193,5 @@ def in_float64(
 def positions(walks: list[tuple[int, ...]]) -> Iterator[tuple[Tensor, Tensor]]:
     """The tokens of each walk, and the step at which each token is met."""
     for walk in walks:
-        index = torch.tensor(walk_positions(walk))
+        index = walk_positions(walk)
         yield index, torch.argsort(index)

@@ -31,7 +31,7 @@ WALKS = {
 
 
 def walked(walk: tuple[int, ...]) -> Tensor:
-    return torch.tensor(walk_positions(walk))
+    return walk_positions(walk)
 
 
 def flat(walks: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:

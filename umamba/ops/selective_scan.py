@@ -195,7 +195,7 @@ def _scan_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     with without_autocast(u.device):
         if takes_walks(backend):
             return backend.forward(*arguments)
-        return scan_forward(backend, *arguments)
+        return scan_forward(backend, *arguments[:-1])
 
 
 @_scan_forward.register_fake
@@ -224,7 +224,7 @@ def _scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
         if takes_walks(backend):
             gradients = backend.backward(*arguments)
         else:
-            gradients = scan_backward(backend, *arguments)
+            gradients = scan_backward(backend, *arguments[:-1])
     return tuple(A.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

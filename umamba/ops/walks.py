@@ -45,15 +45,14 @@ def order_walk(order: TokenOrder, spatial: tuple[int, ...]) -> tuple[int, ...]:
     return (start, *(number for level in padded for number in level))
 
 
-def walk_positions(walk: Sequence[int]) -> list[int]:
-    """Return the tokens of a walk, in the order visited."""
-    start, n0, s0, n1, s1, n2, s2 = walk
-    return [
-        start + i0 * s0 + i1 * s1 + i2 * s2
-        for i0 in range(n0)
-        for i1 in range(n1)
-        for i2 in range(n2)
-    ]
+def walk_positions(walk: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Return the tokens of a walk (L,), in the order visited."""
+    start, *levels = walk
+    i0, i1, i2 = (
+        stride * torch.arange(n, device=device)
+        for n, stride in zip(levels[::2], levels[1::2], strict=True)
+    )
+    return (start + i0[:, None, None] + i1[:, None] + i2).flatten()
 
 
 def takes_walks(backend: ModuleType) -> bool:
@@ -65,7 +64,7 @@ def scan_forward(
     backend: ModuleType,
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-    walks: Sequence[int], merged: bool, save_states: bool, window: int = 0,
+    walks: Sequence[int], merged: bool, save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return out, last_state and states as a backend with TAKES_WALKS does, by plain scans."""
     batch, n_directions, _, length = delta.shape
@@ -77,7 +76,6 @@ def scan_forward(
         result, last, saved = backend.forward(
             *way.arguments(k, (u, delta, A, B, C, D, z, delta_bias)),
             *(delta_softplus, _one(initial_state, k), way.reverse, save_states),
-            *([window] if window else []),
         )
         last_state[:, k] = last
         if save_states:
@@ -97,7 +95,7 @@ def scan_backward(
     backend: ModuleType,
     dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
     C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-    initial_state: Tensor | None, states: Tensor, walks: Sequence[int], window: int = 0,
+    initial_state: Tensor | None, states: Tensor, walks: Sequence[int],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients as a backend with TAKES_WALKS does, by plain scans."""
     batch, _, channels, _ = delta.shape
@@ -113,7 +111,6 @@ def scan_backward(
             *way.arguments(k, (u, delta, A, B, C, D, z, delta_bias)),
             *(delta_softplus, _one(initial_state, k)),
             *(states[k].unflatten(-1, (n_states, channels)), way.reverse),
-            *([window] if window else []),
         )  # fmt: skip
         for total, gradient, at in zip(
             (ddelta, dA, dB, dC, dD, dbias, dinitial),
@@ -216,10 +213,10 @@ def _ways(walks: Sequence[int], device: torch.device) -> Iterable[tuple[int, _Wa
         yield k, _Way(numbers[k * WALK : (k + 1) * WALK], device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _indices(walk: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the tokens in the order visited, and the step at which each token is."""
-    index = torch.tensor(walk_positions(walk), device=device)
+    index = walk_positions(walk, device)
     return index, torch.argsort(index)
 
 
