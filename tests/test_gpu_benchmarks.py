@@ -112,13 +112,17 @@ def test_checks_pass_on_a_right_backend_and_fail_on_a_wrong_one(
 
 
 def test_steps_measure_networks_and_their_controls(parsed, monkeypatch: pytest.MonkeyPatch):
-    names = ("umamba_bot", "umamba_bot_noscan", "vm_unet", "nnU-Net ResEnc M", "umamba_bot_convmix")
+    names = (
+        *("umamba_bot", "umamba_bot_noscan", "umamba_bot channels-last"),
+        *("vm_unet", "nnU-Net ResEnc M", "umamba_bot_convmix"),
+    )
     monkeypatch.setattr(steps, "ORDER", names)
     code, found = parsed(steps)
     assert code == 0
     assert [row["network"] for row in found["rows"]] == list(names)
     assert all(row["finite"] and row["milliseconds"] > 0 for row in found["rows"]), found
-    assert "umamba_bot_noscan and" in found["notes"][0]
+    assert "Channels-last, a step of umamba_bot takes" in found["notes"][0]
+    assert "umamba_bot_noscan and" in found["notes"][1]
 
 
 @pytest.mark.parametrize("plans", [steps.PLANS, steps.TINY_PLANS], ids=["full", "tiny"])
