@@ -249,3 +249,22 @@ def test_what_cannot_be_served_is_refused_with_the_reason(monkeypatch):
     assert triton_scan.supports(torch.device(DEVICE), torch.bfloat16, 64) is None
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "CUDA" in str(triton_scan.supports(cpu, torch.float32, 16))
+
+
+@pytest.mark.parametrize("name", ["triton", "pytorch-triton-rocm", "triton-windows"])
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("3.2.0", True), ("2.3.1", True), ("3.3.0+git9c288bc5", False), ("3.10.0", False)],
+)
+def test_a_triton_too_old_for_the_kernels_is_named_with_the_cure(monkeypatch, name, version, old):
+    def installed(asked: str) -> str:
+        if asked != name:
+            raise triton_scan.importlib.metadata.PackageNotFoundError(asked)
+        return version
+
+    monkeypatch.setattr(triton_scan.importlib.metadata, "version", installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = triton_scan.why_unavailable()
+    assert (reason is not None) == old
+    if old:
+        assert version in str(reason) and "upgrade torch to 2.7" in str(reason)

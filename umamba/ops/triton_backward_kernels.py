@@ -53,7 +53,7 @@ def sweep(
     )
     e = group * width + inside
     # States are [BLOCK_N // QUAD, QUAD]: so each lane holds neighbours.
-    QUAD: tl.constexpr = min(BLOCK_N, 4)
+    QUAD: tl.constexpr = 4 if BLOCK_N > 4 else BLOCK_N
     n_flat = tl.arange(0, BLOCK_N)
     n = tl.arange(0, BLOCK_N // QUAD)[:, None] * QUAD + tl.arange(0, QUAD)[None, :]
     local_e = tl.arange(0, BLOCK_E)[:, None, None]
@@ -208,7 +208,8 @@ def sweep(
             n_mask = in_L[:, None] & (n_flat < N)[None, :]
             rows = tl.load(scratch + i * (4 * PART * BLOCK_E) + block_of_4)
             d_r, y_e = tl.split(tl.reshape(rows, [PART, BLOCK_E, 2, 2]))
-            (d, r), (y, sum_e) = tl.split(d_r), tl.split(y_e)
+            d, r = tl.split(d_r)
+            y, sum_e = tl.split(y_e)
             u_rows = _load(u + token * u_l + e[None, :] * u_e, e_mask)
             q = _load(dout + token * dout_l + e[None, :] * dout_e, e_mask)
             at = token * E + e[None, :]
@@ -253,8 +254,9 @@ def sweep(
         tl.store(dD + part * E + e, sum_D, mask=inside < width)
     if bias is not None:
         tl.store(dbias + part * E + e, sum_bias, mask=inside < width)
-    if dinitial is not None and segment == 0:
-        tl.store(dinitial + kb * E * N + tile_offsets, carry, mask=mask)
+    if dinitial is not None:  # noqa: SIM102 (Triton 3.3 evaluates both sides of `and`)
+        if segment == 0:
+            tl.store(dinitial + kb * E * N + tile_offsets, carry, mask=mask)
 
 
 @triton.jit
@@ -262,7 +264,8 @@ def _columns(pointers):
     """Return (d, d u, q) of a token's channels, each [BLOCK_E, lanes, 1]."""
     rows = tl.load(pointers)
     d_q, du_ = tl.split(tl.reshape(rows, [rows.shape[0], rows.shape[1], 2, 2]))
-    (d, q), (du, _) = tl.split(d_q), tl.split(du_)
+    d, q = tl.split(d_q)
+    du, _ = tl.split(du_)
     return d[:, :, None], du[:, :, None], q[:, :, None]
 
 
@@ -300,8 +303,8 @@ def segment_carries(
     stop = tl.minimum(start + segment_chunks * CHUNK, L)
     step = stop
     token, i1, i2, n1, n2, s0, s1, s2 = begin_walk(table, k, step)
-    for _ in range(0, (stop - start + 3) // 4):
-        for _ in tl.static_range(4):
+    for _four in range(0, (stop - start + 3) // 4):
+        for _token in tl.static_range(4):
             token, i1, i2 = previous_token(token, i1, i2, n1, n2, s0, s1, s2)
             step -= 1
             in_segment = step >= start

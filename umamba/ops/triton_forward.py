@@ -320,7 +320,7 @@ def load_row(row, stride, N: tl.constexpr, WIDE: tl.constexpr):
     """
     values = ()
     if WIDE:
-        size: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 2  # bytes of four
+        size: tl.constexpr = 4 * row.dtype.element_ty.primitive_bitwidth // 8  # bytes of four
         for n in tl.static_range(0, N, 4):
             four = row[:, None] + (n + tl.arange(0, 4))[None, :]
             four = tl.load(tl.max_contiguous(tl.multiple_of(four, (1, size)), (1, 4)))

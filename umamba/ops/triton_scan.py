@@ -5,9 +5,11 @@ The kernels are in files of their own, imported on first use: triton is no need 
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
+import re
 from typing import Any
 
 import torch
@@ -20,11 +22,24 @@ TAKES_WALKS = True
 # Programs to a multiprocessor: as many as keep it busy, and as many as it holds at once.
 ENOUGH, FULL = 5, 20
 
+OLDEST_TRITON = (3, 3)  # the first whose kernels have tuples
+# torch's CUDA builds bring the first of these, others bring Triton under another name.
+DISTRIBUTIONS = (
+    "triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows",
+)  # fmt: skip
+
 
 def why_unavailable() -> str | None:
     """Return None where Triton's kernels can run, else one sentence with the cure."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
+    version = _triton_version()
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < OLDEST_TRITON:
+        return (
+            f"triton {version} is too old, the kernels need 3.3 or newer; "
+            "upgrade torch to 2.7 or newer, which brings it"
+        )
     if not torch.cuda.is_available() and not _interpreting():
         return "Triton needs a GPU and torch sees none"
     return None
@@ -117,6 +132,16 @@ def segments(n_programs: int, length: int, n_multiprocessors: int) -> int:
     wanted = max(min(FULL * n_multiprocessors // n_programs, n_chunks), 1)
     # The same number of chunks in all but the last segment, and none without a chunk.
     return math.ceil(n_chunks / math.ceil(n_chunks / wanted)) if wanted > 2 else 1
+
+
+def _triton_version() -> str:
+    """Return the installed version, "" where no distribution tells it; triton is not imported."""
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 def _interpreting() -> bool:
