@@ -141,7 +141,8 @@ def scan_kernel(
     end = tl.minimum(start + segment, L)
     B_lane, C_lane, first, final = cast(g * B_g, g * C_g, start, end, INDEX)
     n_chunks = tl.cdiv(L, CHUNK_TOKENS)
-    TOKENS: tl.constexpr = WINDOW if WINDOW > 1 else 4
+    # Groups of more tokens would hold more registers, and fewer warps hide each other's loads.
+    TOKENS: tl.constexpr = WINDOW if WINDOW > 1 else 1
 
     for k in range(first_k + k_of_grid, first_k + k_of_grid + n_k):
         of_state = (k * E + e) * N
@@ -213,8 +214,14 @@ def scan_kernel(
                             y += skip * values[j]
                         ys += (y,)
                 if WINDOW > 1:
+                    # Else the rows and decays of the walk above are kept for the walk back, more
+                    # than the registers hold: the barrier and other rates make it form them again.
+                    tl.debug_barrier()
+                    again = ()
+                    for n in tl.static_range(N):
+                        again += (tl.load(A + of_state + n) * LOG2_E,)
                     ys = add_backward_walk(
-                        ys, tokens, sizes, inputs, rates,
+                        ys, tokens, sizes, inputs, again,
                         B_k_b, B_lane, B_l, B_n, C_k_b, C_lane, C_l, C_n,
                         N, TOKENS, WIDE_B, WIDE_C, LANES,
                     )  # fmt: skip
