@@ -40,6 +40,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, walks: tuple[in
             *_strides(x),
             *(taps, bias is not None, STEPS, block),
             num_warps=_warps(block),
+            enable_fp_fusion=True,
         )
     return out
 
@@ -76,6 +77,7 @@ def conv_backward(
             *_strides(x),
             *(taps, rows, bias is not None, first > 0, STEPS, TILES, block),
             num_warps=_warps(block),
+            enable_fp_fusion=True,
         )
     dweight = parts[:, :, :taps].sum(1).transpose(1, 2).contiguous()
     return dx, dweight, None if bias is None else parts[:, :, taps].sum(1)
