@@ -183,6 +183,12 @@ def test_result_is_channel_last_and_independent_of_the_memory_layout():
     assert torch.allclose(out, dense, rtol=1e-5, atol=1e-6)
 
 
+def test_no_samples_are_allowed():
+    x, gate = make_features()
+    parameters = [make_parameters(k) for k in range(3)]
+    assert scan_directions(x[:0], TRI, parameters, gate[:0]).shape == x[:0].shape
+
+
 def test_absent_biases_and_skip_are_allowed():
     x, gate = make_features()
     p = make_parameters(0)._replace(conv_bias=None, D=None, delta_bias=None)

@@ -4,6 +4,7 @@ B batch, E d_inner, L tokens, N d_state, R dt_rank, K directions, taps = d_conv.
 in raster order in memory; convolution and scan address each direction by its walk.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -97,8 +98,8 @@ def _scan_in_place(
     """Return the scans (B, K, E, *spatial) along orders of one length, or (B, 1, ...) their sum."""
     orders, parameters = zip(*directions, strict=True)
     p, spatial = parameters[0], tuple(features.shape[2:])
-    length = orders[0].n_tokens(spatial)
-    padded = spatial if length == features[0, 0].numel() else (length,)
+    n_tokens, length = math.prod(spatial), orders[0].n_tokens(spatial)
+    padded = spatial if length == n_tokens else (length,)
     walks = [number for order in orders for number in order_walk(order, padded)]
     x = _tokens(features, length).unsqueeze(1)  # (B, 1, E, L)
     if p.conv_weight is not None:
@@ -122,7 +123,7 @@ def _scan_in_place(
         merged=merged,
         window=window,
     )
-    whole = out if length == features[0, 0].numel() else out[..., : features[0, 0].numel()]
+    whole = out if length == n_tokens else out[..., :n_tokens]
     return whole.unflatten(-1, spatial)
 
 
@@ -146,7 +147,7 @@ def _project(
         rows = functional.linear(x[:, 0].transpose(1, 2), torch.cat(weights))  # (B, L, K * width)
         projected = rows.unflatten(-1, (n_directions, width)).movedim(2, 0)
     else:
-        tokens = x.permute(1, 0, 3, 2).reshape(n_directions, batch * length, -1)
+        tokens = x.permute(1, 0, 3, 2).flatten(1, 2)  # (K, B * L, E)
         projected = torch.bmm(tokens, torch.stack(weights).transpose(1, 2))
         projected = projected.unflatten(1, (batch, length))
     parts = projected.split(sizes, dim=-1)
