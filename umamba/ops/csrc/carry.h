@@ -10,10 +10,11 @@
 #include "rows.h"
 
 #define MOST_CARRIED 6
+#define MOST_AHEAD 512 /* rows */
 #define MOST_SPAN 1024 /* tokens */
 #define MOST_LISTED (MOST_SPAN + 2 * MAX_TAPS)
 #ifndef CARRIED_FLOATS
-#define CARRIED_FLOATS 65536 /* of both places of a span: half of a cache of 512 KiB */
+#define CARRIED_FLOATS 32768 /* of both places of a span: half of a cache of 512 KiB */
 #endif
 
 /* Tokens of a part of a walk as they lie in memory, and the steps from its first at which they are met. */
@@ -64,6 +65,7 @@ typedef struct {
     Carried x[MOST_CARRIED];
     int64_t turn, share, n_shares;
     List leaving, coming;
+    const char *ahead[MOST_AHEAD];
 } Carrier;
 
 /* The tokens of a span if a row is so long; the sums of results never show it. */
@@ -87,28 +89,55 @@ static float *add_carried(Carrier *k, const Tensor *in, int64_t in_at, const Ten
     return scratch + 2 * size;
 }
 
-/* Moves the rows of this share, or fetches them. */
-INLINE void move_rows(Carrier *k, const int copies) {
+/* The rows of a share: first some that leave, then some that come. */
+typedef struct {
+    Places out, in;
+    int64_t n_out, n_in;
+    int is_first; /* of those with rows to come */
+} Share;
+
+static Share this_share(const Carrier *k) {
     const int64_t n = k->leaving.n + k->coming.n;
     const int64_t from = n * k->share / k->n_shares, to = n * (k->share + 1) / k->n_shares;
-    const int64_t n_out = smaller(to, k->leaving.n) - from;
-    const int64_t in_from = larger(from - k->leaving.n, 0), n_in = to - k->leaving.n - in_from;
-    const Places out_places = listed(&k->leaving, from), in_places = listed(&k->coming, in_from);
-    const int clear = n_in > 0 && in_from == 0 && k->coming.n < k->span + 2 * k->halo;
+    const int64_t in_from = larger(from - k->leaving.n, 0), n_in = larger(to - k->leaving.n - in_from, 0);
+    return (Share){.out = listed(&k->leaving, from),
+                   .in = listed(&k->coming, in_from),
+                   .n_out = larger(smaller(to, k->leaving.n) - from, 0),
+                   .n_in = n_in,
+                   .is_first = n_in && !in_from};
+}
+
+/* Lists the rows of this share for n_fetches on the way to its move. */
+static void expect_share(Carrier *k, Ahead *ahead, int64_t n_fetches) {
+    const Share share = this_share(k);
+    int64_t n = 0;
+    for (int64_t i = 0; i < k->n; i++) {
+        const Carried *x = &k->x[i];
+        if (!x->in->data) continue;
+        for (int64_t j = 0; x->out && j < share.n_out && n < MOST_AHEAD; j++)
+            k->ahead[n++] = element(x->out, x->out_at + share.out.tokens[j] * x->out->token);
+        for (int64_t j = 0; j < share.n_in && n < MOST_AHEAD; j++)
+            k->ahead[n++] = element(x->in, x->in_at + share.in.tokens[j] * x->in->token);
+    }
+    ahead->listed = k->ahead;
+    ahead->n_listed = n;
+    ahead->n_rows = divide_up(n, n_fetches);
+    ahead->n_lines = divide_up(k->x[0].columns * (k->x[0].in->dtype == DTYPE_F32 ? 4 : 2), 64);
+}
+
+static void move_share(Carrier *k) {
+    const Share share = this_share(k);
+    const int64_t n_rows = k->span + 2 * k->halo;
     for (int64_t i = 0; i < k->n; i++) {
         const Carried *x = &k->x[i];
         float *rows = x->rows[k->turn];
         if (!x->in->data) continue;
-        if (!copies) {
-            if (x->out && n_out > 0) fetch_rows(x->out, x->out_at, &out_places, n_out, x->columns);
-            if (n_in > 0) fetch_rows(x->in, x->in_at, &in_places, n_in, x->columns);
-            continue;
-        }
-        if (x->out && n_out > 0)
-            copy_out(x->out, x->out_at, &out_places, n_out, x->columns, x->pitch, rows);
-        if (clear) memset(rows, 0, (size_t)((k->span + 2 * k->halo) * x->pitch) * sizeof(float));
-        if (n_in > 0) copy_in(x->in, x->in_at, &in_places, n_in, x->columns, x->pitch, rows);
+        if (x->out) copy_out(x->out, x->out_at, &share.out, share.n_out, x->columns, x->pitch, rows);
+        if (share.is_first && k->coming.n < n_rows)
+            memset(rows, 0, (size_t)(n_rows * x->pitch) * sizeof(float));
+        copy_in(x->in, x->in_at, &share.in, share.n_in, x->columns, x->pitch, rows);
     }
+    k->share++;
 }
 
 /* While a span is computed, the results of span `leaving` leave and the rows of span `coming` come; -1 for
@@ -126,15 +155,7 @@ static void carry_between(Carrier *k, int64_t leaving, int64_t coming, int64_t n
 /* The rows of the first span, or the results of the last. */
 static void carry_alone(Carrier *k, int64_t leaving, int64_t coming) {
     carry_between(k, leaving, coming, 1);
-    move_rows(k, 1);
-}
-
-/* Before and after a block is computed. */
-INLINE void fetch_share(Carrier *k) { move_rows(k, 0); }
-
-static void move_share(Carrier *k) {
-    move_rows(k, 1);
-    k->share++;
+    move_share(k);
 }
 
 /* Of tensor i, block j, from step `from` of the walk on. */

@@ -109,14 +109,13 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
         channel = m.first_channel;
         if (job->apart) {
             plan_moves(&carrier, &m, t, n_blocks);
-            ahead.rows[0] = ahead.rows[1] = (const char *)&ahead;
         } else {
             expect(&ahead, 0, &s->x, AT(x), &next);
             expect(&ahead, 1, &s->out, AT(out), &next);
         }
         for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            if (job->apart) fetch_share(&carrier);
+            if (job->apart) expect_share(&carrier, &ahead, T);
             const Rows x = job->apart ? carried_rows(&carrier, 0, t, j)
                                       : read_window(s, &s->x, AT(x), lanes, t - (s->K - 1),
                                                     T + s->K - 1, staged_x);
@@ -191,7 +190,6 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
         channel = m.first_channel;
         if (job->apart) {
             plan_moves(&carrier, &m, t, n_blocks);
-            for (int i = 0; i < 3; i++) ahead.rows[i] = (const char *)&ahead;
         } else {
             expect(&ahead, 0, &s->x, AT(x), &next);
             expect(&ahead, 1, &s->dout, AT(dout), &next);
@@ -199,7 +197,7 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
         }
         for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            if (job->apart) fetch_share(&carrier);
+            if (job->apart) expect_share(&carrier, &ahead, T);
             Rows x, dout, dx;
             if (job->apart) {
                 dx = x = carried_rows(&carrier, 0, t, j);

@@ -124,8 +124,11 @@ INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, const Places *p
 }
 
 /* Up to 4 tensors of which the next chunk is fetched while this one is computed, row by row as it lies in
- * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming. */
+ * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming.
+ * Or, if `listed`, rows anywhere: so many of so many cache lines each time. */
 typedef struct {
+    const char *const *listed;
+    int64_t n_listed, n_rows, n_lines;
     const char *rows[4];
     int64_t down[4], across[4]; /* bytes from row to row, and from block to block */
     int64_t block, n_blocks;
@@ -140,6 +143,14 @@ INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, const P
 
 /* One block of one row of each of the first n. */
 INLINE void fetch_ahead(const int n, Ahead *ahead) {
+    if (ahead->listed) {
+        const int64_t n_rows = smaller(ahead->n_rows, ahead->n_listed);
+        for (int64_t i = 0; i < n_rows; i++)
+            for (int64_t k = 0; k < ahead->n_lines; k++) __builtin_prefetch(ahead->listed[i] + k * 64, 0, 2);
+        ahead->listed += n_rows;
+        ahead->n_listed -= n_rows;
+        return;
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++)
         __builtin_prefetch(ahead->rows[i] + ahead->block * ahead->across[i], 0, 2);
@@ -147,17 +158,6 @@ INLINE void fetch_ahead(const int n, Ahead *ahead) {
     ahead->block = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++) ahead->rows[i] += ahead->down[i];
-}
-
-/* n_rows, whole cache lines. Inline, or gcc takes calls for without effect. */
-INLINE void fetch_rows(const Tensor *x, int64_t offset, const Places *places,
-                       int64_t n_rows, int64_t n_columns) {
-    const int64_t size = (x->dtype == DTYPE_F32 ? 4 : 2) * n_columns;
-    for (int64_t i = 0; i < n_rows; i++) {
-        const char *row = element(x, offset + place(places, i) * x->token);
-        for (int64_t k = 0; k < size; k += 64) __builtin_prefetch(row + k, 0, 2);
-        __builtin_prefetch(row + size - 1, 0, 2);
-    }
 }
 
 #endif

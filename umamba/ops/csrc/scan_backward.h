@@ -319,7 +319,6 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
             if (c + 1 == smaller(first_of + per_span, job->last_chunk))
                 carry_between(&carrier, c + 1 < job->last_chunk ? span + 1 : -1,
                               first_of > job->first_chunk ? span - 1 : -1, (c + 1 - first_of) * n_blocks);
-            for (int i = 0; i < 4; i++) ahead[0].rows[i] = ahead[1].rows[i] = (const char *)ahead;
         } else {
             Bc = read_states(&s->Bm, AT(Bm), &here, T, N, w.staged_b);
             Cc = read_states(&s->Cm, AT(Cm), &here, T, N, w.staged_c);
@@ -332,7 +331,13 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
             expect(&ahead[1], 2, &s->dz, FIRST(dz), &next);
         }
         for (int64_t j = 0; j < n_blocks; j++) {
-            if (job->apart) fetch_share(&carrier);
+            if (job->apart) {
+                expect_share(&carrier, &ahead[0], 2 * T);
+                ahead[1] = ahead[0]; /* the second half of the list */
+                ahead[0].n_listed = smaller(ahead[0].n_listed, T * ahead[0].n_rows);
+                ahead[1].listed += ahead[0].n_listed;
+                ahead[1].n_listed -= ahead[0].n_listed;
+            }
             backward_block(job, b, block_at(D, s->G, group, first + j), c, j, &w, &carrier, Bc, Cc,
                            constants + j * width, gradients + j * N * LANES, sums + j * width, ahead);
             if (job->apart) move_share(&carrier);

@@ -183,7 +183,6 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 carry_between(&carrier, span - 1, left > per_span ? span + 1 : -1,
                               smaller(per_span, left) * n_blocks);
             }
-            for (int i = 0; i < 4; i++) ahead.rows[i] = (const char *)&ahead;
         } else {
             Bc = read_states(&s->Bm, AT(Bm), &here, T, N, staged_b);
             Cc = read_states(&s->Cm, AT(Cm), &here, T, N, staged_c);
@@ -201,7 +200,7 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 next_state = state_rows(s, b, c + 1, k.channel);
             for (int64_t n = 0; n < N && next_state; n++)
                 __builtin_prefetch(next_state + n * D, 1, 2);
-            if (job->apart) fetch_share(&carrier);
+            if (job->apart) expect_share(&carrier, &ahead, T);
 #define READ(i, x, scratch)                               \
     (job->apart ? carried_rows(&carrier, i, c * CHUNK, j)         \
                 : read_rows(&s->x, AT(x) + k.channel * s->x.channel, &here, T, k.lanes, scratch))
