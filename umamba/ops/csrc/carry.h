@@ -13,9 +13,7 @@
 #define MOST_AHEAD 512 /* rows */
 #define MOST_SPAN 1024 /* tokens */
 #define MOST_LISTED (MOST_SPAN + 2 * MAX_TAPS)
-#ifndef CARRIED_FLOATS
-#define CARRIED_FLOATS 32768 /* of both places of a span: half of a cache of 512 KiB */
-#endif
+#define CARRIED_FLOATS 32768 /* of a span: the two that take turns fill a quarter of a cache of 1 MiB */
 
 /* Tokens of a part of a walk as they lie in memory, and the steps from its first at which they are met. */
 typedef struct {
@@ -57,13 +55,21 @@ typedef struct {
     float *rows[2]; /* of spans in turn */
 } Carried;
 
+/* The rows of a share: first some that leave, then some that come. */
+typedef struct {
+    Places out, in;
+    int64_t n_out, n_in;
+    int is_first; /* of those with rows to come */
+} Share;
+
 /* A span has `halo` tokens more on either side, zeros outside the sequence; its results lie in the first
  * rows. What is leaving, then what is coming is moved in n_shares between the blocks computed. */
 typedef struct {
     const Walk *walk;
     int64_t L, span, halo, n;
     Carried x[MOST_CARRIED];
-    int64_t turn, share, n_shares;
+    int64_t turn, moved, n_shares;
+    Share share;
     List leaving, coming;
     const char *ahead[MOST_AHEAD];
 } Carrier;
@@ -89,32 +95,25 @@ static float *add_carried(Carrier *k, const Tensor *in, int64_t in_at, const Ten
     return scratch + 2 * size;
 }
 
-/* The rows of a share: first some that leave, then some that come. */
-typedef struct {
-    Places out, in;
-    int64_t n_out, n_in;
-    int is_first; /* of those with rows to come */
-} Share;
-
-static Share this_share(const Carrier *k) {
-    const int64_t n = k->leaving.n + k->coming.n;
-    const int64_t from = n * k->share / k->n_shares, to = n * (k->share + 1) / k->n_shares;
-    const int64_t in_from = larger(from - k->leaving.n, 0), n_in = larger(to - k->leaving.n - in_from, 0);
+static Share take_share(Carrier *k) {
+    const int64_t from = k->moved, n = divide_up(k->leaving.n + k->coming.n - from, k->n_shares--);
+    const int64_t n_out = larger(smaller(n, k->leaving.n - from), 0), in_from = larger(from - k->leaving.n, 0);
+    k->moved += n;
     return (Share){.out = listed(&k->leaving, from),
                    .in = listed(&k->coming, in_from),
-                   .n_out = larger(smaller(to, k->leaving.n) - from, 0),
-                   .n_in = n_in,
-                   .is_first = n_in && !in_from};
+                   .n_out = n_out,
+                   .n_in = n - n_out,
+                   .is_first = n > n_out && !in_from};
 }
 
 /* Lists the rows of this share for n_fetches on the way to its move. */
 static void expect_share(Carrier *k, Ahead *ahead, int64_t n_fetches) {
-    const Share share = this_share(k);
+    const Share share = k->share = take_share(k);
     int64_t n = 0;
     for (int64_t i = 0; i < k->n; i++) {
         const Carried *x = &k->x[i];
         if (!x->in->data) continue;
-        for (int64_t j = 0; x->out && j < share.n_out && n < MOST_AHEAD; j++)
+        for (int64_t j = 0; x->out && !streams(x->out, x->out_at, x->columns) && j < share.n_out && n < MOST_AHEAD; j++)
             k->ahead[n++] = element(x->out, x->out_at + share.out.tokens[j] * x->out->token);
         for (int64_t j = 0; j < share.n_in && n < MOST_AHEAD; j++)
             k->ahead[n++] = element(x->in, x->in_at + share.in.tokens[j] * x->in->token);
@@ -126,7 +125,7 @@ static void expect_share(Carrier *k, Ahead *ahead, int64_t n_fetches) {
 }
 
 static void move_share(Carrier *k) {
-    const Share share = this_share(k);
+    const Share share = k->share;
     const int64_t n_rows = k->span + 2 * k->halo;
     for (int64_t i = 0; i < k->n; i++) {
         const Carried *x = &k->x[i];
@@ -137,7 +136,6 @@ static void move_share(Carrier *k) {
             memset(rows, 0, (size_t)(n_rows * x->pitch) * sizeof(float));
         copy_in(x->in, x->in_at, &share.in, share.n_in, x->columns, x->pitch, rows);
     }
-    k->share++;
 }
 
 /* While a span is computed, the results of span `leaving` leave and the rows of span `coming` come; -1 for
@@ -145,7 +143,7 @@ static void move_share(Carrier *k) {
 static void carry_between(Carrier *k, int64_t leaving, int64_t coming, int64_t n_shares) {
     const int64_t out = leaving * k->span, in = coming * k->span - k->halo;
     k->turn = larger(leaving, coming) % 2;
-    k->share = k->leaving.n = k->coming.n = 0;
+    k->moved = k->leaving.n = k->coming.n = 0;
     k->n_shares = n_shares;
     if (leaving >= 0) list_tokens(k->walk, out, smaller(out + k->span, k->L), out, &k->leaving);
     if (coming >= 0)
@@ -155,6 +153,7 @@ static void carry_between(Carrier *k, int64_t leaving, int64_t coming, int64_t n
 /* The rows of the first span, or the results of the last. */
 static void carry_alone(Carrier *k, int64_t leaving, int64_t coming) {
     carry_between(k, leaving, coming, 1);
+    k->share = take_share(k);
     move_share(k);
 }
 

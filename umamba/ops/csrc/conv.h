@@ -8,9 +8,7 @@
 #define CONV_CHUNK 64 /* tokens */
 #define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1))
 #define CARRIED_ROWS (CONV_SEGMENT + 2 * (MAX_TAPS - 1)) /* a segment is a span */
-#ifndef CARRIED_SEGMENTS
 #define CARRIED_SEGMENTS 8 /* of an item */
-#endif
 #define CARRIED_BLOCKS 6
 
 typedef struct {

@@ -55,10 +55,16 @@ static void copy_in(const Tensor *x, int64_t offset, const Places *places, int64
     }
 }
 
+/* Whether rows are whole cache lines, written without being read first. */
+INLINE int streams(const Tensor *x, int64_t offset, int64_t n_columns) {
+    return x->dtype == DTYPE_F32 && !x->add && ((uintptr_t)element(x, offset) | (uintptr_t)x->token * 4
+                                                | (uintptr_t)n_columns * 4) % 64 == 0;
+}
+
 #define COPY_OUT(type, convert)                                                \
     for (int64_t i = 0; i < n_rows; i++) {                                     \
         type *to = (type *)element(x, offset) + place(places, i) * x->token;   \
-        const float *from = in + place_copied(places, i) * pitch;                                    \
+        const float *from = in + place_copied(places, i) * pitch;                  \
         for (int64_t k = 0; k < n_columns; k++) to[k] = convert(k);            \
     }
 #define SUM(k) (to[k] + from[k])
@@ -69,11 +75,16 @@ static void copy_out(const Tensor *x, int64_t offset, const Places *places, int6
                      int64_t n_columns, int64_t pitch, const float *in) {
     if (x->dtype == DTYPE_F32 && n_columns % LANES == 0) {
         float *to = (float *)element(x, offset);
+        const int streamed = places->tokens && streams(x, offset, n_columns);
         for (int64_t i = 0; i < n_rows; i++) {
             float *there = to + place(places, i) * x->token;
             const float *row = in + place_copied(places, i) * pitch;
-            for (int64_t k = 0; k < n_columns; k += LANES)
-                vstore(there + k, x->add ? vload(there + k) + vload(row + k) : vload(row + k));
+            for (int64_t k = 0; k < n_columns; k += LANES) {
+                if (streamed)
+                    vstream(there + k, vload(row + k));
+                else
+                    vstore(there + k, x->add ? vload(there + k) + vload(row + k) : vload(row + k));
+            }
         }
     } else if (x->dtype == DTYPE_F32 && x->add) {
         COPY_OUT(float, SUM)

@@ -8,10 +8,6 @@
 
 #include <stdatomic.h>
 
-#ifndef SPANS
-#define SPANS 4
-#endif
-
 #if LANES == 16
 #define BACKWARD_STATES 4
 #else
@@ -374,7 +370,7 @@ static int scan_backward(const ScanBackward *s) {
     const int64_t carried = 4 * job.split.blocks_per_item * LANES + 2 * s->N;
     job.apart = !is_line(&s->walk, s->L);
     job.span = find_span(&s->walk, carried);
-    const int64_t window = job.apart ? SPANS * job.span / CHUNK : s->n_threads == 1 ? 8 : 32;
+    const int64_t window = job.apart ? 4 * job.span / CHUNK : s->n_threads == 1 ? 8 : 32;
     const int64_t N = s->N, threads = smaller(s->n_threads, job.split.n_items);
     const int64_t n_blocks = job.split.n_items * job.split.blocks_per_item;
     const int64_t width = (N + 2) * LANES;
