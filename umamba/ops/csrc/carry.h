@@ -13,7 +13,7 @@
 #define MOST_AHEAD 512 /* rows */
 #define MOST_SPAN 1024 /* tokens */
 #define MOST_LISTED (MOST_SPAN + 2 * MAX_TAPS)
-#define CARRIED_FLOATS 32768 /* of a span: the two that take turns fill a quarter of a cache of 1 MiB */
+#define CARRIED_FLOATS 32768 /* of a span: two take turns in a quarter of 1 MiB */
 
 /* Tokens of a part of a walk as they lie in memory, and the steps from its first at which they are met. */
 typedef struct {
@@ -97,7 +97,8 @@ static float *add_carried(Carrier *k, const Tensor *in, int64_t in_at, const Ten
 
 static Share take_share(Carrier *k) {
     const int64_t from = k->moved, n = divide_up(k->leaving.n + k->coming.n - from, k->n_shares--);
-    const int64_t n_out = larger(smaller(n, k->leaving.n - from), 0), in_from = larger(from - k->leaving.n, 0);
+    const int64_t n_out = larger(smaller(n, k->leaving.n - from), 0);
+    const int64_t in_from = larger(from - k->leaving.n, 0);
     k->moved += n;
     return (Share){.out = listed(&k->leaving, from),
                    .in = listed(&k->coming, in_from),

@@ -8,7 +8,7 @@
 #define CONV_CHUNK 64 /* tokens */
 #define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1))
 #define CARRIED_ROWS (CONV_SEGMENT + 2 * (MAX_TAPS - 1)) /* a segment is a span */
-#define CARRIED_SEGMENTS 8 /* of an item */
+#define CARRIED_SEGMENTS 8 /* of an item, at most */
 #define CARRIED_BLOCKS 6
 
 typedef struct {
@@ -233,7 +233,10 @@ static int run_conv(const Conv *s, void (*work)(void *, int64_t, int64_t)) {
                    .segments_per_item = 1,
                    .blocks_per_item = CONV_BLOCKS,
                    .apart = !is_line(&s->walk, s->L)};
-    if (job.apart) job.segments_per_item = CARRIED_SEGMENTS, job.blocks_per_item = CARRIED_BLOCKS;
+    if (job.apart) {
+        job.segments_per_item = smaller(CARRIED_SEGMENTS, divide_up(job.n_segments, 8));
+        job.blocks_per_item = CARRIED_BLOCKS;
+    }
     job.items_per_sample = divide_up(job.n_segments, job.segments_per_item);
     job.n_ranges = divide_up(s->D, job.blocks_per_item * LANES);
     const int64_t n_items = s->B * job.items_per_sample * job.n_ranges;

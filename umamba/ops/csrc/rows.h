@@ -157,7 +157,8 @@ INLINE void fetch_ahead(const int n, Ahead *ahead) {
     if (ahead->listed) {
         const int64_t n_rows = smaller(ahead->n_rows, ahead->n_listed);
         for (int64_t i = 0; i < n_rows; i++)
-            for (int64_t k = 0; k < ahead->n_lines; k++) __builtin_prefetch(ahead->listed[i] + k * 64, 0, 2);
+            for (int64_t k = 0; k < ahead->n_lines; k++)
+                __builtin_prefetch(ahead->listed[i] + k * 64, 0, 2);
         ahead->listed += n_rows;
         ahead->n_listed -= n_rows;
         return;
