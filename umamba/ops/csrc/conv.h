@@ -6,13 +6,17 @@
 
 #define CONV_BLOCKS 16 /* channel blocks of an item */
 #define CONV_CHUNK 64 /* tokens */
-#define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1)) /* at most MOST_PLACES */
+#define CONV_ROWS (CONV_CHUNK + 2 * (MAX_TAPS - 1))
+#define CARRIED_ROWS (CONV_SEGMENT + 2 * (MAX_TAPS - 1)) /* a segment is a span */
+#define CARRIED_SEGMENTS 8 /* of an item, at most */
+#define CARRIED_BLOCKS 6
 
 typedef struct {
     const Conv *s;
     float *scratch;
     int64_t scratch_size, n_segments, n_ranges;
-    int apart; /* tokens are carried */
+    int64_t segments_per_item, items_per_sample, blocks_per_item;
+    int apart; /* tokens are carried, a segment is a span */
 } ConvJob;
 
 /* n tokens on a line from step `from` on, zeros outside the sequence; offset is that of token 0. */
@@ -22,7 +26,7 @@ static Rows read_window(const Conv *s, const Tensor *x, int64_t offset, int64_t 
     const Places places = places_on_line(&s->walk, first);
     if (last - first == n) return read_rows(x, offset, &places, n, lanes, scratch);
     memset(scratch, 0, (size_t)(n * LANES) * sizeof(float));
-    copy_in(x, offset, &places, 0, larger(last - first, 0), lanes, LANES,
+    copy_in(x, offset, &places, larger(last - first, 0), lanes, LANES,
             scratch + (first - from) * LANES);
     return (Rows){scratch, LANES};
 }
@@ -61,14 +65,23 @@ typedef struct {
 } ConvItem;
 
 static ConvItem conv_item(const ConvJob *job, int64_t item) {
-    const int64_t part = item / job->n_ranges, range = item % job->n_ranges;
-    const int64_t segment = part % job->n_segments, width = CONV_BLOCKS * LANES;
-    return (ConvItem){.b = part / job->n_segments,
+    const int64_t range = item % job->n_ranges, width = job->blocks_per_item * LANES;
+    const int64_t b = item / job->n_ranges / job->items_per_sample;
+    const int64_t segment = item / job->n_ranges % job->items_per_sample * job->segments_per_item;
+    return (ConvItem){.b = b,
                       .first_token = segment * CONV_SEGMENT,
-                      .last_token = smaller((segment + 1) * CONV_SEGMENT, job->s->L),
+                      .last_token = smaller((segment + job->segments_per_item) * CONV_SEGMENT, job->s->L),
                       .first_channel = range * width,
                       .last_channel = smaller((range + 1) * width, job->s->D),
-                      .part = part};
+                      .part = b * job->n_segments + segment};
+}
+
+/* Before the chunk at t: at the first of a segment, the moves during that segment are planned. */
+static void plan_moves(Carrier *k, const ConvItem *m, int64_t t, int64_t n_blocks) {
+    if (t % CONV_SEGMENT) return;
+    const int64_t segment = t / CONV_SEGMENT, left = m->last_token - t;
+    carry_between(k, t > m->first_token ? segment - 1 : -1, left > CONV_SEGMENT ? segment + 1 : -1,
+                  divide_up(smaller(left, CONV_SEGMENT), CONV_CHUNK) * n_blocks);
 }
 
 static void conv_forward_item(void *context, int64_t item, int64_t worker) {
@@ -78,32 +91,30 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
     float *staged_x = job->scratch + worker * job->scratch_size;
     float *staged_out = staged_x + CONV_ROWS * LANES, *taps = staged_out + CONV_ROWS * LANES;
     const int64_t width = m.last_channel - m.first_channel, n_blocks = divide_up(width, LANES);
-    const int64_t last = (m.last_token - 1) / CONV_CHUNK;
 #define AT(x) (s->x.batch * m.b + s->x.channel * channel)
     int64_t channel = m.first_channel;
-    Carrier carrier = {
-        .walk = &s->walk, .L = s->L, .chunk = CONV_CHUNK, .halo = s->K - 1, .n_blocks = n_blocks};
+    Carrier carrier;
     if (job->apart) {
+        begin_carrier(&carrier, &s->walk, s->L, CONV_SEGMENT, s->K - 1);
         add_carried(&carrier, &s->x, AT(x), &s->out, AT(out), width, n_blocks * LANES,
                     taps + 2 * (MAX_TAPS + 1) * LANES);
-        carry_first(&carrier, m.first_token / CONV_CHUNK);
+        carry_alone(&carrier, -1, m.first_token / CONV_SEGMENT);
     }
     for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
-        const int64_t T = smaller(CONV_CHUNK, m.last_token - t), c = t / CONV_CHUNK;
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
         const Places here = places_on_line(&s->walk, t), next = places_on_line(&s->walk, t + CONV_CHUNK);
         Ahead ahead = {.n_blocks = n_blocks};
         channel = m.first_channel;
         if (job->apart) {
-            carry_between(&carrier, t > m.first_token ? c - 1 : -1, c < last ? c + 1 : -1);
-            ahead.rows[0] = ahead.rows[1] = (const char *)&ahead;
+            plan_moves(&carrier, &m, t, n_blocks);
         } else {
             expect(&ahead, 0, &s->x, AT(x), &next);
             expect(&ahead, 1, &s->out, AT(out), &next);
         }
         for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            if (job->apart) fetch_share(&carrier, j);
-            const Rows x = job->apart ? carried_rows(&carrier, 0, c, j)
+            if (job->apart) expect_share(&carrier, &ahead, T);
+            const Rows x = job->apart ? carried_rows(&carrier, 0, t, j)
                                       : read_window(s, &s->x, AT(x), lanes, t - (s->K - 1),
                                                     T + s->K - 1, staged_x);
             /* a token's row is not read again after the result that lies there is known */
@@ -114,10 +125,10 @@ static void conv_forward_item(void *context, int64_t item, int64_t worker) {
             else
                 conv_forward_block(s->K, T, x, out, taps, &ahead);
             finish_rows(&s->out, out, AT(out), &here, T, lanes, staged_out);
-            if (job->apart) move_share(&carrier, j);
+            if (job->apart) move_share(&carrier);
         }
     }
-    if (job->apart) carry_last(&carrier, last);
+    if (job->apart) carry_alone(&carrier, (m.last_token - 1) / CONV_SEGMENT, -1);
 #undef AT
 }
 
@@ -157,27 +168,26 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
     float *staged_dx = pre + CONV_ROWS * LANES, *taps = staged_dx + CONV_ROWS * LANES;
     float *sums = taps + (MAX_TAPS + 1) * LANES;
     const int64_t K = s->K;
-    float *dweight = s->dweight + m.part * s->D * K, *dbias = s->dbias + m.part * s->D;
     const int64_t width = m.last_channel - m.first_channel, n_blocks = divide_up(width, LANES);
-    const int64_t last = (m.last_token - 1) / CONV_CHUNK;
 #define AT(x) (s->x.batch * m.b + s->x.channel * channel)
     int64_t channel = m.first_channel;
-    Carrier carrier = {
-        .walk = &s->walk, .L = s->L, .chunk = CONV_CHUNK, .halo = K - 1, .n_blocks = n_blocks};
+    Carrier carrier;
     if (job->apart) {
+        begin_carrier(&carrier, &s->walk, s->L, CONV_SEGMENT, K - 1);
         float *end = sums + (MAX_TAPS + 1) * LANES;
         end = add_carried(&carrier, &s->x, AT(x), &s->dx, AT(dx), width, n_blocks * LANES, end);
         add_carried(&carrier, &s->dout, AT(dout), NULL, 0, width, n_blocks * LANES, end);
-        carry_first(&carrier, m.first_token / CONV_CHUNK);
+        carry_alone(&carrier, -1, m.first_token / CONV_SEGMENT);
     }
     for (int64_t t = m.first_token; t < m.last_token; t += CONV_CHUNK) {
-        const int64_t T = smaller(CONV_CHUNK, m.last_token - t), c = t / CONV_CHUNK;
+        const int64_t T = smaller(CONV_CHUNK, m.last_token - t);
         const Places here = places_on_line(&s->walk, t), next = places_on_line(&s->walk, t + CONV_CHUNK);
+        const int64_t part = m.part + (t - m.first_token) / CONV_SEGMENT;
+        float *dweight = s->dweight + part * s->D * K, *dbias = s->dbias + part * s->D;
         Ahead ahead = {.n_blocks = n_blocks};
         channel = m.first_channel;
         if (job->apart) {
-            carry_between(&carrier, t > m.first_token ? c - 1 : -1, c < last ? c + 1 : -1);
-            for (int i = 0; i < 3; i++) ahead.rows[i] = (const char *)&ahead;
+            plan_moves(&carrier, &m, t, n_blocks);
         } else {
             expect(&ahead, 0, &s->x, AT(x), &next);
             expect(&ahead, 1, &s->dout, AT(dout), &next);
@@ -185,11 +195,11 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
         }
         for (int64_t j = 0; j < n_blocks; j++, channel += LANES) {
             const int64_t lanes = smaller(LANES, s->D - channel);
-            if (job->apart) fetch_share(&carrier, j);
+            if (job->apart) expect_share(&carrier, &ahead, T);
             Rows x, dout, dx;
             if (job->apart) {
-                dx = x = carried_rows(&carrier, 0, c, j);
-                dout = carried_rows(&carrier, 1, c, j);
+                dx = x = carried_rows(&carrier, 0, t, j);
+                dout = carried_rows(&carrier, 1, t, j);
                 dout.rows += (K - 1) * dout.stride;
             } else {
                 x = read_window(s, &s->x, AT(x), lanes, t - (K - 1), T + 2 * (K - 1), staged_x);
@@ -205,26 +215,33 @@ static void conv_backward_item(void *context, int64_t item, int64_t worker) {
             for (int64_t i = 0; i < lanes; i++) {
                 for (int64_t k = 0; k < K; k++) {
                     float *total = dweight + (channel + i) * K + k;
-                    *total = sums[k * LANES + i] + (t > m.first_token ? *total : 0.0f);
+                    *total = sums[k * LANES + i] + (t % CONV_SEGMENT ? *total : 0.0f);
                 }
                 float *total = dbias + channel + i;
-                *total = sums[K * LANES + i] + (t > m.first_token ? *total : 0.0f);
+                *total = sums[K * LANES + i] + (t % CONV_SEGMENT ? *total : 0.0f);
             }
-            if (job->apart) move_share(&carrier, j);
+            if (job->apart) move_share(&carrier);
         }
     }
-    if (job->apart) carry_last(&carrier, last);
+    if (job->apart) carry_alone(&carrier, (m.last_token - 1) / CONV_SEGMENT, -1);
 #undef AT
 }
 
 static int run_conv(const Conv *s, void (*work)(void *, int64_t, int64_t)) {
     ConvJob job = {.s = s,
                    .n_segments = divide_up(s->L, CONV_SEGMENT),
-                   .n_ranges = divide_up(s->D, CONV_BLOCKS * LANES)};
-    const int64_t n_items = s->B * job.n_segments * job.n_ranges;
+                   .segments_per_item = 1,
+                   .blocks_per_item = CONV_BLOCKS,
+                   .apart = !is_line(&s->walk, s->L)};
+    if (job.apart) {
+        job.segments_per_item = smaller(CARRIED_SEGMENTS, divide_up(job.n_segments, 8));
+        job.blocks_per_item = CARRIED_BLOCKS;
+    }
+    job.items_per_sample = divide_up(job.n_segments, job.segments_per_item);
+    job.n_ranges = divide_up(s->D, job.blocks_per_item * LANES);
+    const int64_t n_items = s->B * job.items_per_sample * job.n_ranges;
     const int64_t threads = smaller(s->n_threads, n_items);
-    job.apart = !is_line(&s->walk, s->L);
-    const int64_t carried = 2 * 2 * CONV_ROWS * smaller(CONV_BLOCKS, divide_up(s->D, LANES)) * LANES;
+    const int64_t carried = 2 * 2 * CARRIED_ROWS * CARRIED_BLOCKS * LANES;
     job.scratch_size =
         padded((4 * CONV_ROWS + 2 * (MAX_TAPS + 1)) * LANES + (job.apart ? carried : 0));
     job.scratch = allocate(threads * job.scratch_size);

@@ -4,66 +4,48 @@
 
 #include "vec.h"
 
-/* Where some tokens walked one after another lie: first + i * step, or tokens[i] if step is 0. */
+/* Where some tokens lie: first + i * step, or tokens[i] if those are listed, whose rows of a scratch copy are
+ * then rows[i]. */
 typedef struct {
     int64_t first, step;
-    const int64_t *tokens;
+    const int64_t *tokens, *rows;
 } Places;
 
-INLINE int64_t place(const Places *p, int64_t i) {
-    return p->step ? p->first + i * p->step : p->tokens[i];
-}
-
-/* The places of n tokens from step `from` of the walk; tokens (n) is where to list them. */
-static Places find_places(const Walk *w, int64_t from, int64_t n, int64_t *tokens) {
-    const int64_t line = from / w->n2;
-    int64_t i2 = from % w->n2, i1 = line % w->n1, i0 = line / w->n1;
-    int64_t token = w->start + i0 * w->s0 + i1 * w->s1 + i2 * w->s2, even = 1;
-    if (i2 + n <= w->n2) return (Places){token, w->s2, NULL};
-    for (int64_t i = 0; i < n; i++) {
-        tokens[i] = token;
-        if (i > 1) even &= token - tokens[i - 1] == tokens[1] - tokens[0];
-        if (++i2 < w->n2) {
-            token += w->s2;
-            continue;
-        }
-        i2 = 0;
-        if (++i1 == w->n1) i1 = 0, i0++;
-        token = w->start + i0 * w->s0 + i1 * w->s1;
-    }
-    return (Places){tokens[0], even ? tokens[1] - tokens[0] : 0, tokens};
-}
+INLINE int64_t place(const Places *p, int64_t i) { return p->tokens ? p->tokens[i] : p->first + i * p->step; }
+INLINE int64_t place_copied(const Places *p, int64_t i) { return p->tokens ? p->rows[i] : i; }
 
 /* Whether neighbors in the walk are neighbors in memory: their rows are then used where they lie. */
 INLINE int is_line(const Walk *w, int64_t L) { return w->n2 == L && (w->s2 == 1 || w->s2 == -1); }
 
 INLINE Places places_on_line(const Walk *w, int64_t from) {
-    return (Places){w->start + from * w->s2, w->s2, NULL};
+    return (Places){.first = w->start + from * w->s2, .step = w->s2};
 }
 
 INLINE char *element(const Tensor *x, int64_t offset) {
     return (char *)x->data + offset * (x->dtype == DTYPE_F32 ? 4 : 2);
 }
 
-/* Copies the n_rows from place `start` on, of n_columns with any strides, to rows of `pitch` floats,
- * zeros to the right. */
+/* Copies n_rows of n_columns with any strides to rows of `pitch` floats, zeros to the right. */
 #define COPY_IN(type, convert)                                                             \
     for (int64_t i = 0; i < n_rows; i++) {                                                 \
-        const type *from = (const type *)element(x, offset) + place(places, start + i) * x->token; \
-        float *to = out + i * pitch;                                                       \
+        const type *from = (const type *)element(x, offset) + place(places, i) * x->token; \
+        float *to = out + place_copied(places, i) * pitch;                                                       \
         if (column == 1)                                                                   \
             for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k]);              \
         else                                                                               \
             for (int64_t k = 0; k < n_columns; k++) to[k] = convert(from[k * column]);     \
         for (int64_t k = n_columns; k < pitch; k++) to[k] = 0.0f;                          \
     }
-static void copy_in(const Tensor *x, int64_t offset, const Places *places, int64_t start,
-                    int64_t n_rows, int64_t n_columns, int64_t pitch, float *out) {
+static void copy_in(const Tensor *x, int64_t offset, const Places *places, int64_t n_rows,
+                    int64_t n_columns, int64_t pitch, float *out) {
     const int64_t column = x->channel;
-    if (x->dtype == DTYPE_F32 && column == 1 && n_columns == LANES && pitch == LANES) {
+    if (x->dtype == DTYPE_F32 && column == 1 && n_columns == pitch && pitch % LANES == 0) {
         const float *from = (const float *)element(x, offset);
-        for (int64_t i = 0; i < n_rows; i++)
-            vstore(out + i * LANES, vload(from + place(places, start + i) * x->token));
+        for (int64_t i = 0; i < n_rows; i++) {
+            const float *row = from + place(places, i) * x->token;
+            float *to = out + place_copied(places, i) * pitch;
+            for (int64_t k = 0; k < pitch; k += LANES) vstore(to + k, vload(row + k));
+        }
     } else if (x->dtype == DTYPE_F32) {
         COPY_IN(float, )
     } else if (x->dtype == DTYPE_BF16) {
@@ -73,24 +55,36 @@ static void copy_in(const Tensor *x, int64_t offset, const Places *places, int64
     }
 }
 
+/* Whether rows are whole cache lines, written without being read first. */
+INLINE int streams(const Tensor *x, int64_t offset, int64_t n_columns) {
+    return x->dtype == DTYPE_F32 && !x->add && ((uintptr_t)element(x, offset) | (uintptr_t)x->token * 4
+                                                | (uintptr_t)n_columns * 4) % 64 == 0;
+}
+
 #define COPY_OUT(type, convert)                                                \
     for (int64_t i = 0; i < n_rows; i++) {                                     \
-        type *to = (type *)element(x, offset) + place(places, start + i) * x->token;   \
-        const float *from = in + i * pitch;                                    \
+        type *to = (type *)element(x, offset) + place(places, i) * x->token;   \
+        const float *from = in + place_copied(places, i) * pitch;                  \
         for (int64_t k = 0; k < n_columns; k++) to[k] = convert(k);            \
     }
 #define SUM(k) (to[k] + from[k])
 #define SAME(k) from[k]
 #define BF16(k) float_to_bf16(from[k])
 #define HALF(k) float_to_half(from[k])
-static void copy_out(const Tensor *x, int64_t offset, const Places *places, int64_t start,
-                     int64_t n_rows, int64_t n_columns, int64_t pitch, const float *in) {
-    if (x->dtype == DTYPE_F32 && n_columns == LANES && pitch == LANES) {
+static void copy_out(const Tensor *x, int64_t offset, const Places *places, int64_t n_rows,
+                     int64_t n_columns, int64_t pitch, const float *in) {
+    if (x->dtype == DTYPE_F32 && n_columns % LANES == 0) {
         float *to = (float *)element(x, offset);
+        const int streamed = places->tokens && streams(x, offset, n_columns);
         for (int64_t i = 0; i < n_rows; i++) {
-            float *there = to + place(places, start + i) * x->token;
-            const vf value = vload(in + i * LANES);
-            vstore(there, x->add ? vload(there) + value : value);
+            float *there = to + place(places, i) * x->token;
+            const float *row = in + place_copied(places, i) * pitch;
+            for (int64_t k = 0; k < n_columns; k += LANES) {
+                if (streamed)
+                    vstream(there + k, vload(row + k));
+                else
+                    vstore(there + k, x->add ? vload(there + k) + vload(row + k) : vload(row + k));
+            }
         }
     } else if (x->dtype == DTYPE_F32 && x->add) {
         COPY_OUT(float, SUM)
@@ -114,7 +108,7 @@ INLINE Rows read_rows(const Tensor *x, int64_t offset, const Places *places, int
                       int64_t n_channels, float *scratch) {
     if (x->dtype == DTYPE_F32 && x->channel == 1 && n_channels == LANES)
         return (Rows){(float *)element(x, offset + places->first * x->token), places->step * x->token};
-    copy_in(x, offset, places, 0, n_tokens, n_channels, LANES, scratch);
+    copy_in(x, offset, places, n_tokens, n_channels, LANES, scratch);
     return (Rows){scratch, LANES};
 }
 
@@ -123,7 +117,7 @@ INLINE Rows read_states(const Tensor *x, int64_t offset, const Places *places, i
                         int64_t n_states, float *scratch) {
     if (x->dtype == DTYPE_F32 && x->channel == 1)
         return (Rows){(float *)element(x, offset + places->first * x->token), places->step * x->token};
-    copy_in(x, offset, places, 0, n_tokens, n_states, n_states, scratch);
+    copy_in(x, offset, places, n_tokens, n_states, n_states, scratch);
     return (Rows){scratch, n_states};
 }
 
@@ -137,12 +131,15 @@ INLINE Rows write_rows(const Tensor *x, int64_t offset, const Places *places, in
 
 INLINE void finish_rows(const Tensor *x, Rows r, int64_t offset, const Places *places,
                         int64_t n_tokens, int64_t n_channels, const float *scratch) {
-    if (r.rows == scratch) copy_out(x, offset, places, 0, n_tokens, n_channels, LANES, r.rows);
+    if (r.rows == scratch) copy_out(x, offset, places, n_tokens, n_channels, LANES, r.rows);
 }
 
 /* Up to 4 tensors of which the next chunk is fetched while this one is computed, row by row as it lies in
- * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming. */
+ * memory: the channel blocks jump from row to row, too far apart for the processor to see them coming.
+ * Or, if `listed`, rows anywhere: so many of so many cache lines each time. */
 typedef struct {
+    const char *const *listed;
+    int64_t n_listed, n_rows, n_lines;
     const char *rows[4];
     int64_t down[4], across[4]; /* bytes from row to row, and from block to block */
     int64_t block, n_blocks;
@@ -157,6 +154,15 @@ INLINE void expect(Ahead *ahead, int i, const Tensor *x, int64_t offset, const P
 
 /* One block of one row of each of the first n. */
 INLINE void fetch_ahead(const int n, Ahead *ahead) {
+    if (ahead->listed) {
+        const int64_t n_rows = smaller(ahead->n_rows, ahead->n_listed);
+        for (int64_t i = 0; i < n_rows; i++)
+            for (int64_t k = 0; k < ahead->n_lines; k++)
+                __builtin_prefetch(ahead->listed[i] + k * 64, 0, 2);
+        ahead->listed += n_rows;
+        ahead->n_listed -= n_rows;
+        return;
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++)
         __builtin_prefetch(ahead->rows[i] + ahead->block * ahead->across[i], 0, 2);
@@ -164,17 +170,6 @@ INLINE void fetch_ahead(const int n, Ahead *ahead) {
     ahead->block = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++) ahead->rows[i] += ahead->down[i];
-}
-
-/* n_rows from place `start` on, whole cache lines. Inline, or gcc takes calls for without effect. */
-INLINE void fetch_rows(const Tensor *x, int64_t offset, const Places *places, int64_t start,
-                       int64_t n_rows, int64_t n_columns) {
-    const int64_t size = (x->dtype == DTYPE_F32 ? 4 : 2) * n_columns;
-    for (int64_t i = 0; i < n_rows; i++) {
-        const char *row = element(x, offset + place(places, start + i) * x->token);
-        for (int64_t k = 0; k < size; k += 64) __builtin_prefetch(row + k, 0, 2);
-        __builtin_prefetch(row + size - 1, 0, 2);
-    }
 }
 
 #endif

@@ -133,29 +133,32 @@ typedef struct {
     int64_t first_chunk, last_chunk; /* the window: [first, last) */
     float *scratch, *part_b, *part_c, *constants, *sums, *carry;
     int64_t scratch_size, part_size;
-    int apart; /* tokens are carried */
+    int apart; /* tokens are carried in spans, which divide a window */
+    int64_t span;
     atomic_llong *unfinished; /* per sample and group */
 } BackwardJob;
 
-/* dB or dC of the window: the items' parts in index order. */
-static void sum_parts(const BackwardJob *job, const float *parts, const Tensor *x, int64_t offset,
-                      float *total) {
-    const int64_t N = job->s->N, L = job->s->L;
-    int64_t tokens[CHUNK];
-    for (int64_t c = job->first_chunk; c < job->last_chunk; c++) {
-        const int64_t T = smaller(CHUNK, L - c * CHUNK);
-        const float *part = parts + (c - job->first_chunk) * CHUNK * N;
-        for (int64_t k = 0; k < T * N; k++) total[k] = part[k];
+/* dB or dC of the window: the items' parts in index order, in the place of the first. */
+static void sum_parts(const BackwardJob *job, float *parts, const Tensor *x, int64_t offset) {
+    const int64_t N = job->s->N, L = job->s->L, size = job->apart ? job->span : CHUNK;
+    List list;
+    for (int64_t t = job->first_chunk * CHUNK; t < smaller(job->last_chunk * CHUNK, L); t += size) {
+        const int64_t T = smaller(size, L - t);
+        float *total = parts + (t - job->first_chunk * CHUNK) * N;
         for (int64_t i = 1; i < job->split.items_per_group; i++)
-            for (int64_t k = 0; k < T * N; k++) total[k] += part[i * job->part_size + k];
-        const Places places = find_places(&job->s->walk, c * CHUNK, T, tokens);
-        copy_out(x, offset, &places, 0, T, N, N, total);
+            for (int64_t k = 0; k < T * N; k++) total[k] += total[i * job->part_size + k];
+        Places places = places_on_line(&job->s->walk, t);
+        if (job->apart) {
+            list_tokens(&job->s->walk, t, t + T, t, &list);
+            places = listed(&list, 0);
+        }
+        copy_out(x, offset, &places, T, N, N, total);
     }
 }
 
 /* The scratch of one worker. */
 typedef struct {
-    float *staged_b, *staged_c, *initial, *sums, *history, *rows, *total;
+    float *staged_b, *staged_c, *initial, *sums, *history, *rows;
     float *staged_u, *staged_delta, *staged_z, *staged_dout, *carried;
 } Scratch;
 
@@ -165,7 +168,6 @@ static int64_t lay_out(float *start, const ScanBackward *s, int64_t n_carried, S
 #define TAKE(name, n_floats) w->name = start + size, size += padded(n_floats)
     TAKE(staged_b, CHUNK * N);
     TAKE(staged_c, CHUNK * N);
-    TAKE(total, CHUNK * N);
     TAKE(initial, N * LANES);
     TAKE(sums, (N / BACKWARD_STATES + 2) * CHUNK * LANES);
     TAKE(history, kept * BACKWARD_STATES * CHUNK * LANES);
@@ -214,7 +216,7 @@ static void backward_block(const BackwardJob *job, int64_t b, Block k, int64_t c
 
 #define AT(x) (s->x.batch * b + s->x.channel * k.channel)
 #define READ(i, x, scratch)                               \
-    (job->apart ? carried_rows(carrier, i, c, j) : read_rows(&s->x, AT(x), &here, T, k.lanes, scratch))
+    (job->apart ? carried_rows(carrier, i, c * CHUNK, j) : read_rows(&s->x, AT(x), &here, T, k.lanes, scratch))
 #define WRITE(x, input, scratch) \
     (job->apart ? input : write_rows(&s->x, AT(x), &here, k.lanes, scratch))
 #define FINISH(x, r, scratch) finish_rows(&s->x, r, AT(x), &here, T, k.lanes, scratch)
@@ -285,8 +287,10 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
 #define AT(x) (s->x.batch * b + s->x.group * group)
 #define FIRST(x) (AT(x) + block_at(D, s->G, group, first).channel * s->x.channel)
     const int64_t pitch = n_blocks * LANES, columns = smaller(pitch, D / s->G - first * LANES);
-    Carrier carrier = {.walk = &s->walk, .L = L, .chunk = CHUNK, .n_blocks = n_blocks};
+    const int64_t per_span = job->span / CHUNK;
+    Carrier carrier;
     if (job->apart) {
+        begin_carrier(&carrier, &s->walk, L, job->span, 0);
         float *end = w.carried;
 #define CARRY(x, dx) end = add_carried(&carrier, &s->x, FIRST(x), &s->dx, FIRST(dx), columns, pitch, end)
         CARRY(u, du);
@@ -296,7 +300,7 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         end = add_carried(&carrier, &s->dout, FIRST(dout), NULL, 0, columns, pitch, end);
         end = add_carried(&carrier, &s->Bm, AT(Bm), NULL, 0, N, N, end);
         add_carried(&carrier, &s->Cm, AT(Cm), NULL, 0, N, N, end);
-        carry_first(&carrier, job->last_chunk - 1);
+        carry_alone(&carrier, -1, (job->last_chunk - 1) / per_span);
     }
     for (int64_t c = job->last_chunk - 1; c >= job->first_chunk; c--) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK), part = (c - job->first_chunk) * CHUNK * N;
@@ -305,11 +309,12 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
         Rows Bc, Cc;
         Ahead ahead[2] = {{.n_blocks = n_blocks}, {.n_blocks = n_blocks}};
         if (job->apart) {
-            Bc = carried_rows(&carrier, 4, c, 0);
-            Cc = carried_rows(&carrier, 5, c, 0);
-            carry_between(&carrier, c + 1 < job->last_chunk ? c + 1 : -1,
-                          c > job->first_chunk ? c - 1 : -1);
-            for (int i = 0; i < 4; i++) ahead[0].rows[i] = ahead[1].rows[i] = (const char *)ahead;
+            Bc = carried_rows(&carrier, 4, c * CHUNK, 0);
+            Cc = carried_rows(&carrier, 5, c * CHUNK, 0);
+            const int64_t span = c / per_span, first_of = span * per_span;
+            if (c + 1 == smaller(first_of + per_span, job->last_chunk))
+                carry_between(&carrier, c + 1 < job->last_chunk ? span + 1 : -1,
+                              first_of > job->first_chunk ? span - 1 : -1, (c + 1 - first_of) * n_blocks);
         } else {
             Bc = read_states(&s->Bm, AT(Bm), &here, T, N, w.staged_b);
             Cc = read_states(&s->Cm, AT(Cm), &here, T, N, w.staged_c);
@@ -322,15 +327,21 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
             expect(&ahead[1], 2, &s->dz, FIRST(dz), &next);
         }
         for (int64_t j = 0; j < n_blocks; j++) {
-            if (job->apart) fetch_share(&carrier, j);
+            if (job->apart) {
+                expect_share(&carrier, &ahead[0], 2 * T);
+                ahead[1] = ahead[0]; /* the second half of the list */
+                ahead[0].n_listed = smaller(ahead[0].n_listed, T * ahead[0].n_rows);
+                ahead[1].listed += ahead[0].n_listed;
+                ahead[1].n_listed -= ahead[0].n_listed;
+            }
             backward_block(job, b, block_at(D, s->G, group, first + j), c, j, &w, &carrier, Bc, Cc,
                            constants + j * width, gradients + j * N * LANES, sums + j * width, ahead);
-            if (job->apart) move_share(&carrier, j);
+            if (job->apart) move_share(&carrier);
         }
         unfold_states(T, N, w.sums, job->part_b + item * job->part_size + part,
                       job->part_c + item * job->part_size + part);
     }
-    if (job->apart) carry_last(&carrier, job->first_chunk);
+    if (job->apart) carry_alone(&carrier, job->first_chunk / per_span, -1);
     for (int64_t j = 0; j < n_blocks && job->first_chunk == 0; j++) {
         const Block k = block_at(D, s->G, group, first + j);
         const float *total = sums + j * width;
@@ -342,8 +353,8 @@ static void backward_item(void *context, int64_t item, int64_t worker) {
     }
     if (atomic_fetch_sub(job->unfinished + place, 1) == 1) {
         const int64_t at = place * job->split.items_per_group * job->part_size;
-        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm), w.total);
-        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm), w.total);
+        sum_parts(job, job->part_b + at, &s->dBm, AT(dBm));
+        sum_parts(job, job->part_c + at, &s->dCm, AT(dCm));
     }
 #undef AT
 #undef FIRST
@@ -356,15 +367,16 @@ static int scan_backward(const ScanBackward *s) {
                                                        larger(divide_up(total, 8), 2))};
     /* Chunks that all items finish before any goes on: small, so that one item finds in cache what
      * another has read; threads pay for a meeting. Never shows in a result. */
-    const int64_t window = s->n_threads == 1 ? 8 : 32;
+    const int64_t carried = 4 * job.split.blocks_per_item * LANES + 2 * s->N;
+    job.apart = !is_line(&s->walk, s->L);
+    job.span = find_span(&s->walk, carried);
+    const int64_t window = job.apart ? 4 * job.span / CHUNK : s->n_threads == 1 ? 8 : 32;
     const int64_t N = s->N, threads = smaller(s->n_threads, job.split.n_items);
     const int64_t n_blocks = job.split.n_items * job.split.blocks_per_item;
     const int64_t width = (N + 2) * LANES;
     Scratch w;
     job.part_size = smaller(window, job.split.n_chunks) * CHUNK * N;
-    job.apart = !is_line(&s->walk, s->L);
-    job.scratch_size =
-        lay_out(NULL, s, job.apart ? 2 * CHUNK * (4 * job.split.blocks_per_item * LANES + 2 * N) : 0, &w);
+    job.scratch_size = lay_out(NULL, s, job.apart ? 2 * job.span * carried : 0, &w);
     job.scratch = allocate(threads * job.scratch_size);
     job.part_b = allocate(2 * job.split.n_items * job.part_size);
     job.constants = allocate(n_blocks * (2 * width + N * LANES));
@@ -375,7 +387,7 @@ static int scan_backward(const ScanBackward *s) {
         job.sums = job.constants + n_blocks * width;
         job.carry = job.sums + n_blocks * width;
         for (job.last_chunk = job.split.n_chunks; job.last_chunk > 0; job.last_chunk = job.first_chunk) {
-            job.first_chunk = larger(0, job.last_chunk - window);
+            job.first_chunk = (job.last_chunk - 1) / window * window;
             for (int64_t i = 0; i < s->B * s->G; i++) job.unfinished[i] = job.split.items_per_group;
             umamba_parallel(threads, job.split.n_items, backward_item, &job);
         }

@@ -120,7 +120,8 @@ typedef struct {
     Split split;
     float *scratch;
     int64_t scratch_size;
-    int apart; /* tokens are carried */
+    int apart; /* tokens are carried in spans */
+    int64_t span;
 } ForwardJob;
 
 /* The saved states before chunk c: N rows, D apart. */
@@ -156,15 +157,17 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
 #define AT(x) (s->x.batch * b + s->x.group * group)
 #define FIRST(x) (AT(x) + block_at(D, s->G, group, first).channel * s->x.channel)
     const int64_t size = D / s->G, pitch = n_blocks * LANES, columns = smaller(pitch, size - first * LANES);
-    Carrier carrier = {.walk = &s->walk, .L = L, .chunk = CHUNK, .n_blocks = n_blocks};
+    const int64_t per_span = job->span / CHUNK;
+    Carrier carrier;
     if (job->apart) {
+        begin_carrier(&carrier, &s->walk, L, job->span, 0);
         float *end = decays + s->local_window * 8 * LANES;
         end = add_carried(&carrier, &s->u, FIRST(u), &s->out, FIRST(out), columns, pitch, end);
         end = add_carried(&carrier, &s->delta, FIRST(delta), NULL, 0, columns, pitch, end);
         end = add_carried(&carrier, &s->z, FIRST(z), NULL, 0, columns, pitch, end);
         end = add_carried(&carrier, &s->Bm, AT(Bm), NULL, 0, N, N, end);
         add_carried(&carrier, &s->Cm, AT(Cm), NULL, 0, N, N, end);
-        carry_first(&carrier, 0);
+        carry_alone(&carrier, -1, 0);
     }
     for (int64_t c = 0; c < job->split.n_chunks; c++) {
         const int64_t T = smaller(CHUNK, L - c * CHUNK);
@@ -173,10 +176,13 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
         Rows Bc, Cc;
         Ahead ahead = {.n_blocks = n_blocks};
         if (job->apart) {
-            Bc = carried_rows(&carrier, 3, c, 0);
-            Cc = carried_rows(&carrier, 4, c, 0);
-            carry_between(&carrier, c - 1, c + 1 < job->split.n_chunks ? c + 1 : -1);
-            for (int i = 0; i < 4; i++) ahead.rows[i] = (const char *)&ahead;
+            Bc = carried_rows(&carrier, 3, c * CHUNK, 0);
+            Cc = carried_rows(&carrier, 4, c * CHUNK, 0);
+            if (c % per_span == 0) {
+                const int64_t left = job->split.n_chunks - c, span = c / per_span;
+                carry_between(&carrier, span - 1, left > per_span ? span + 1 : -1,
+                              smaller(per_span, left) * n_blocks);
+            }
         } else {
             Bc = read_states(&s->Bm, AT(Bm), &here, T, N, staged_b);
             Cc = read_states(&s->Cm, AT(Cm), &here, T, N, staged_c);
@@ -194,9 +200,9 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
                 next_state = state_rows(s, b, c + 1, k.channel);
             for (int64_t n = 0; n < N && next_state; n++)
                 __builtin_prefetch(next_state + n * D, 1, 2);
-            if (job->apart) fetch_share(&carrier, j);
+            if (job->apart) expect_share(&carrier, &ahead, T);
 #define READ(i, x, scratch)                               \
-    (job->apart ? carried_rows(&carrier, i, c, j)         \
+    (job->apart ? carried_rows(&carrier, i, c * CHUNK, j)         \
                 : read_rows(&s->x, AT(x) + k.channel * s->x.channel, &here, T, k.lanes, scratch))
             const Rows u = READ(0, u, staged_u), delta = READ(1, delta, staged_delta);
             const vf skip = vload(A2 + N * LANES), bias = vload(A2 + (N + 1) * LANES);
@@ -224,11 +230,11 @@ static void forward_item(void *context, int64_t item, int64_t worker) {
             finish_rows(&s->out, out, out_at, &here, T, k.lanes, y);
             for (int64_t n = 0; n < N && next_state; n++)
                 store_lanes(next_state + n * D, k.lanes, vload(h + n * LANES));
-            if (job->apart) move_share(&carrier, j);
+            if (job->apart) move_share(&carrier);
 #undef READ
         }
     }
-    if (job->apart) carry_last(&carrier, job->split.n_chunks - 1);
+    if (job->apart) carry_alone(&carrier, (job->split.n_chunks - 1) / per_span, -1);
 #undef AT
 #undef FIRST
     for (int64_t j = 0; j < n_blocks; j++) {
@@ -244,11 +250,12 @@ static int scan_forward(const ScanForward *s) {
     ForwardJob job = {.s = s, .split = split_channels(s->B, s->L, s->G, blocks,
                                                       divide_up(total, rounds * s->n_threads))};
     const int64_t threads = smaller(s->n_threads, job.split.n_items);
-    const int64_t carried = 2 * CHUNK * (3 * job.split.blocks_per_item * LANES + 2 * s->N);
+    const int64_t carried = 3 * job.split.blocks_per_item * LANES + 2 * s->N;
     job.apart = !is_line(&s->walk, s->L);
+    job.span = find_span(&s->walk, carried);
     job.scratch_size = padded(2 * CHUNK * s->N + 5 * CHUNK * LANES
                               + job.split.blocks_per_item * (2 * s->N + 2) * LANES
-                              + s->local_window * 8 * LANES + (job.apart ? carried : 0));
+                              + s->local_window * 8 * LANES + (job.apart ? 2 * job.span * carried : 0));
     job.scratch = allocate(threads * job.scratch_size);
     if (!job.scratch) return STATUS_NO_MEMORY;
     umamba_parallel(threads, job.split.n_items, forward_item, &job);

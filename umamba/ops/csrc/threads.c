@@ -16,9 +16,12 @@ static unsigned flush_subnormals(void) {
     return before;
 }
 static void restore_subnormals(unsigned before) { _mm_setcsr(before); }
+/* Streamed stores are seen by the other threads from here on. */
+static void fence_stores(void) { _mm_sfence(); }
 #else
 static unsigned flush_subnormals(void) { return 0; }
 static void restore_subnormals(unsigned before) { (void)before; }
+static void fence_stores(void) {}
 #endif
 
 typedef void (*Work)(void *context, int64_t item, int64_t worker);
@@ -26,6 +29,7 @@ typedef void (*Work)(void *context, int64_t item, int64_t worker);
 static void run_items(Work work, void *context, atomic_llong *next, int64_t n_items, int64_t worker) {
     const unsigned before = flush_subnormals();
     for (int64_t item; (item = atomic_fetch_add(next, 1)) < n_items;) work(context, item, worker);
+    fence_stores();
     restore_subnormals(before);
 }
 

@@ -30,6 +30,14 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
 INLINE vf vload(const float *p) { return *(const vfu *)p; }
 INLINE void vstore(float *p, vf x) { *(vfu *)p = x; }
+/* Past the caches: p on a multiple of LANES floats. threads.c fences such stores. */
+#if defined(__AVX512F__)
+INLINE void vstream(float *p, vf x) { _mm512_stream_ps(p, (__m512)x); }
+#elif defined(__AVX2__)
+INLINE void vstream(float *p, vf x) { _mm256_stream_ps(p, (__m256)x); }
+#else
+INLINE void vstream(float *p, vf x) { vstore(p, x); }
+#endif
 INLINE void store_lanes(float *p, int64_t n, vf x) {
     if (n == LANES)
         vstore(p, x);
