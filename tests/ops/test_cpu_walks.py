@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from umamba.ops import cpu
 from umamba.ops.token_orders import token_order
-from umamba.ops.walks import order_walk, walk_positions
+from umamba.ops.walks import order_walk, sequence_walk, walk_positions
 
 REASON = cpu.why_unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -24,6 +24,9 @@ CASES = {  # spatial shape, orders
     "lines_of_chunks": ((64, 3), CROSS),
     "three_levels": ((4, 3, 11), ("axes_102", "axes_210", "axes_021_reversed")),
     "slices": ((4, 3, 10), ("raster", "raster_reversed", "inter_slice_8")),
+}
+LONG = {
+    order: ((47, 50), (order,)) for order in ("transposed", "transposed_reversed", "inter_slice_10")
 }
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 SETS = cpu.INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else ("base",)
@@ -77,6 +80,21 @@ def test_walks_convolve_as_gathered_tokens_do(instruction_set, case, taps):
         assert a is not None and (a - b).abs().max() < 3e-6 * b.abs().max()
 
 
+@pytest.mark.parametrize("order", LONG)
+@pytest.mark.parametrize("channels", [20, 96])
+def test_walks_longer_than_the_scratch_give_the_bits_of_gathered_tokens(
+    instruction_set, order, channels
+):
+    inputs, walks = make_inputs(order, shared=True, channels=channels)
+    found = run(inputs, walks, True, 0)
+    (index, back), tokens = next(positions(walks)), ("u", "delta", "B", "C", "z")
+    gathered = {name: x[..., index] if name in tokens else x for name, x in inputs.items()}
+    expected = run(gathered, [sequence_walk(len(index))], True, 0, index)
+    for name, value in expected.items():
+        in_place = value[..., back] if name.removeprefix("d") in (*tokens, "out") else value
+        assert torch.equal(found[name], in_place), name
+
+
 @cases
 def test_results_are_bit_identical_for_any_number_of_threads(case):
     before = torch.get_num_threads()
@@ -112,22 +130,24 @@ def test_any_strides_give_the_bits_of_contiguous_tensors():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def make_inputs(case: str, shared: bool) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
-    """Random arguments for 2 samples of 20 channels in 2 groups, 5 states, and the walks."""
-    spatial, orders = CASES[case]
+def make_inputs(
+    case: str, shared: bool, channels: int = 20
+) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
+    """Random arguments for 2 samples of channels in 2 groups, 5 states, and the walks."""
+    spatial, orders = (CASES | LONG)[case]
     walks = [order_walk(token_order(name), spatial) for name in orders]
     n_directions, length = len(walks), torch.Size(spatial).numel()
-    tokens = (2, 1 if shared else n_directions, 20, length)
+    tokens = (2, 1 if shared else n_directions, channels, length)
     inputs = {
         "u": normal(*tokens),
-        "delta": normal(2, n_directions, 20, length),
-        "A": -torch.exp(0.5 * normal(n_directions, 20, 5)),
+        "delta": normal(2, n_directions, channels, length),
+        "A": -torch.exp(0.5 * normal(n_directions, channels, 5)),
         "B": normal(2, n_directions, 2, 5, length),
         "C": normal(2, n_directions, 2, 5, length).flip(-1),
-        "D": normal(n_directions, 20),
+        "D": normal(n_directions, channels),
         "z": normal(*tokens).flip(-1),
-        "delta_bias": normal(n_directions, 20) - 1,
-        "initial_state": normal(2, n_directions, 20, 5),
+        "delta_bias": normal(n_directions, channels) - 1,
+        "initial_state": normal(2, n_directions, channels, 5),
     }
     return inputs, walks
 
@@ -143,14 +163,20 @@ def upstream(out: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    inputs: dict[str, Tensor], walks: list[tuple[int, ...]], merged: bool, window: int
+    inputs: dict[str, Tensor],
+    walks: list[tuple[int, ...]],
+    merged: bool,
+    window: int,
+    index: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Output, last state and the gradients, for fixed upstream gradients."""
+    """Output, last state and the gradients, for fixed upstream gradients (of tokens `index`)."""
     flat = [number for walk in walks for number in walk]
     arguments = [inputs[name] for name in NAMES]
     arguments.insert(8, True)
     out, last, states = cpu.forward(*arguments, flat, merged, True, window)
-    gradients = cpu.backward(*upstream(out, last), *arguments, states, flat, window)
+    dout, dlast = upstream(out, last)
+    dout = dout if index is None else dout[..., index]
+    gradients = cpu.backward(dout, dlast, *arguments, states, flat, window)
     named = {f"d{name}": g for name, g in zip(NAMES, gradients, strict=True)}
     return {"out": out, "last_state": last, **named}
 
