@@ -9,10 +9,13 @@ time of the repeats in ms:
     scans    the same without the gathers, scatters and sums
     copies   the gathers, scatters and sums alone, with their backward
     place    one convolution and one scan of all directions, along their walks
-delta, B and C are given, in the order that each form needs. "gone" is (first - place) / copies: 1
-if all that the copies cost is gone. The outputs must be equal. "extra" are the bytes that torch
-allocates (by its profiler) for the walks beyond those for as many raster walks: 0 if nothing is
-allocated for an order.
+    whole first, whole    first and place with the projections to delta, B and C between convolution
+             and scan: what a mixer calls
+In the first four delta, B and C are given, in the order that each form needs. "gone" is
+(first - place) / copies: 1 if all that the copies cost is gone; "whole gone" likewise, which counts
+also what else the single call saves or costs. The outputs must be equal. "extra" are the bytes that
+torch allocates (by its profiler) for the walks beyond those for as many raster walks: 0 if nothing
+is allocated for an order.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from umamba.cli.main import keep_freed_memory
 from umamba.ops.causal_conv import causal_conv1d_silu, conv_walks
+from umamba.ops.directions import DirectionParameters, scan_directions
 from umamba.ops.selective_scan import scan_walks, selective_scan
 from umamba.ops.token_orders import token_order
 from umamba.ops.walks import order_walk, sequence_walk
@@ -151,12 +156,63 @@ class Case:
         torch.autograd.grad(out, [*self.leaves, *self.inputs], self.upstream)
         return out
 
+    def parameters(self) -> list[DirectionParameters]:
+        """Return those of the directions, with random projections."""
+        width = self.u.shape[1]
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator) / size[-1] ** 0.5
+
+        return [
+            DirectionParameters(
+                None if self.taps is None else self.taps[k],
+                None,
+                normal(DT_RANK + 2 * N_STATES, width),
+                normal(width, DT_RANK),
+                torch.log(-self.rates[k]),
+                None,
+                self.bias[k],
+            )
+            for k in range(len(self.orders))
+        ]
+
+    def whole_first(self) -> Tensor:
+        outs = []
+        gates = self.gather(self.gate) or [None] * len(self.orders)
+        for order, p, x, gate in zip(
+            self.orders, self.parameters(), self.gather(self.u), gates, strict=True
+        ):
+            if p.conv_weight is not None:
+                x = causal_conv1d_silu(x, p.conv_weight, None, order.reverse)
+            rows = functional.linear(x.transpose(1, 2), p.x_proj_weight)
+            dt, B, C = rows.split([DT_RANK, N_STATES, N_STATES], -1)
+            delta = functional.linear(dt, p.dt_proj_weight).transpose(1, 2)
+            B, C = B.transpose(1, 2), C.transpose(1, 2)
+            options = {"delta_softplus": True, "reverse": order.reverse}
+            rates = -torch.exp(p.A_log)
+            outs.append(selective_scan(x, delta, rates, B, C, None, gate, p.delta_bias, **options))
+        out = self.merge(outs)
+        torch.autograd.grad(out, self.leaves, self.upstream)
+        return out
+
+    def whole(self) -> Tensor:
+        names = [order.name for order in self.orders]
+        out = scan_directions(self.u, names, self.parameters(), self.gate)
+        assert isinstance(out, Tensor)
+        torch.autograd.grad(out, self.leaves, self.upstream)
+        return out
+
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """The times of the four forms and what they say; fails if the outputs differ."""
+    """The times of the forms and what they say; fails if the outputs differ."""
     if not torch.equal(case.first(), case.place()):
         raise SystemExit("the outputs of both forms differ: no figures")
-    forms = {name: getattr(case, name) for name in ("first", "scans", "copies", "place")}
+    whole_first, whole = case.whole_first(), case.whole()
+    if (whole_first - whole).abs().max() > 1e-5 * whole_first.abs().max():
+        raise SystemExit("the outputs of both whole forms differ: no figures")
+    names = ("first", "scans", "copies", "place", "whole_first", "whole")
+    forms = {name: getattr(case, name) for name in names}
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repeats + 1):
         for name, form in forms.items():
@@ -165,6 +221,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
             times[name].append(1e3 * (time.process_time() - start))
     row: dict[str, Any] = {name: min(found[1:]) for name, found in times.items()}
     row["gone"] = (row["first"] - row["place"]) / row["copies"]
+    row["whole gone"] = (row["whole_first"] - row["whole"]) / row["copies"]
     row["extra"] = allocated(case.place) - allocated(lambda: case.place(case.raster))
     return row
 
