@@ -46,8 +46,8 @@ def local_scan(
     window: tokens of a window, counted from the first one walked; the last may be shorter. None
     takes the official one for this length, so that the function depends on it.
     Every backend serves: hB is the state of a scan in the other direction whose sequences are the
-    windows. The C library takes windows that divide 32 in the one pass of selective_scan, Triton those
-    of 4 tokens.
+    windows. The C library takes windows that divide 32 in the one pass of selective_scan, Triton
+    those of 4, 8 or 16 tokens.
     """
     size = window_of(u.shape[-1]) if window is None else window
     if size < 1:

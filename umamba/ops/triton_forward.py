@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from umamba.ops.layout import CHUNK
-from umamba.ops.triton_walk import LOG2_E, begin_walk, next_token, softplus, walk_table
+from umamba.ops.triton_walk import (
+    LOG2_E,
+    begin_walk,
+    next_token,
+    previous_token,
+    softplus,
+    walk_table,
+)
 
 CHUNK_TOKENS = tl.constexpr(CHUNK)
 
@@ -142,8 +149,6 @@ def scan_kernel(
     end = tl.minimum(start + segment, L)
     B_lane, C_lane, first, final = cast(g * B_g, g * C_g, start, end, INDEX)
     n_chunks = tl.cdiv(L, CHUNK_TOKENS)
-    # Groups of more tokens would hold more registers, and fewer warps hide each other's loads.
-    TOKENS: tl.constexpr = WINDOW if WINDOW > 1 else 1
 
     for k in range(first_k + k_of_grid, first_k + k_of_grid + n_k):
         of_state = (k * E + e) * N
@@ -178,64 +183,64 @@ def scan_kernel(
                 chunk = (k * batch + b) * n_chunks + begin // CHUNK_TOKENS
                 kept = states + (chunk * E + e) * N
                 store_row(kept, h, real, N)
-            for p in range(begin, tl.minimum(begin + CHUNK_TOKENS, final), TOKENS):
-                # Steps past the end repeat the last token with a step size of 0: a = 1, b = 0.
-                tokens, steps, values, gates, before = (), (), (), (), ()
-                for j in tl.static_range(TOKENS):
-                    tokens += (token,)
-                    steps += (tl.load(delta_k_b + (token * delta_l + delta_lane)).to(tl.float32),)
-                    values += (tl.load(u_k_b + (token * u_l + u_lane)).to(tl.float32),)
+            stop = tl.minimum(begin + CHUNK_TOKENS, final)
+            # Groups of tokens would hold more registers, and fewer warps hide each other's loads.
+            for _p in range(begin, stop):
+                d = tl.load(delta_k_b + (token * delta_l + delta_lane)).to(tl.float32)
+                value = tl.load(u_k_b + (token * u_l + u_lane)).to(tl.float32)
+                if z is not None:
+                    gate = tl.load(z_k_b + (token * z_l + z_lane)).to(tl.float32)
+                if SUM:
+                    at = out_k_b + (token * E + out_lane)
+                    before = tl.load(at, mask=where_also(real, k > 0), other=0.0)
+                here = token
+                token, i1, i2 = next_token(token, i1, i2, n1, n2, s0, s1, s2)
+                d += shift
+                if SOFTPLUS:
+                    d = softplus(d)
+                total += d
+                b_row = load_row(B_k_b + (here * B_l + B_lane), B_n, N, WIDE_B)
+                h = advance(h, rates, d, d * value, b_row, N)
+                if out is not None:
+                    c_row = load_row(C_k_b + (here * C_l + C_lane), C_n, N, WIDE_C)
+                    y = h[0] * c_row[0]
+                    for n in tl.static_range(1, N):
+                        y += h[n] * c_row[n]
+                    if D is not None:
+                        y += skip * value
                     if z is not None:
-                        gates += (tl.load(z_k_b + (token * z_l + z_lane)).to(tl.float32),)
+                        y = gated(y, gate)
                     if SUM:
-                        at = out_k_b + (token * E + out_lane)
-                        before += (tl.load(at, mask=where_also(real, k > 0), other=0.0),)
-                    after, i1, i2 = next_token(token, i1, i2, n1, n2, s0, s1, s2)
-                    # After the group's last step there is a next group or no need of the token.
-                    if j + 1 < TOKENS:
-                        after = tl.where(p + j + 1 < final, after, token)
-                    token = after
-                sizes, inputs, ys = (), (), ()
-                for j in tl.static_range(TOKENS):
-                    d = steps[j] + shift
+                        y += before
+                    tl.store(out_k_b + (here * E + out_lane), y, mask=real)
+            if WINDOW > 1:
+                # Back over the chunk, whose tokens are in the caches, with a state that starts anew
+                # at the end of each window; out is float32, and every lane adds to what is its own.
+                tl.debug_barrier()
+                back = ()
+                for _n in tl.static_range(N):
+                    back += (tl.zeros([LANES], tl.float32),)
+                behind, j1, j2 = token, i1, i2
+                for done in range(0, stop - begin):
+                    behind, j1, j2 = previous_token(behind, j1, j2, n1, n2, s0, s1, s2)
+                    d = tl.load(delta_k_b + (behind * delta_l + delta_lane)).to(tl.float32) + shift
                     if SOFTPLUS:
                         d = softplus(d)
-                    d = tl.where(p + j < final, d, 0.0)
-                    total += d
-                    b_row = load_row(B_k_b + (tokens[j] * B_l + B_lane), B_n, N, WIDE_B)
-                    h = advance(h, rates, d, d * values[j], b_row, N)
-                    sizes += (d,)
-                    inputs += (d * values[j],)
-                    if out is not None:
-                        c_row = load_row(C_k_b + (tokens[j] * C_l + C_lane), C_n, N, WIDE_C)
-                        y = h[0] * c_row[0]
-                        for n in tl.static_range(1, N):
-                            y += h[n] * c_row[n]
-                        if D is not None:
-                            y += skip * values[j]
-                        ys += (y,)
-                if WINDOW > 1:
-                    # Else the rows and decays of the walk above are kept for the walk back, more
-                    # than the registers hold: the barrier and other rates make it form them again.
-                    tl.debug_barrier()
-                    again = ()
+                    value = tl.load(u_k_b + (behind * u_l + u_lane)).to(tl.float32)
+                    b_row = load_row(B_k_b + (behind * B_l + B_lane), B_n, N, WIDE_B)
+                    c_row = load_row(C_k_b + (behind * C_l + C_lane), C_n, N, WIDE_C)
+                    inside = tl.where((stop - done) % WINDOW == 0, 0.0, 1.0)
+                    y = tl.zeros([LANES], tl.float32)
+                    states_back = ()
                     for n in tl.static_range(N):
-                        again += (tl.load(A + of_state + n) * LOG2_E,)
-                    ys = add_backward_walk(
-                        ys, tokens, sizes, inputs, again,
-                        B_k_b, B_lane, B_l, B_n, C_k_b, C_lane, C_l, C_n,
-                        N, TOKENS, WIDE_B, WIDE_C, LANES,
-                    )  # fmt: skip
-                if out is not None:
-                    for j in tl.static_range(TOKENS):
-                        y = ys[j]
-                        if z is not None:
-                            # y silu(z) in one division, which takes fewer registers
-                            y = y * gates[j] / (1.0 + tl.exp2(-gates[j] * LOG2_E))
-                        if SUM:
-                            y += before[j]
-                        at = out_k_b + (tokens[j] * E + out_lane)
-                        tl.store(at, y, mask=where_also(real, p + j < final))
+                        carried = tl.exp2(d * rates[n]) * (back[n] * inside)
+                        y += c_row[n] * carried  # the token's own input is in the forward state
+                        states_back += (carried + d * value * b_row[n],)
+                    back = states_back
+                    if z is not None:
+                        y = gated(y, tl.load(z_k_b + (behind * z_l + z_lane)).to(tl.float32))
+                    at = out_k_b + (behind * E + out_lane)
+                    tl.store(at, tl.load(at, mask=real, other=0.0) + y, mask=real)
         if ends is not None:
             of_segment = ((k * batch + b) * n_segments + s) * E + e
             tl.store(sums + of_segment, total, mask=real)
@@ -297,28 +302,9 @@ def advance(h, rates, d, x, b_row, N: tl.constexpr):
 
 
 @triton.jit
-def add_backward_walk(
-    ys, tokens, sizes, inputs, rates, B_k_b, B_lane, B_l, B_n, C_k_b, C_lane, C_l, C_n,
-    N: tl.constexpr, TOKENS: tl.constexpr,
-    WIDE_B: tl.constexpr, WIDE_C: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Return ys plus what the state that walks the window backwards adds to it."""
-    h = ()
-    for _n in tl.static_range(N):
-        h += (tl.zeros([LANES], tl.float32),)
-    sums = ()
-    for j in tl.static_range(TOKENS - 1, -1, -1):
-        b_row = load_row(B_k_b + (tokens[j] * B_l + B_lane), B_n, N, WIDE_B)
-        c_row = load_row(C_k_b + (tokens[j] * C_l + C_lane), C_n, N, WIDE_C)
-        y = ys[j]
-        states = ()
-        for n in tl.static_range(N):
-            carried = tl.exp2(sizes[j] * rates[n]) * h[n]
-            y += c_row[n] * carried  # the token's own input is in the forward state
-            states += (carried + inputs[j] * b_row[n],)
-        h = states
-        sums = (y,) + sums  # noqa: RUF005 (no unpacking in kernels)
-    return sums
+def gated(y, z):
+    """Return y silu(z), in one division: that takes fewer registers."""
+    return y * z / (1.0 + tl.exp2(-z * LOG2_E))
 
 
 @triton.jit

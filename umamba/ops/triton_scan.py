@@ -58,7 +58,7 @@ def supports(device: torch.device, dtype: torch.dtype, d_state: int) -> str | No
 
 def takes_window(window: int) -> bool:
     """Return whether forward and backward do the locally bidirectional scan in such windows."""
-    return window == 4  # the forward of larger windows does not fit the registers
+    return window in (4, 8, 16)
 
 
 def forward(
@@ -78,7 +78,7 @@ def forward(
     batch, K, E, L = delta.shape
     N = A.shape[-1]
     summed = merged and K > 1
-    dtype = torch.float32 if summed else u.dtype
+    dtype = torch.float32 if summed or window > 1 else u.dtype
     out = torch.empty(1 if merged else K, batch, L, E, dtype=dtype, device=u.device)
     last_state = torch.empty(K, batch, E, N, device=u.device)
     n_chunks = math.ceil(L / CHUNK)
