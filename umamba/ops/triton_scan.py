@@ -103,21 +103,24 @@ def backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients (triton_scan_backward.backward)."""
     from umamba.ops import triton_scan_backward
 
-    return triton_scan_backward.backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return triton_scan_backward.backward(*arguments)
 
 
 def conv_forward(*arguments: Any) -> Tensor:
     """Return silu(conv(x)) (triton_conv.conv_forward)."""
     from umamba.ops import triton_conv
 
-    return triton_conv.conv_forward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return triton_conv.conv_forward(*arguments)
 
 
 def conv_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of the convolution (triton_conv.conv_backward)."""
     from umamba.ops import triton_conv
 
-    return triton_conv.conv_backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return triton_conv.conv_backward(*arguments)
 
 
 def segments(n_programs: int, length: int, n_multiprocessors: int) -> int:
