@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umamba.ops.layout import CHUNK
+from umamba.ops.layout import CHUNK, empty_matrix, empty_walked
+from umamba.ops.walks import WALK
 
 TAKES_WALKS = True
 LIBRARY = Path(__file__).with_name("libumamba_cpu.so")
@@ -105,8 +106,7 @@ def backward(
     n_states, n_groups = A.shape[2], B.shape[2]
     du, dz = (None if x is None else _empty_tokens(x, n_directions, x.shape[1]) for x in (u, z))
     ddelta = _empty_tokens(delta, n_directions, n_directions)
-    matrix = (n_directions, batch, n_groups, length, n_states)
-    dB, dC = (torch.empty(matrix, dtype=x.dtype).permute(1, 0, 2, 4, 3) for x in (B, C))
+    dB, dC = empty_matrix(B), empty_matrix(C)
     parts = (n_directions, batch, channels)  # of the sums over the samples
     dA, dinitial = torch.zeros(*parts, n_states), torch.empty(*parts, n_states)
     dD, dbias = (None if x is None else torch.zeros(parts) for x in (D, delta_bias))
@@ -176,7 +176,6 @@ def conv_backward(
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_WALK = 7  # integers of a direction's walk
 _CONV_SEGMENT = 256  # tokens; equals CONV_SEGMENT in csrc/umamba.h
 
 
@@ -251,7 +250,7 @@ def _call(name: str, arguments: ctypes.Structure) -> None:
 
 
 def _walk(walks: Sequence[int], k: int) -> Sequence[int]:
-    return walks[_WALK * k : _WALK * (k + 1)]
+    return walks[WALK * k : WALK * (k + 1)]
 
 
 def _empty_tokens(x: Tensor, n_directions: int, n_kept: int) -> Tensor:
@@ -259,9 +258,7 @@ def _empty_tokens(x: Tensor, n_directions: int, n_kept: int) -> Tensor:
 
     Float32 where one result is the sum of several directions.
     """
-    batch, _, channels, length = x.shape
-    dtype = x.dtype if n_kept == n_directions else torch.float32
-    return torch.empty(n_kept, batch, length, channels, dtype=dtype).permute(1, 0, 3, 2)
+    return empty_walked(x, n_kept, x.dtype if n_kept == n_directions else torch.float32)
 
 
 def _tensor(x: Tensor | None, k: int) -> _Tensor:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from umamba.ops.layout import empty_walked
 from umamba.ops.triton_walk import sigmoid, walk_table
 
 STEPS = 16  # of a tile
@@ -29,7 +30,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, walks: tuple[in
     """
     batch, length = x.shape[0], x.shape[3]
     directions, channels, taps = weight.shape
-    out = _empty(directions, x)
+    out = empty_walked(x, directions)
     block = _channels_of_a_tile(channels)
     n_programs = triton.cdiv(length, STEPS) * triton.cdiv(channels, block) * batch * directions
     if n_programs:
@@ -59,7 +60,7 @@ def conv_backward(
     directions, channels, taps = weight.shape
     shared = x.shape[1] < directions
     weight = weight.contiguous()
-    dx = _empty(x.shape[1], x)
+    dx = empty_walked(x, x.shape[1])
     rounds_late = shared and x.dtype != torch.float32
     total = torch.empty_like(dx, dtype=torch.float32) if rounds_late else dx
     block = _channels_of_a_tile(channels)
@@ -81,12 +82,6 @@ def conv_backward(
         )
     dweight = parts[:, :, :taps].sum(1).transpose(1, 2).contiguous()
     return dx, dweight, None if bias is None else parts[:, :, taps].sum(1)
-
-
-def _empty(directions: int, x: Tensor) -> Tensor:
-    """Return an uninitialised (B, directions, E, L) like x, in memory (directions, B, L, E)."""
-    batch, _, channels, length = x.shape
-    return x.new_empty(directions, batch, length, channels).permute(1, 0, 3, 2)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umamba.ops.layout import CHUNK
+from umamba.ops.layout import CHUNK, empty_saved, empty_state, empty_walked
 
 TAKES_WALKS = True
 
@@ -76,13 +76,11 @@ def forward(
     from umamba.ops.triton_forward import launch
 
     batch, K, E, L = delta.shape
-    N = A.shape[-1]
     summed = merged and K > 1
     dtype = torch.float32 if summed or window > 1 else u.dtype
-    out = torch.empty(1 if merged else K, batch, L, E, dtype=dtype, device=u.device)
-    last_state = torch.empty(K, batch, E, N, device=u.device)
-    n_chunks = math.ceil(L / CHUNK)
-    states = torch.empty((K, batch, n_chunks, E * N) if save_states else (0,), device=u.device)
+    out = empty_walked(u, 1 if merged else K, dtype)
+    last_state = empty_state(A, batch)
+    states = empty_saved(A, batch, L, save_states)
     if out.numel():
         lanes = 64 if torch.version.hip else 32
         n_programs = math.ceil(E / lanes) * batch * (1 if merged else K)
@@ -90,13 +88,14 @@ def forward(
         with torch.cuda.device_of(u):  # Triton launches on the current device
             launch(
                 u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, tuple(walks),
-                out, last_state, states if save_states else None, summed, count, lanes, window,
+                out.permute(1, 0, 3, 2), last_state.transpose(0, 1),
+                states if save_states else None, summed, count, lanes, window,
             )  # fmt: skip
     elif initial_state is not None:
-        last_state.copy_(initial_state.transpose(0, 1))
+        last_state.copy_(initial_state)
     else:
         last_state.zero_()
-    return out.to(u.dtype).permute(1, 0, 3, 2), last_state.transpose(0, 1), states
+    return out.to(u.dtype), last_state, states
 
 
 def backward(*arguments: Any) -> tuple[Tensor | None, ...]:

@@ -112,20 +112,17 @@ def scan_backward(
             *(delta_softplus, _one(initial_state, k)),
             *(states[k].unflatten(-1, (n_states, channels)), way.reverse),
         )  # fmt: skip
-        for total, gradient, at in zip(
-            (ddelta, dA, dB, dC, dD, dbias, dinitial),
-            (gradients[i] for i in (1, 2, 3, 4, 5, 7, 8)),
-            ("tokens", "first", "tokens", "tokens", "first", "first", "second"),
-            strict=True,
-        ):
-            if total is None:
-                continue
-            if at == "first":
-                total[k] = gradient
-            else:
-                total[:, k] = way.back(gradient) if at == "tokens" else gradient
-        du.add(k, way.back(gradients[0]))
-        dz.add(k, None if z is None else way.back(gradients[6]))
+        du_k, ddelta_k, dA[k], dB_k, dC_k, dD_k, dz_k, dbias_k, dinitial_k = gradients
+        for total, gradient in ((ddelta, ddelta_k), (dB, dB_k), (dC, dC_k)):
+            total[:, k] = way.back(gradient)
+        if dD is not None:
+            dD[k] = dD_k
+        if dbias is not None:
+            dbias[k] = dbias_k
+        if dinitial is not None:
+            dinitial[:, k] = dinitial_k
+        du.add(k, way.back(du_k))
+        dz.add(k, None if z is None else way.back(dz_k))
     return (du.result, ddelta, dA, dB, dC, dD, dz.result, dbias, dinitial)
 
 
