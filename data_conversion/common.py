@@ -12,7 +12,8 @@ import numpy as np
 import SimpleITK
 
 from umamba.data.layout import list_files
-from umamba.data.links import link_file, replacing, write_json
+from umamba.data.links import link_file
+from umamba.files import replacing, write_json
 
 GEOMETRY_TOLERANCE = 1e-3
 

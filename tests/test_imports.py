@@ -16,9 +16,10 @@ OURS = {
     "blocks": {"ops"},
     "networks": {"blocks", "ops"},
     "data": set(),
-    "planning": {"networks", "blocks", "ops"},
+    "preprocessing": set(),
+    "planning": {"networks", "blocks", "ops", "preprocessing"},
     "training": {"networks", "blocks", "ops"},
-    "inference": {"networks", "blocks", "ops"},
+    "inference": {"networks", "blocks", "ops", "preprocessing"},
     "evaluation": set(),
     "report": {"evaluation"},
 }
@@ -32,7 +33,7 @@ OTHERS = {
     "evaluation": {"numpy", "scipy", "SimpleITK", "edt"},
     "report": {"numpy", "matplotlib"},
 }
-NNUNET_LAYERS = {"data", "planning", "training", "inference"}
+NNUNET_LAYERS = {"data", "preprocessing", "planning", "training", "inference"}
 HEAVY = {
     "torch",
     "numpy",

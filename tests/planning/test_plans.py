@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from umamba.files import write_json
 from umamba.planning.plans import (
     diff_plans,
     get_configuration,
@@ -17,7 +18,6 @@ from umamba.planning.plans import (
     preprocessing_part,
     replan,
     save_plans,
-    write_json,
 )
 from umamba.planning.topology import network_divisor
 
@@ -72,9 +72,9 @@ def test_saved_plans_are_loaded_unchanged_and_leave_no_temporary_file(plans, tmp
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
-    write_json({"a": 1}, path)
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        write_json({"a": object()}, path)
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was read and what is wrong with it; 1 where there are faults."""
     from umamba.data.audit import audit_dataset
-    from umamba.data.links import write_json
+    from umamba.files import write_json
 
     file = Path(args.json).absolute() if args.json else None
     if file is not None and not file.parent.is_dir():

@@ -174,7 +174,7 @@ def _write_settings(
     args: argparse.Namespace, predictor: UMambaPredictor, output: Path, ending: str
 ) -> None:
     """The three files that nnU-Net leaves beside predictions, for its post-processing tools."""
-    from umamba.data.links import write_json
+    from umamba.files import write_json
     from umamba.inference.cases import output_folder
 
     if output_folder(output, ending) != output:

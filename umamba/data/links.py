@@ -10,14 +10,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from umamba.data.faults import Faults
-from umamba.data.images import ending_of
+from umamba.files import replacing, write_json
 
 STATE = "umamba_source.json"
 
@@ -85,31 +85,6 @@ def link_file(source: Path, target: Path) -> None:
             make(source, target)
             return
     shutil.copy2(source, target)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, of the same ending; at the end it becomes `path`.
-
-    The folder is made where it is missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{ending_of(path) or path.suffix}")
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name and rename it; leaves an equal file alone."""
-    text = json.dumps(content, indent=2) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def stamp_of(path: Path) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 import SimpleITK
 from scipy.spatial import cKDTree
 
-from umamba.data.links import replacing, write_json
+from umamba.files import replacing, write_json
 
 LABELS = {"background": 0, "large_organ": 1, "kidney": 2, "vessel": 3, "lesion": 4}
 BODY, ORGAN, KIDNEY, VESSEL, LESION, BONE = 450.0, 600.0, 740.0, 860.0, 430.0, 900.0

@@ -3,12 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from umamba.files import write_text
 
 _SCORES = ("Dice", "IoU", "NSD", "NSD_voxel_count", "HD95", "ASSD")
 
@@ -56,8 +57,8 @@ def write_summary(summary: Mapping[str, Any], output: Path) -> None:
     output: the .json file, or a folder for summary.json.
     """
     file = output if output.suffix == ".json" else output / "summary.json"
-    write_whole(file, json.dumps(summary, indent=4, allow_nan=False) + "\n")
-    write_whole(file.with_suffix(".csv"), _csv(summary))
+    write_text(file, json.dumps(summary, indent=4, allow_nan=False) + "\n")
+    write_text(file.with_suffix(".csv"), _csv(summary))
 
 
 def read_summary(file: Path) -> dict[str, Any]:
@@ -126,14 +127,3 @@ def _csv(summary: Mapping[str, Any]) -> str:
             cells = [values[name] for name in names]  # None becomes an empty cell
             writer.writerow([entry["case"], label, summary["label_names"][label], *cells])
     return text.getvalue()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a text file, whole or not at all; its folder is made where it is missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

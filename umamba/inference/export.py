@@ -13,7 +13,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from umamba.inference.resampling import (
+from umamba.preprocessing.resampling import (
     MEMORY_LIMIT,
     SeparableResampling,
     output_blocks,

@@ -15,7 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import (
 )
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from umamba.inference.resampling import separable_resampling
+from umamba.preprocessing.resampling import separable_resampling
 
 
 @dataclass

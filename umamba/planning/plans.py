@@ -4,7 +4,6 @@ import copy
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from umamba.blocks.recompute import recompute_mixers
+from umamba.files import write_json
 from umamba.planning.footprint import StepCheck, count_footprint, measure_step
 from umamba.planning.topology import (
     fit_arguments,
@@ -89,22 +89,10 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}): repair or delete it") from error
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Writes JSON to a temporary name in the same folder and renames it."""
-    text = json.dumps(content, indent=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(f"{text}\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_plans(plans: Mapping[str, Any], path: Path | None = None) -> Path:
     """Writes plans atomically, to their place under nnUNet_preprocessed unless `path` is given."""
     path = path or plans_file(plans["dataset_name"], plans["plans_name"])
-    write_json(plans, path)
+    write_json(path, plans)
     return path
 
 

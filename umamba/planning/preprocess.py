@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from umamba.files import replacing, write_json
 from umamba.planning.plans import (
     STOCK_PLANS,
     Plans,
@@ -27,7 +28,6 @@ from umamba.planning.plans import (
     preprocessed_folder,
     preprocessing_part,
     read_json,
-    write_json,
 )
 
 Cases = dict[str, dict[str, Any]]
@@ -66,7 +66,7 @@ def fingerprint_dataset(
     analyze = DatasetFingerprintExtractor.analyze_case
     results = run_cases(analyze, jobs, n_workers, "Fingerprint", progress)
     fingerprint = _summarize([results[name] for name in cases]) | {"cases_digest": stamp}
-    write_json(fingerprint, target)
+    write_json(target, fingerprint)
     return fingerprint
 
 
@@ -88,7 +88,7 @@ def preprocess_dataset(
 
     dataset_json, cases = read_dataset(dataset_name)
     home = preprocessed_folder(dataset_name)
-    write_json(dataset_json, home / "dataset.json")
+    write_json(home / "dataset.json", dataset_json)
     plans = load_plans(plans_file(dataset_name, plans_name))
     manager = PlansManager(plans)
     folders: dict[str, Path] = {}
@@ -260,7 +260,7 @@ def _replacing(folder: Path, stamp: Mapping[str, str]) -> Iterator[Path]:
     try:
         yield temporary
         shutil.rmtree(folder, ignore_errors=True)
-        write_json(stamp, _stamp_file(folder))
+        write_json(_stamp_file(folder), stamp)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -321,6 +321,5 @@ def _copy_references(cases: Cases, target: Path, ending: str) -> None:
         source, copied = Path(case["label"]), target / f"{name}{ending}"
         if copied.is_file() and copied.stat().st_mtime_ns >= source.stat().st_mtime_ns:
             continue
-        temporary = copied.with_name(f".{copied.name}")
-        shutil.copy2(source, temporary)
-        os.replace(temporary, copied)
+        with replacing(copied) as temporary:
+            shutil.copy2(source, temporary)

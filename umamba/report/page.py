@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from umamba.evaluation.statistics import compare_summaries
-from umamba.evaluation.tables import mean_per_case, spread_of, write_whole
+from umamba.evaluation.tables import mean_per_case, spread_of
+from umamba.files import write_text
 from umamba.report import figures
 from umamba.report.cases import cases_section
 from umamba.report.html import (
@@ -76,7 +77,7 @@ def build_report(
         parts += body
     parts.append(_versions())
     page_title = f"{dataset}: {', '.join(run.network for run in runs)}"
-    write_whole(output, document(page_title, joined(*parts)))
+    write_text(output, document(page_title, joined(*parts)))
     return output
 
 

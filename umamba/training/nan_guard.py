@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from umamba.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +72,10 @@ class NanGuard:
 
     def _save(self, batch: dict, culprit: str) -> Path:
         path = self.folder / f"non_finite_{self.n_events}.pt"
-        temporary = path.with_suffix(".pt.tmp")
         content = {key: batch[key] for key in ("data", "target")}
         content |= {"culprit": culprit, "random_state": torch.get_rng_state()}
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
         return path
 
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from umamba.blocks.recompute import recompute_mixers
+from umamba.files import replacing, write_json
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.networks.precision import (
     autocast,
@@ -299,10 +299,7 @@ class UMambaTrainer(nnUNetTrainer):
                 "device": str(self.device),
                 **process_cost(),
             }
-            file = Path(self.output_folder) / "training.json"
-            temporary = file.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(cost, indent=1) + "\n")
-            os.replace(temporary, file)
+            write_json(Path(self.output_folder) / "training.json", cost)
 
     def print_to_log_file(self, *args: Any, **options: Any) -> None:
         """nnU-Net's log goes to its file; the terminal shows one line per epoch instead."""
@@ -328,9 +325,8 @@ class UMambaTrainer(nnUNetTrainer):
         # Stock prediction looks this name up; the network comes from the plans either way.
         checkpoint["trainer_name"] = "nnUNetTrainer"
         checkpoint["umamba"] = {"iteration": self.iteration, "trained_seconds": self._elapsed()}
-        temporary = f"{filename}.tmp"
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, filename)
+        with replacing(Path(filename)) as temporary:
+            torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Reads `filename` safely first (`weights_only=True`), then as nnU-Net does."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
-from umamba.inference.resampling import output_blocks, separable_resampling
+from umamba.preprocessing.resampling import output_blocks, separable_resampling
 
 NAME = "resample_data_or_seg_to_shape"
 CASES = {

@@ -1,0 +1,1 @@
+"""The arithmetic of one case: what planning and inference do to its arrays alike."""
