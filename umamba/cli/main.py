@@ -6,18 +6,21 @@ import argparse
 import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import umamba
 from umamba.cli.common import UsageError
+from umamba.files import describe_error, discard_unfinished
 
 COMMANDS = (
     "run", "audit", "plan", "train", "predict", "evaluate",
     "report", "models", "demo", "doctor", "env",
 )  # fmt: skip
-PLAIN_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
-"""Those whose sentence says all; others are bugs, and named with the way to the traceback."""
+GRACE = 5.0  # seconds between the wish to stop and the end of the process
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,19 +55,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     keep_freed_memory()
     try:
-        return int(args.run(args))
+        with stopping_quickly():
+            return int(args.run(args))
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to continue", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # what reads our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if "--debug" in words:
             raise
-        message = f"error: {error}"
-        if not isinstance(error, PLAIN_ERRORS):
-            message = f"error: {type(error).__name__}: {error}"
-            message += "\n(the traceback: the same command with --debug)"
-        print(message, file=sys.stderr)
+        print(f"error: {tell(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def tell(error: Exception) -> str:
+    """One sentence for an error; an unexpected one is a bug, and has the way to the traceback."""
+    if isinstance(error, OSError):
+        return describe_error(error)
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n(the traceback: the same command with --debug)"
+
+
+@contextlib.contextmanager
+def stopping_quickly() -> Iterator[None]:
+    """Makes SIGTERM stop the block as Ctrl-C does, and the process end soon after either.
+
+    What is in the way then, such as a thread that works on a large volume, gets `GRACE` seconds;
+    at a second signal, none. Half-written files are removed.
+    """
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def leave() -> None:
+        discard_unfinished()
+        os._exit(1)
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a forked child, which its parent ends by SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif timer.is_alive():
+            leave()
+        else:
+            timer.start()
+            raise KeyboardInterrupt
+
+    timer = threading.Timer(GRACE, leave)
+    timer.daemon = True
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if not timer.is_alive():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def keep_freed_memory() -> None:
