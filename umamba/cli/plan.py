@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
+from umamba.lock import holding
 
 if TYPE_CHECKING:
+    from umamba.data.dataset import RawDataset
     from umamba.networks import NetworkEntry
 
 
@@ -51,6 +53,21 @@ def run(args: argparse.Namespace) -> int:
         check_configurations(args.configuration)
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     recipe |= common.recompute_recipe(args)
+    device = common.choose_device(args.device) if args.check else None
+    dataset, workspace = common.open_dataset(args, strict=args.no_audit)
+    with holding(workspace.preprocessed / dataset.name, "planning"):
+        return plan(args, entry, network_args, recipe, dataset, device)
+
+
+def plan(
+    args: argparse.Namespace,
+    entry: NetworkEntry,
+    network_args: dict[str, Any],
+    recipe: dict[str, Any],
+    dataset: RawDataset,
+    device: str | None,
+) -> int:
+    """Audits, plans and preprocesses a dataset; the command's exit code. `device`: for --check."""
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import plans_file
     from umamba.planning.preprocess import (
@@ -59,8 +76,6 @@ def run(args: argparse.Namespace) -> int:
         preprocess_dataset,
     )
 
-    device = common.choose_device(args.device) if args.check else None
-    dataset, _ = common.open_dataset(args, strict=args.no_audit)
     if not args.no_audit:
         common.refuse_faults(dataset)
     common.check_recipe(recipe, dataset)
@@ -76,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         network_args=network_args,
         recipe=recipe,
         configurations=args.configuration,
-        overwrite_target_spacing=spacing,
+        overwrite_target_spacing=args.target_spacing,
     )
     names, plans_name = list(plans["configurations"]), plans["plans_name"]
     for name in names:

@@ -15,6 +15,7 @@ from umamba.cli import common
 from umamba.cli.common import UsageError
 from umamba.cli.plan import describe_configuration, option_suffix, parse_network_args
 from umamba.cli.train import tell_results, train
+from umamba.lock import holding
 
 if TYPE_CHECKING:
     from umamba.data.dataset import RawDataset
@@ -56,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
     common.refuse_faults(dataset)
     common.check_recipe(recipe, dataset)
 
-    plans, configuration = make_plans(
-        args, entry.name, network_args, recipe, dataset, workspace, fold, device, started
-    )
+    with holding(workspace.preprocessed / dataset.name, "planning"):
+        plans, configuration = make_plans(
+            args, entry.name, network_args, recipe, dataset, workspace, fold, device, started
+        )
     print(describe_configuration(plans, configuration))
     print("training")
     folder = train(plans, dataset.dataset_json, configuration, fold, device, args)

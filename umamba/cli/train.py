@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
+from umamba.lock import holding
 
 if TYPE_CHECKING:
     from umamba.training.trainer import UMambaTrainer
@@ -99,17 +100,36 @@ def train(
 
     A finished training is only validated; an unfinished one resumes, unless `args.restart`.
     `options` are further fields of `TrainingRun`.  Raises UsageError for an unknown configuration,
-    ValueError where a first stage is missing or another training is in the way.
+    ValueError where a first stage is missing or another training is in the way, InUseError where
+    another process trains the fold.
     """
     from umamba.planning.plans import get_configuration
-    from umamba.training.run import TrainingRun, fold_folder, train_fold
+    from umamba.training.run import TrainingRun, fold_folder
 
     with common.usage_errors():
-        part = get_configuration(plans, configuration)
+        get_configuration(plans, configuration)
+    folder = fold_folder(TrainingRun(plans, configuration, fold, dataset_json))
+    with holding(folder, "training"):
+        return _train(folder, plans, dataset_json, configuration, fold, device, args, **options)
+
+
+def _train(
+    folder: Path,
+    plans: dict,
+    dataset_json: dict,
+    configuration: str,
+    fold: int | str,
+    device: str,
+    args: argparse.Namespace,
+    **options: Any,
+) -> Path:
+    from umamba.planning.plans import get_configuration
+    from umamba.training.run import TrainingRun, train_fold
+
+    part = get_configuration(plans, configuration)
     if part.get("previous_stage"):
         check_first_stage(plans, configuration, part)
     options |= {"device": device, "n_gpus": args.num_gpus, "validator": validate_fold}
-    folder = fold_folder(TrainingRun(plans, configuration, fold, dataset_json))
     files = {name: folder / f"checkpoint_{name}.pth" for name in ("final", "latest", "best")}
     there = [name for name, file in files.items() if file.is_file()]
     if options.get("only_validation") and not there:
