@@ -18,7 +18,7 @@ OURS = {
     "data": set(),
     "preprocessing": set(),
     "planning": {"networks", "blocks", "ops", "preprocessing"},
-    "training": {"networks", "blocks", "ops"},
+    "training": {"networks", "blocks", "ops", "preprocessing"},
     "inference": {"networks", "blocks", "ops", "preprocessing"},
     "evaluation": set(),
     "report": {"evaluation"},

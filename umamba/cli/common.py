@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ("none", "mixer"),
         "default": "none",
         "help": "mixer: train in less memory and more time",
+    },
+    "--sampling": {
+        "choices": ("auto", "stock", "jittered", "balanced"),
+        "help": "how patches with foreground are chosen (auto; stock with --recipe)",
     },
     "-device --device": {"help": "cpu, cuda or mps (the GPU if there is one)"},
     "-num_gpus --num-gpus": {"type": int, "default": 1, "help": "GPUs (DDP)"},
@@ -102,6 +106,18 @@ def find_recipe(name: str | None) -> dict[str, Any]:
 def recompute_recipe(args: argparse.Namespace) -> dict[str, str]:
     """The recipe's part of --recompute, empty without it."""
     return {} if args.recompute == "none" else {"recompute": args.recompute}
+
+
+def settle_sampling(plans: dict[str, Any], names: Sequence[str], args: argparse.Namespace) -> dict:
+    """Plans that say how foreground is sampled; prints the rates and the reason."""
+    from umamba.planning.sampling import settle_sampling
+    from umamba.report.sampling import describe_sampling
+
+    asked = args.sampling or ("stock" if args.recipe else "auto")
+    settled = settle_sampling(plans, names, asked)
+    for name in names:
+        print(f"{name}: {describe_sampling(settled['configurations'][name]['planning'])}")
+    return settled
 
 
 def check_recipe(recipe: Mapping[str, Any], dataset: RawDataset) -> None:

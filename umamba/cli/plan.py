@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shared = (
         "dataset --network --recipe --pretrained --recompute -p --memory --network-arg -device -np"
     )
-    shared += " --workspace"
+    shared += " --sampling --workspace"
     add = common.add_command(subparsers, "plan", run, __doc__, shared).add_argument
     add(
         "-c", "--configuration", nargs="+", metavar="CONFIG",
@@ -69,7 +69,7 @@ def plan(
 ) -> int:
     """Audits, plans and preprocesses a dataset; the command's exit code. `device`: for --check."""
     from umamba.planning.planner import default_plans_name, plan_dataset
-    from umamba.planning.plans import plans_file
+    from umamba.planning.plans import plans_file, save_plans
     from umamba.planning.preprocess import (
         default_workers,
         fingerprint_dataset,
@@ -104,6 +104,7 @@ def plan(
         folders = preprocess_dataset(dataset.name, plans_name, names, n_workers)
         for folder in dict.fromkeys(folders.values()):
             print(f"preprocessed: {folder}")
+    save_plans(common.settle_sampling(plans, names, args))
     first = "3d_fullres" if "3d_fullres" in names else names[0]
     words = ["umamba", "train", args.dataset, first, "0", "-p", plans_name]
     if args.workspace:
@@ -113,9 +114,10 @@ def plan(
 
 
 def option_suffix(args: argparse.Namespace) -> str:
-    """What --pretrained and --recompute add to the plans name: they are other experiments."""
+    """What these options add to the plans name: with them it is another experiment."""
     pretrained = "" if args.pretrained is None else "_pretrained"
-    return pretrained + ("" if args.recompute == "none" else "_recompute")
+    recompute = "" if args.recompute == "none" else "_recompute"
+    return pretrained + recompute + (f"_{args.sampling}" if args.sampling else "")
 
 
 def parse_network_args(words: Sequence[str], entry: NetworkEntry) -> dict[str, Any]:

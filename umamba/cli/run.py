@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shared = "dataset --network --recipe --pretrained --recompute -p -f --memory --network-arg -np"
-    shared += " --workspace --restart -device -num_gpus -t"
+    shared += " --sampling --workspace --restart -device -num_gpus -t"
     add = common.add_command(subparsers, "run", run, __doc__, shared).add_argument
     add("-c", "--configuration", help="default: 3d_fullres, or 2d for 2D data")
     add("--minutes", type=float, help="wall time of this whole command")
@@ -97,6 +97,7 @@ def make_plans(
         **{option: getattr(args, option) for option in asked},
         "device": device.split(":")[0],
         **{key: named[key] for key in ("name", "pretrained", "recompute") if key in named},
+        **({"sampling": args.sampling} if args.sampling else {}),
     }
     suffix = option_suffix(args) + budget_suffix(args)
     name = args.plans_name or default_plans_name(network, network_args, named.get("name")) + suffix
@@ -145,6 +146,7 @@ def make_plans(
             device=device,
             memory_gb=args.memory,
         )
+    plans = common.settle_sampling(plans, [configuration], args)
     plans["umamba"] |= {"request": request, "configuration": configuration}
     save_plans(plans, file)
     print(f"plans:   {file}")

@@ -32,6 +32,7 @@ from umamba.report.html import (
     table,
 )
 from umamba.report.runs import METRICS, Fold, Run, read_run
+from umamba.report.sampling import EXPLAINED, sampling_rows
 
 _PACKAGES = ("umamba", "torch", "nnunetv2", "numpy", "scipy", "SimpleITK")
 
@@ -278,6 +279,9 @@ def _plan(run: Run) -> Markup:
     reasons = [element("li", reason) for reason in planning.get("reasons", [])]
     parts = [element("ul", *reasons, css="reasons")] if reasons else []
     parts.append(facts(rows))
+    if classes := sampling_rows(planning):
+        parts.append(element("h3", "How often a training patch holds each class"))
+        parts += [table(classes[0], classes[1:]), note(EXPLAINED)]
     parts.append(details("Arguments of the network", facts(architecture.get("arch_kwargs", {}))))
     if recipe := part.get("recipe"):
         parts.append(details("Training recipe", facts(spaced(recipe))))

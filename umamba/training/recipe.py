@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "augmentation": ("nnunet", "light", "none"),
     "precision": ("auto", "fp16", "bf16", "fp32"),
     "recompute": ("none", "mixer"),
+    "sampling": ("stock", "jittered", "balanced"),
 }
 
 
@@ -40,6 +41,8 @@ class Recipe:
     iteration in place of every epoch, as it does with `warmup` and `train_seconds` anyway.
     `freeze_encoder` is the share of the schedule in which the encoder's weights stay as they are,
     to whole epochs and at least one (0.01 of 1000 epochs: the first 10).
+    `sampling` is how the patches with forced foreground are chosen (training.sampling), and
+    `class_weights` how often each class is chosen in "balanced", all alike without them.
     """
 
     name: str | None = None
@@ -67,6 +70,8 @@ class Recipe:
     mirroring: bool = True
     precision: str = "auto"
     recompute: str = "none"
+    sampling: str = "stock"
+    class_weights: tuple[float, ...] | None = None
     seed: int | None = None
     pretrained: str | None = None
 
@@ -96,6 +101,13 @@ class Recipe:
             raise ValueError(
                 f"recipe: loss_weights belong to the loss dice_ce_all, and the loss is {self.loss}"
             )
+        if self.class_weights is not None:
+            if self.sampling != "balanced" or not all(w > 0 for w in self.class_weights):
+                raise ValueError(
+                    f"recipe: class_weights are {list(self.class_weights)}; they are above 0, one "
+                    f'for each class, and belong to the sampling "balanced"'
+                )
+            object.__setattr__(self, "class_weights", tuple(self.class_weights))
         seconds = self.train_seconds
         if seconds is not None and seconds <= 0:
             raise ValueError(f"recipe: train_seconds is {seconds}; it must be above 0")
