@@ -116,7 +116,8 @@ def settle_sampling(plans: dict[str, Any], names: Sequence[str], args: argparse.
     asked = args.sampling or ("stock" if args.recipe else "auto")
     settled = settle_sampling(plans, names, asked)
     for name in names:
-        print(f"{name}: {describe_sampling(settled['configurations'][name]['planning'])}")
+        print(f"{name}: how often a training patch holds each class")
+        print(f"  {describe_sampling(settled['configurations'][name]['planning'])}")
     return settled
 
 

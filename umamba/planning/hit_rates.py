@@ -169,9 +169,10 @@ def guess_hit_rates(
     random = []
     for fact in facts:
         parts = fact["components"]
-        side = (parts["median_voxels"] * voxels_per_voxel) ** (1 / 3)
-        one = np.prod([_overlap(*sizes, side) for sizes in zip(shape, patch, strict=True)])
-        random.append(1 - (1 - one) ** max(parts["per_case_median"], 1))
+        side = max(1, round((parts["median_voxels"] * voxels_per_voxel) ** (1 / 3)))
+        chances = [_overlaps(*sizes, side) for sizes in zip(shape, patch, strict=True)]
+        one = np.einsum("i,j,k->ijk", *chances)
+        random.append(float(np.mean(1 - (1 - one) ** max(parts["per_case_median"], 1))))
     hit = np.array(random)
     n_cases = np.array([fact["n_cases"] for fact in facts])
     present = n_cases / n_total
@@ -181,13 +182,12 @@ def guess_hit_rates(
     return HitRates(n_cases, n_total, hit, centered, centered, balanced)
 
 
-def _overlap(extent: int, patch: int, side: float) -> float:
-    """The chance that a patch and an object overlap on one axis, both anywhere in the image."""
-    if patch >= extent or side >= extent:
-        return 1.0
-    corners = np.linspace(0, extent - patch, 64)[:, None]
-    objects = np.linspace(0, extent - side, 64)[None]
-    return float(((objects < corners + patch) & (corners < objects + side)).mean())
+def _overlaps(extent: int, patch: int, side: int) -> np.ndarray:
+    """The chance, per position of a patch on an axis, that it overlaps an object anywhere there."""
+    n_positions = max(extent - patch, 0) + 1
+    corners = np.unique(np.linspace(0, n_positions - 1, 64).astype(int))[:, None]
+    objects = np.arange(max(extent - side, 0) + 1)
+    return np.mean((objects < corners + patch) & (corners < objects + side), axis=1)
 
 
 def _spread(names: Sequence[str], n: int) -> list[str]:

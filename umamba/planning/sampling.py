@@ -15,9 +15,9 @@ from umamba.planning.plans import Plans, get_configuration, preprocessed_folder,
 
 DECIDED = ("sampling", "class_weights")
 CHOICES = ("auto", "stock", "jittered", "balanced")
-LEAST_PER_BATCH = 0.25
-"""Patches per batch that should hold a class: where a class is absent, the loss only pushes it
-down, and with less than this more than three batches of four do so."""
+LEAST_PER_BATCH = 0.5
+"""Patches per batch that should hold a class: where a class is absent the loss only pushes it down,
+and with less than this most batches do so."""
 LEAST_SEEN = 0.1
 """A class that fewer patches hold is chosen no more often: ten times as often as one that is in
 every patch, so that the few cases of a very rare class do not become the whole training."""
@@ -145,7 +145,7 @@ def _unknown(asked: str) -> str:
 
 
 def _n(patches: float) -> str:
-    return f"{patches:.2g} patches per"
+    return f"{patches:.2g} patches per" if patches < 10 else f"{patches:.0f} patches per"
 
 
 def _table(
