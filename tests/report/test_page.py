@@ -17,6 +17,16 @@ from umamba.report.page import build_report
 
 DATASET = "Dataset511_Spheres"
 SPACING = (2.0, 0.9, 1.3)
+SIZES = {"share": 2e-5, "parts_per_case": 1.5, "median_voxels": 20}
+SAMPLING = {
+    "chosen": "balanced",
+    "n_cases": 9,
+    "classes": [
+        {"name": "liver <b>&", "n_cases": 9, "random": 0.9, "stock": 0.95, "chosen": 0.85}
+        | dict.fromkeys(SIZES),
+        {"name": "rare $x", "n_cases": 3, "random": 0.031, "stock": 0.17, "chosen": 0.476} | SIZES,
+    ],
+}
 
 
 def write(file: Path, array: np.ndarray, is_vector: bool = False) -> None:
@@ -72,7 +82,10 @@ def make_run(
                     "arch_kwargs": {"features_per_stage": [8, 16]},
                 },
                 "recipe": {"optimizer": "adamw", "train_seconds": 200.0},
-                "planning": {"reasons": ["<script>narrow</script> because of 4 minutes"]},
+                "planning": {
+                    "reasons": ["<script>narrow</script> because of 4 minutes"],
+                    "sampling": SAMPLING,
+                },
             },
         },
     }
@@ -167,6 +180,15 @@ def test_page_says_what_was_reached_and_what_to_do_next(page: str, whole_fold: P
     assert "4 epochs, 40 iterations in 3.3 min" in page
     assert f"umamba predict -m {whole_fold.parent} -f 0 -i IMAGES -o PREDICTIONS" in page
     assert "3 of 5" in page  # the rare class is absent from two cases
+
+
+def test_page_shows_how_often_a_patch_holds_each_class(page: str) -> None:
+    rows = re.findall(r"<tr>.*?</tr>", page[page.index("How often a training patch") :], re.S)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    assert cells[0][-3:] == ["random", "stock", "balanced"]
+    assert cells[1][1:] == ["9 of 9", "–", "–", "–", "90 %", "95 %", "85 %"]
+    rare = ["rare $x", "3 of 9", "0.002 %", "1.5", "20 voxels", "3.1 %", "17 %", "47.6 %"]
+    assert cells[2] == rare
 
 
 def test_every_outside_text_is_escaped(page: str) -> None:

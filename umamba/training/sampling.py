@@ -16,10 +16,10 @@ from umamba.training.recipe import Recipe
 
 
 def loader_class(recipe: Recipe) -> Callable[..., nnUNetDataLoader]:
-    """Returns what makes the loader of training patches, with the arguments of nnU-Net's.
+    """Returns what makes a loader of patches, with the arguments of nnU-Net's.
 
-    Without a word about sampling in the recipe it is nnU-Net's loader itself.  Validation patches
-    are nnU-Net's with every recipe, so that pseudo Dice means the same.
+    Without a word about sampling in the recipe it is nnU-Net's loader itself.  As nnU-Net forces
+    foreground in the patches of validation, too, they are drawn like those of training.
     """
     if recipe.sampling == "balanced":
         return functools.partial(BalancedLoader, class_weights=recipe.class_weights)
