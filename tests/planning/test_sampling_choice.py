@@ -37,7 +37,9 @@ def rare(plans, nnunet_folders, monkeypatch):
     """Plans of batch 2 whose second class almost no patch holds."""
     plans["configurations"]["3d_fullres"]["batch_size"] = 2
     home = nnunet_folders / "preprocessed" / plans["dataset_name"]
-    (home / plans["configurations"]["3d_fullres"]["data_identifier"]).mkdir()
+    folder = home / plans["configurations"]["3d_fullres"]["data_identifier"]
+    folder.mkdir()
+    (folder / "case_0.pkl").touch()
     monkeypatch.setattr(sampling, "measure_hit_rates", lambda *arguments: RARE)
     return plans
 
@@ -66,6 +68,14 @@ def test_settling_again_adds_nothing_and_another_wish_replaces_the_first(rare):
     again = settle_sampling(first, ["3d_fullres"], "stock")
     assert again["configurations"]["3d_fullres"]["recipe"] == {}
     assert sum("Sampling" in r for r in settled(again, "jittered")["planning"]["reasons"]) == 1
+
+
+def test_a_configuration_decides_apart_from_the_one_that_it_inherits_from(rare):
+    child = {"inherits_from": "3d_fullres", "batch_size": 40}
+    rare["configurations"]["wide"] = child
+    parts = settle_sampling(rare, ["3d_fullres", "wide"])["configurations"]
+    assert parts["3d_fullres"]["recipe"]["sampling"] == "balanced"
+    assert parts["wide"]["recipe"] == {}
 
 
 @pytest.mark.parametrize("asked", ["stock", "jittered"])

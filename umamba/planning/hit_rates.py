@@ -70,13 +70,14 @@ def measure_hit_rates(
     asked which classes they have, and at most about `READ_CASES` and `READ_PER_CLASS` per class
     are read.
     """
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-    data = infer_dataset_class(str(folder))(str(folder))
+    data = nnUNetDatasetBlosc2(str(folder))
     patch = np.array([1] * (3 - len(patch_size)) + list(patch_size))
-    counts = {name: count_locations(folder / f"{name}.pkl") for name in data.identifiers}
+    files = {name: folder / f"{name}.pkl" for name in data.identifiers}
+    counts = {name: count_locations(file) for name, file in files.items() if file.is_file()}
     owners = [[name for name in counts if counts[name].get(key)] for key in classes]
-    chosen = set(_spread(data.identifiers, READ_CASES))
+    chosen = set(_spread(list(counts), READ_CASES))
     for names in owners:
         chosen.update(_spread(names, READ_PER_CLASS))
     generator = np.random.default_rng(0)

@@ -52,10 +52,9 @@ def settle_sampling(plans: Plans, names: Sequence[str], asked: str = "auto") -> 
             recipe["sampling"] = chosen
         if weights is not None:
             recipe["class_weights"] = weights
-        if recipe != part.get("recipe", {}):
-            own["recipe"] = recipe
-        planning = part["planning"]
-        kept = [line for line in planning["reasons"] if not line.startswith("Sampling: ")]
+        own["recipe"] = recipe
+        planning = part.get("planning", {})
+        kept = [r for r in planning.get("reasons", []) if not r.startswith("Sampling: ")]
         planning["reasons"] = [*kept, f"Sampling: {reason}"]
         planning["sampling"] = _table(classes, facts, rates, part["batch_size"], chosen, weights)
         own["planning"] = planning
@@ -97,7 +96,7 @@ def _rates(
     facts: Mapping[str, Any],
 ) -> HitRates | None:
     """Measured where the cases are preprocessed, guessed where an audit tells enough, else None."""
-    if folder.is_dir():
+    if any(folder.glob("*.pkl")):
         return measure_hit_rates(folder, part["patch_size"], list(classes))
     if not all(str(key) in facts for key in classes):
         return None
