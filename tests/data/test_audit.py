@@ -308,3 +308,19 @@ def test_a_dataset_json_without_channels_or_ending_does_not_hide_other_faults(tm
     write_dataset_json(source, 3, file_ending=None)
     raw, _ = prepare_dataset("123", tmp_path / "W", strict=False)
     assert "has no file_ending" in str(audit_dataset(raw, progress=False).faults)
+
+
+def test_each_case_without_a_fault_is_handed_on_as_it_was_read(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee", n=3, n_channels=2)
+    cut(source / "imagesTr" / "a1_0001.nii.gz", 0.5)
+    raw, _ = prepare_dataset(str(source), tmp_path / "W", strict=False)
+    seen = {}
+
+    def keep(identifier, images, label):
+        seen[identifier] = ([image.values() for image in images], label.values())
+
+    audit_dataset(raw, progress=False, on_case=keep)
+    assert sorted(seen) == ["a0", "a2"]
+    images, label = seen["a2"]
+    assert [np.array_equal(x[0], make_image(20 + c)) for c, x in enumerate(images)] == [True, True]
+    assert np.array_equal(label[0], make_label())

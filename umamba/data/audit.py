@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,21 @@ class _Findings:
     without_spacing: str | None = None
 
 
-def audit_dataset(raw: RawDataset, n_workers: int = 2, progress: bool = True) -> AuditReport:
+OnCase = Callable[[str, list[ImageContent], ImageContent | None], None]
+
+
+def audit_dataset(
+    raw: RawDataset,
+    n_workers: int = 2,
+    progress: bool = True,
+    *,
+    on_case: OnCase | None = None,
+) -> AuditReport:
     """Return every fault and warning of a dataset in nnU-Net's raw format.
 
     Files that were linked into the workspace are named as they are in the user's folder.
+    on_case: called in the thread that read a case, if the case has no fault, with its identifier,
+    its images in the order of the channels and its label; what it raises ends the audit.
     """
     content = raw.dataset_json
     faults, warnings = Faults(raw.faults), Faults()
@@ -92,11 +104,13 @@ def audit_dataset(raw: RawDataset, n_workers: int = 2, progress: bool = True) ->
     use_nibabel = reader.startswith("NibabelIO") or ending.lower() == ".nii"
     shown = _shown_names(raw)
 
-    def inspect(case: CaseFiles) -> _Findings:
-        return _inspect(case, n_channels(content), {0, *listed}, use_nibabel, shown)
+    def inspect(identifier: str) -> _Findings:
+        expected = n_channels(content)
+        give = None if on_case is None else partial(on_case, identifier)
+        return _inspect(cases[identifier], expected, {0, *listed}, use_nibabel, shown, give)
 
     with ThreadPoolExecutor(max(1, n_workers)) as pool:
-        results, what = pool.map(inspect, cases.values()), f"Checking {raw.name}"
+        results, what = pool.map(inspect, cases), f"Checking {raw.name}"
         findings = list(tqdm(results, what, len(cases), disable=not progress, unit="case"))
     for found in findings:
         faults += found.faults
@@ -131,12 +145,15 @@ def _inspect(
     allowed: set[int],
     use_nibabel: bool,
     shown: Callable[[Path], str],
+    give: Callable[[list[ImageContent], ImageContent | None], None] | None = None,
 ) -> _Findings:
     """Check one case: images whole and finite, on one grid, the label with allowed values.
 
-    n_channels: 0 where dataset.json does not say; shown: the name of a file as the user knows it.
+    n_channels: 0 where dataset.json does not say; shown: the name of a file as the user knows it;
+    give: takes the images and the label of a case without a fault.
     """
     found = _Findings()
+    images: list[ImageContent] = []
 
     def read(path: Path, is_label: bool = False) -> ImageContent | None:
         try:
@@ -155,6 +172,8 @@ def _inspect(
             is_whole = False
             continue
         n_found += content.array.shape[0]
+        if give is not None:
+            images.append(content)
         found.digests.append((content.digest, name))
         _check_values(content, name, found)
         if first is not None:
@@ -168,17 +187,18 @@ def _inspect(
         cure = "give every case the same channels, those that dataset.json names"
         found.faults.add(first_name, what, cure)
     label = None if case.label is None else read(case.label, is_label=True)
-    if case.label is None or label is None:
-        return found
-    name = shown(case.label)
-    if label.array.shape[0] != 1:
-        what = f"is a color picture with {label.array.shape[0]} channels"
-        found.faults.add(name, what, "save the label as gray values 0, 1, 2, ...")
-        return found
-    if first is not None:
-        _check_geometry(first, first_name, label, name, found)
-    found.counts = label_counts(label)
-    _check_labels(list(found.counts), allowed, name, found.faults)
+    if case.label is not None and label is not None:
+        name = shown(case.label)
+        if label.array.shape[0] != 1:
+            what = f"is a color picture with {label.array.shape[0]} channels"
+            found.faults.add(name, what, "save the label as gray values 0, 1, 2, ...")
+            return found
+        if first is not None:
+            _check_geometry(first, first_name, label, name, found)
+        found.counts = label_counts(label)
+        _check_labels(list(found.counts), allowed, name, found.faults)
+    if give is not None and images and not found.faults:
+        give(images, label)
     return found
 
 
