@@ -29,6 +29,18 @@ class Faults(list[Fault]):
         self.append(Fault(str(file), what, cure))
 
 
+@dataclass(frozen=True)
+class Repair:
+    """What can be mended safely in a copy of a file: its "header" or its voxels to "integers".
+
+    file: its path; reference: the path of the image whose header is right, None for integers.
+    """
+
+    file: str
+    kind: str
+    reference: str | None
+
+
 class UnreadableImageError(ValueError):
     """An image file that nnU-Net could not read, or would read wrongly; `fault` says why."""
 

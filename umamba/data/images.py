@@ -7,6 +7,7 @@ the geometry (it refuses some headers, and nnU-Net would then fail).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -41,13 +42,12 @@ class ImageContent:
 
     array: (channels, z, y, x), 2D images with z = 1; spacing (z, y, x) in mm, has_spacing: False
     where 1 mm is assumed; affine: (4, 4) from (x, y, z) index to mm, None for formats that carry
-    none; digest: of the decompressed file.
+    none.
     """
 
     array: np.ndarray
     spacing: tuple[float, ...]
     affine: np.ndarray | None
-    digest: bytes
     slope: float = 1.0
     intercept: float = 0.0
     has_spacing: bool = True
@@ -61,6 +61,12 @@ class ImageContent:
         if self.slope == 1.0 and self.intercept == 0.0:
             return self.array
         return self.array * self.slope + self.intercept
+
+    def digest(self) -> str:
+        """Return a hash of the voxels, their type and their shape, as hexadecimal digits."""
+        content = hashlib.blake2b(np.ascontiguousarray(self.array).data, digest_size=16)
+        content.update(f"{self.array.dtype.str} {self.array.shape}".encode())
+        return content.hexdigest()
 
 
 def split_ending(name: str) -> tuple[str, str] | None:
@@ -104,7 +110,13 @@ def read_image(path: Path, nibabel_geometry: bool = False, is_label: bool = Fals
     except PermissionError:
         what, cure = "may not be read by this user", "change its permissions"
         raise UnreadableImageError(path, what, cure) from None
-    except READ_ERRORS as error:
+    except MemoryError:
+        what = "does not fit in memory"
+        raise UnreadableImageError(path, what, "check its header, or use more memory") from None
+    except Exception as error:  # a decoder raises anything on bytes it does not understand
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            what, cure = "is a link that leads in a circle", "restore the file"
+            raise UnreadableImageError(path, what, cure) from None
         raise UnreadableImageError(path, f"cannot be read ({_last_line(error)})") from error
 
 
@@ -181,10 +193,9 @@ def _read_nifti(path: Path, nibabel_geometry: bool) -> ImageContent:
         spacing = tuple(float(zoom) for zoom in header.get_zooms()[: len(shape)])[::-1]
     else:
         spacing, affine = _itk_geometry(path)
-    digest = hashlib.blake2b(data, digest_size=16).digest()
     slope = 1.0 if slope is None else float(slope)
     intercept = 0.0 if intercept is None else float(intercept)
-    return ImageContent(*_as_3d(array, spacing), affine, digest, slope, intercept)
+    return ImageContent(*_as_3d(array, spacing), affine, slope, intercept)
 
 
 def _gunzip(path: Path, data: bytes) -> bytes:
@@ -243,7 +254,7 @@ def _read_itk(path: Path, ending: str) -> ImageContent:
         if not is_compressed:
             raise UnreadableImageError(path, "is cut short: bytes of its voxels are missing")
     spacing, affine = _geometry(image)
-    return ImageContent(*_as_3d(array, spacing), affine, _digest_of(array))
+    return ImageContent(*_as_3d(array, spacing), affine)
 
 
 def _as_3d(array: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -266,7 +277,7 @@ def _read_picture(path: Path, ending: str, is_label: bool) -> ImageContent:
     if ending in NATURAL_ENDINGS and (array.ndim == 2 or is_color):
         array = array.transpose(2, 0, 1) if is_color else array[None]
         _check_shape(path, array.shape[1:])
-        return ImageContent(array[:, None], (999.0, 1.0, 1.0), None, _digest_of(array))
+        return ImageContent(array[:, None], (999.0, 1.0, 1.0), None)
     if ending not in TIFF:
         what = f"has the shape {array.shape}, which is neither gray nor RGB(A)"
         raise UnreadableImageError(path, what, "save it as a gray or RGB image")
@@ -279,8 +290,7 @@ def _read_picture(path: Path, ending: str, is_label: bool) -> ImageContent:
     aside = path.with_name((stem if is_label else stem[:-5]) + ".json")
     has_spacing = aside.is_file()
     spacing = _spacing_beside(aside) if has_spacing else (1.0, 1.0, 1.0)
-    digest = _digest_of(array)
-    return ImageContent(array[None], spacing, None, digest, has_spacing=has_spacing)
+    return ImageContent(array[None], spacing, None, has_spacing=has_spacing)
 
 
 def _spacing_beside(path: Path) -> tuple[float, float, float]:
@@ -328,12 +338,6 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
         what = f"is {len(shape)}D with shape {tuple(shape)[::-1]} (channels, z, y, x)"
         cure = "save one 3D file per channel, named <case>_0000, <case>_0001, ..."
         raise UnreadableImageError(path, what, cure)
-
-
-def _digest_of(array: np.ndarray) -> bytes:
-    content = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
-    content.update(str(array.shape).encode())
-    return content.digest()
 
 
 def _last_line(error: BaseException) -> str:

@@ -34,6 +34,9 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except PermissionError:
+        what = f"{path} may not be read by this user; change its permissions"
+        raise PermissionError(what) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); correct it there") from error
     if not isinstance(content, dict):
@@ -153,12 +156,32 @@ def list_cases(folder: Path, content: dict[str, Any]) -> tuple[dict[str, CaseFil
     return cases, faults
 
 
+def list_test_cases(folder: Path, content: dict[str, Any]) -> dict[str, CaseFiles]:
+    """Return the cases of imagesTs by identifier; files without a channel number are left out."""
+    ending = content["file_ending"]
+    channels: dict[str, list[Path]] = {}
+    for name, path in list_files(folder / "imagesTs", ending).items():
+        if match := CHANNEL.fullmatch(name[: -len(ending)]):
+            channels.setdefault(match[1], []).append(path)
+    return {identifier: CaseFiles(tuple(paths), None) for identifier, paths in channels.items()}
+
+
 def list_files(folder: Path, ending: str = "") -> dict[str, Path]:
-    """Return the files of a folder by name, sorted; hidden ones (and macOS's ._ twins) left out."""
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.name.endswith(ending) and not e.is_dir())
+    """Return the files of a folder by name, sorted; hidden ones (and macOS's ._ twins) left out.
+
+    Raises PermissionError with the cure where the user may not list the folder.
+    """
+    try:
+        if not folder.is_dir():
+            return {}
+        with os.scandir(folder) as entries:
+            # isdir takes a link that leads in a circle for a file, the entry itself raises
+            names = sorted(
+                e.name for e in entries if e.name.endswith(ending) and not os.path.isdir(e)
+            )
+    except PermissionError:
+        what = f"{folder} may not be read by this user; change its permissions"
+        raise PermissionError(what) from None
     return {name: folder / name for name in names if not name.startswith(".")}
 
 

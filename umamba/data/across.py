@@ -1,0 +1,105 @@
+"""What only all cases together show: duplicates, unusual intensities, labels that are missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from umamba.data.case import Findings
+from umamba.data.faults import Faults
+
+FEWEST, FACTOR, SPREADS = 5, 20.0, 5.0  # cases that make a habit; how far off is absurd
+
+
+def check_duplicates(cases: Sequence[Findings], tests: Sequence[Findings], to: Faults) -> None:
+    """Add a warning per image that an earlier one equals, in training, test or both."""
+    first: dict[str, tuple[str, int, bool]] = {}
+    for i, found in enumerate((*cases, *tests)):
+        is_test = i >= len(cases)
+        for digest, name in found.digests:
+            other, case, other_is_test = first.setdefault(digest, (name, i, is_test))
+            if other == name:
+                continue
+            what = f"is the same image as {Path(other).name}"
+            cure = "remove one, or they may meet in both folds"
+            if case == i:
+                cure = "check that the channels were not mixed up"
+            elif is_test:
+                where = "imagesTs" if other_is_test else "imagesTr"
+                what = f"is the same image as {Path(other).name} in {where}"
+                cure = "remove one, else the test counts it twice"
+                if not other_is_test:
+                    cure = "remove one, else the test is on what was trained on"
+            to.add(name, what, cure)
+
+
+def check_spacings(cases: Sequence[Findings], to: Faults) -> None:
+    """Add one warning where images carry no spacing."""
+    names = [found.without_spacing for found in cases if found.without_spacing]
+    if names:
+        what = f"and {len(names) - 1} more have no spacing" if names[1:] else "has no spacing"
+        cure = 'write {"spacing": [z, y, x]} in mm to <case>.json beside it, else 1 mm is taken'
+        to.add(names[0], what, cure)
+
+
+def check_intensities(cases: Sequence[Findings], channel_names: Sequence[str], to: Faults) -> None:
+    """Add a warning per channel of a case whose values lie absurdly far from the other cases'.
+
+    Compared are, on a log scale, the span of the values from the 0.5 to the 99.5 percentile, and
+    how far the highest value lies above that span; for CT also whether values start at 0 where the
+    others hold air. Far is more than 20 times the median over cases and 5 of their spreads, which
+    scanners and protocols do not reach.
+    """
+    for channel, channel_name in enumerate(channel_names):
+        rows = [found.intensities[channel] for found in cases if channel < len(found.intensities)]
+        if len(rows) < FEWEST:
+            continue
+        names = [row[0] for row in rows]
+        smallest, low, high, largest = np.array([row[1:] for row in rows]).T
+        span = np.where(high > low, high - low, largest - smallest)
+        for i, times in _far_off(span):
+            what = f"its values span {span[i]:.3g} where {np.median(span):.3g} is usual ({times})"
+            cure = "check its units and its export; harmless only where each case is normalized"
+            to.add(names[i], what, f"{cure} by itself (z-score)")
+        for i, times in _far_off((largest - low) / span):
+            if largest[i] - low[i] > span[i] * FACTOR:
+                what = f"its highest value {largest[i]:.3g} lies far above all but a few voxels"
+                cure = "clip the few bright voxels, unless they are meant"
+                to.add(names[i], f"{what} (99.5 % are below {high[i]:.3g}, {times})", cure)
+        if channel_name.lower() == "ct" and np.median(low) <= -500:
+            for i in np.flatnonzero(low >= 0).tolist():
+                what = f"its values start at {low[i]:.3g} where {np.median(low):.4g} is usual"
+                to.add(names[i], what, "export it in Hounsfield units, with the rescale intercept")
+
+
+def check_presence(
+    cases: Sequence[Findings], values: Sequence[int], source: Path, faults: Faults, to: Faults
+) -> None:
+    """Add the fault of a dataset without any label, else warnings for labels never found."""
+    counts = [found.counts for found in cases if found.counts is not None]
+    missing = [v for v in values if v > 0 and not any(v in count for count in counts)]
+    if not counts:
+        return
+    if len(missing) == sum(v > 0 for v in values):
+        what = f"has no labeled voxel in any of its {len(counts)} labels"
+        cure = "there is nothing to learn: check how the labels were made"
+        faults.add(source, what, cure)
+        return
+    for v in missing:
+        what = f"names label {v} in dataset.json but no case shows it"
+        to.add(source, what, "remove it from dataset.json, or add cases that show it")
+
+
+def _far_off(values: np.ndarray) -> list[tuple[int, str]]:
+    """Return (index, how far off in words) of the values far from the median, on a log scale."""
+    logs = np.log(np.maximum(values, 1e-30))
+    offsets = logs - np.median(logs)
+    spread = 1.4826 * float(np.median(np.abs(offsets)))
+    limit = max(math.log(FACTOR), SPREADS * spread)
+    return [
+        (int(i), f"{math.exp(abs(offsets[i])):.2g} times {'more' if offsets[i] > 0 else 'less'}")
+        for i in np.flatnonzero(np.abs(offsets) > limit)
+    ]

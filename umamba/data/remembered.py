@@ -1,0 +1,79 @@
+"""What an audit found, kept as JSON, so that files that have not changed are not read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from umamba.data.case import Findings, Setup
+from umamba.data.images import TIFF, ending_of
+from umamba.data.layout import CaseFiles
+from umamba.data.links import stamp_of
+from umamba.files import write_json
+
+FORMAT = 1  # another number: what was found must be found anew
+
+
+class AuditMemory:
+    """The findings of cases without a fault, known by name, size and time of their files.
+
+    Cases with a fault are not kept, so that one cured by other permissions is looked at again.
+    """
+
+    def __init__(self, file: Path | None, setup: Setup, shown: Callable[[Path], str]) -> None:
+        self._file, self._shown = file, shown
+        self._key = {"format": FORMAT, "setup": json.loads(json.dumps(dataclasses.asdict(setup)))}
+        self._cases: dict[str, Any] = {}
+        self._stamps: dict[str, list[list[Any]]] = {}
+        content = _read(file)
+        if all(content.get(key) == value for key, value in self._key.items()):
+            self._cases = content.get("cases", {})
+
+    def recall(self, name: str, case: CaseFiles) -> Findings | None:
+        """Return what the unchanged files of a case showed; None where they must be read."""
+        stamps = self._stamps[name] = self._stamps_of(case)
+        try:
+            entry = self._cases[name]
+            if entry["files"] == stamps:
+                return Findings.from_json(entry["found"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            pass
+        self._cases.pop(name, None)
+        return None
+
+    def add(self, name: str, found: Findings) -> None:
+        """Keep what a case showed that was not recalled, unless it has a fault."""
+        if not found.faults:
+            # as they were before it was read: a file that changed since is read again
+            self._cases[name] = {"files": self._stamps[name], "found": found.to_json()}
+
+    def write(self, cases: Mapping[str, CaseFiles], report: Mapping[str, Any]) -> None:
+        """Write what is known of `cases`, and the report. Raises OSError."""
+        if self._file is not None:
+            known = {name: self._cases[name] for name in cases if name in self._cases}
+            write_json(self._file, {**self._key, **report, "cases": known})
+
+    def _stamps_of(self, case: CaseFiles) -> list[list[Any]]:
+        """Return name, size and time of each file; also of the one a TIFF's spacing stands in."""
+        files = [*case.images, *([] if case.label is None else [case.label])]
+        stamps = []
+        for path in files:
+            ending = ending_of(path)
+            stem = path.name[: len(path.name) - len(ending)]
+            asides = [f"{stem}.json", f"{stem[:-5]}.json"] if ending in TIFF else []
+            for file in (path, *(path.with_name(name) for name in asides)):
+                stamp = stamp_of(file) if os.access(file, os.R_OK) else (0, 0)
+                stamps.append([self._shown(file), *stamp])
+        return stamps
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    try:
+        content = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
