@@ -1,78 +1,99 @@
 """`umamba audit DATASET`: every fault of a dataset at once, each with its cure.
 
-Reads every file once. Exit code 0: no fault; 1: some.
+Reads every file once; files that have not changed since the last audit, run or plan are not read
+again. Exit code 0: no fault; 1: some.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from umamba.cli.common import add_command, open_dataset
+from umamba.cli.common import UsageError, add_command, audit_memory, open_dataset
 
 if TYPE_CHECKING:
+    from umamba.data.audit import AuditReport
+    from umamba.data.dataset import RawDataset
     from umamba.data.faults import Fault
+
+MOST_ROWS = 10  # warnings printed under one cure
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "audit", run, __doc__, "dataset --workspace")
     add = parser.add_argument
     add("--json", metavar="FILE", help="write the findings as JSON, too")
-    add("-np", "--num_processes", type=int, default=2, metavar="N", help="files read at once (2)")
+    add("--fix", metavar="FOLDER", help="write a copy with all repaired that is safe to repair")
+    add("--again", action="store_true", help="read files again that have not changed")
+    add(
+        "-np", "--num_processes", type=int, metavar="N",
+        help="cases read at once (one per core, at most 8)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was read and what is wrong with it; 1 where there are faults."""
     from umamba.data.audit import audit_dataset
+    from umamba.data.table import format_summary
     from umamba.files import write_json
 
+    if args.num_processes is not None and args.num_processes < 1:
+        raise UsageError(f"-np {args.num_processes} makes no sense; give at least 1")
     file = Path(args.json).absolute() if args.json else None
     if file is not None and not file.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {file.parent} for {file.name}")
-    dataset, _ = open_dataset(args)
-    report = audit_dataset(dataset, n_workers=args.num_processes)
-    print_summary(report.summary)
-    print_findings("warning", report.warnings)
-    print_findings("fault", report.faults)
+    copy = Path(args.fix).expanduser().absolute() if args.fix else None
+    if copy is not None:
+        from umamba.data.fix import check_target
+
+        check_target(copy)
+    dataset, workspace = open_dataset(args)
+    memory = audit_memory(dataset, workspace)
+    if args.again:
+        memory.unlink(missing_ok=True)
+    report = audit_dataset(dataset, args.num_processes, memory=memory)
+    if report.summary:
+        print(f"\n{format_summary(report.summary)}")
+    if report.n_remembered:
+        print(f"\n{report.n_remembered} cases have not changed since they were read (--again does)")
+    _print_findings("warning", report.warnings, dataset.source, MOST_ROWS)
+    _print_findings("fault", report.faults, dataset.source)
     if file is not None:
         write_json(file, report.to_dict())
         print(f"Written to {args.json}")
+    if copy is not None:
+        return _fix(dataset, report, copy)
     if report.faults:
         return 1
-    print(f"{dataset.name}: {report.n_cases} cases, no fault")
+    print(f"\n{dataset.name}: {report.n_cases} cases, no fault")
     return 0
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    """Prints cases, shapes, spacings and the share of each label."""
-    if not summary:
-        return
-    print(f"\n{summary['name']}: {summary['n_cases']} cases, channels {summary['channels']}")
-    for key, title in (("shape", "shape (z, y, x)"), ("spacing_mm", "spacing (z, y, x), mm")):
-        rows = [f"{name} {_by(values)}" for name, values in summary[key].items()]
-        if rows:
-            print(f"  {title}: {', '.join(rows)}")
-    width = max((len(label["name"]) for label in summary["labels"].values()), default=0)
-    for value, label in summary["labels"].items():
-        share = 100 * label["share"]
-        print(f"  {value:>3} {label['name']:<{width}} {share:8.3f} % in {label['n_cases']} cases")
+def _print_findings(
+    kind: str, findings: Sequence[Fault], folder: Path, most: int | None = None
+) -> None:
+    from umamba.data.table import format_findings
+
+    if findings:
+        print(f"\n{format_findings(kind, findings, folder, most)}")
 
 
-def print_findings(kind: str, findings: Iterable[Fault]) -> None:
-    """Prints faults or warnings, those with the same words gathered under one cure."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for fault in findings:
-        groups.setdefault((fault.what, fault.cure), []).append(fault.file)
-    n = sum(map(len, groups.values()))
-    if n:
-        print(f"\n{n} {kind}{'s' if n > 1 else ''}:")
-    for (what, cure), files in groups.items():
-        for file in files:
-            print(f"  {file}: {what}")
-        print(f"      cure: {cure}")
+def _fix(dataset: RawDataset, report: AuditReport, copy: Path) -> int:
+    """Writes the repaired copy and audits it; 1 where it has faults, too."""
+    from umamba.data.audit import audit_dataset
+    from umamba.data.fix import write_repaired
 
-
-def _by(values: Iterable[float]) -> str:
-    return "x".join(f"{value:.4g}" for value in values)
+    if not report.repairs:
+        print(f"\nnothing to repair; {copy} is not written")
+        return 1 if report.faults else 0
+    fixed = write_repaired(dataset, report.repairs, copy)
+    n_files = len({repair.file for repair in report.repairs})
+    print(f"\n{n_files} files repaired in the copy {copy}, the others are links")
+    after = audit_dataset(fixed)
+    _print_findings("fault", after.faults, copy)
+    if after.faults:
+        return 1
+    print(f"{copy.name}: {after.n_cases} cases, no fault")
+    return 0

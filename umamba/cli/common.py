@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from umamba.data.audit import AuditReport, OnCase
     from umamba.data.dataset import RawDataset
     from umamba.data.workspace import Workspace
     from umamba.networks import NetworkEntry
@@ -229,11 +230,24 @@ def open_dataset(args: argparse.Namespace, *, strict: bool = False) -> tuple[Raw
     return dataset, workspace
 
 
-def refuse_faults(dataset: RawDataset) -> None:
-    """Reads every file; ValueError with all faults. Prints the warnings."""
-    from umamba.data.audit import audit_dataset
+def audit_memory(dataset: RawDataset, workspace: Workspace) -> Path:
+    """The file in which the audit of a dataset is kept, beside its fingerprint."""
+    return workspace.preprocessed / dataset.name / "audit.json"
 
-    report = audit_dataset(dataset)
+
+def refuse_faults(
+    dataset: RawDataset, workspace: Workspace, on_case: OnCase | None = None
+) -> AuditReport:
+    """Reads every file that has changed; ValueError with all faults. Prints the warnings.
+
+    on_case: takes each case that is read and has no fault (see `audit_dataset`).
+    """
+    from umamba.data.audit import audit_dataset
+    from umamba.data.table import format_findings
+
+    memory = audit_memory(dataset, workspace)
+    report = audit_dataset(dataset, on_case=on_case, memory=memory)
     report.raise_if_faults()
-    for warning in report.warnings:
-        print(f"warning: {warning}")
+    if report.warnings:
+        print(format_findings("warning", report.warnings, dataset.source, most=3))
+    return report

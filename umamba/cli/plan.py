@@ -17,6 +17,7 @@ from umamba.lock import holding
 
 if TYPE_CHECKING:
     from umamba.data.dataset import RawDataset
+    from umamba.data.workspace import Workspace
     from umamba.networks import NetworkEntry
 
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     device = common.choose_device(args.device) if args.check else None
     dataset, workspace = common.open_dataset(args, strict=args.no_audit)
     with holding(workspace.preprocessed / dataset.name, "planning"):
-        return plan(args, entry, network_args, recipe, dataset, device)
+        return plan(args, entry, network_args, recipe, dataset, workspace, device)
 
 
 def plan(
@@ -65,6 +66,7 @@ def plan(
     network_args: dict[str, Any],
     recipe: dict[str, Any],
     dataset: RawDataset,
+    workspace: Workspace,
     device: str | None,
 ) -> int:
     """Audits, plans and preprocesses a dataset; the command's exit code. `device`: for --check."""
@@ -77,7 +79,7 @@ def plan(
     )
 
     if not args.no_audit:
-        common.refuse_faults(dataset)
+        common.refuse_faults(dataset, workspace)
     common.check_recipe(recipe, dataset)
     n_workers = args.np or default_workers(dataset.name)
     fingerprint_dataset(dataset.name, n_workers)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
-    common.refuse_faults(dataset)
+    common.refuse_faults(dataset, workspace)
     common.check_recipe(recipe, dataset)
 
     with holding(workspace.preprocessed / dataset.name, "planning"):

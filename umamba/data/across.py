@@ -54,24 +54,26 @@ def check_intensities(cases: Sequence[Findings], channel_names: Sequence[str], t
     scanners and protocols do not reach.
     """
     for channel, channel_name in enumerate(channel_names):
-        rows = [found.intensities[channel] for found in cases if channel < len(found.intensities)]
+        rows = [row for found in cases if (row := found.intensities.get(channel))]
         if len(rows) < FEWEST:
             continue
         names = [row[0] for row in rows]
         smallest, low, high, largest = np.array([row[1:] for row in rows]).T
         span = np.where(high > low, high - low, largest - smallest)
         for i, times in _far_off(span):
-            what = f"its values span {span[i]:.3g} where {np.median(span):.3g} is usual ({times})"
-            cure = "check its units and its export; harmless only where each case is normalized"
-            to.add(names[i], what, f"{cure} by itself (z-score)")
-        for i, times in _far_off((largest - low) / span):
+            usual = _number(float(np.median(span)))
+            what = f"its values span {_number(span[i])} where {usual} is usual ({times})"
+            cure = "check its units and its export; only z-score normalization copes with it"
+            to.add(names[i], what, cure)
+        for i, _ in _far_off((largest - low) / span):
             if largest[i] - low[i] > span[i] * FACTOR:
-                what = f"its highest value {largest[i]:.3g} lies far above all but a few voxels"
-                cure = "clip the few bright voxels, unless they are meant"
-                to.add(names[i], f"{what} (99.5 % are below {high[i]:.3g}, {times})", cure)
+                what = f"its highest value {_number(largest[i])} is far above the others"
+                what += f" (99.5 % of them are below {_number(high[i])})"
+                to.add(names[i], what, "clip the few bright voxels, unless they are meant")
         if channel_name.lower() == "ct" and np.median(low) <= -500:
             for i in np.flatnonzero(low >= 0).tolist():
-                what = f"its values start at {low[i]:.3g} where {np.median(low):.4g} is usual"
+                usual = _number(float(np.median(low)))
+                what = f"its values start at {_number(low[i])} where {usual} is usual"
                 to.add(names[i], what, "export it in Hounsfield units, with the rescale intercept")
 
 
@@ -99,7 +101,13 @@ def _far_off(values: np.ndarray) -> list[tuple[int, str]]:
     offsets = logs - np.median(logs)
     spread = 1.4826 * float(np.median(np.abs(offsets)))
     limit = max(math.log(FACTOR), SPREADS * spread)
-    return [
-        (int(i), f"{math.exp(abs(offsets[i])):.2g} times {'more' if offsets[i] > 0 else 'less'}")
-        for i in np.flatnonzero(np.abs(offsets) > limit)
-    ]
+    found = []
+    for i in np.flatnonzero(np.abs(offsets) > limit).tolist():
+        times = _number(math.exp(abs(offsets[i])))
+        found.append((i, f"{times} times {'more' if offsets[i] > 0 else 'less'}"))
+    return found
+
+
+def _number(value: float) -> str:
+    """Return three digits of a number, without powers of ten."""
+    return f"{float(f'{value:.3g}'):,.12g}"

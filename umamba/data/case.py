@@ -60,7 +60,7 @@ class Findings:
     shape: tuple[int, ...] | None = None
     spacing: tuple[float, ...] | None = None
     digests: list[tuple[str, str]] = field(default_factory=list)
-    intensities: list[tuple[str, float, float, float, float]] = field(default_factory=list)
+    intensities: dict[int, tuple[str, float, float, float, float]] = field(default_factory=dict)
     counts: dict[float, int] | None = None
     components: dict[int, dict[int, int]] = field(default_factory=dict)
     without_spacing: str | None = None
@@ -82,7 +82,10 @@ class Findings:
             content["shape"] and tuple(content["shape"]),
             content["spacing"] and tuple(content["spacing"]),
             [(digest, name) for digest, name in content["digests"]],
-            [(name, *map(float, four)) for name, *four in content["intensities"]],
+            {
+                int(channel): (name, float(smallest), float(low), float(high), float(largest))
+                for channel, (name, smallest, low, high, largest) in content["intensities"].items()
+            },
             None if counts is None else {float(value): n for value, n in counts.items()},
             {
                 int(value): {int(size): n for size, n in sizes.items()}
@@ -120,13 +123,13 @@ def inspect_case(
     for path in case.images:
         content, name = read(path), shown(path)
         if content is None:
-            is_whole = False
+            n_found, is_whole = n_found + 1, False
             continue
-        n_found += content.array.shape[0]
         if give is not None:
             images.append(content)
         found.digests.append((content.digest(), name))
-        _check_values(content, name, found)
+        _check_values(content, n_found, name, found)
+        n_found += content.array.shape[0]
         if first is not None:
             _check_geometry(first, case.images[0], content, path, shown, found)
             continue
@@ -152,8 +155,11 @@ def inspect_case(
     return found
 
 
-def _check_values(content: ImageContent, name: str, found: Findings) -> None:
-    """Add NaN and infinite voxels and a constant image, and note the range of each channel."""
+def _check_values(content: ImageContent, first: int, name: str, found: Findings) -> None:
+    """Add NaN and infinite voxels and a constant image, and note the range of each channel.
+
+    first: the number of the file's first channel.
+    """
     array = content.array
     if array.dtype.kind == "f":
         n_bad = array.size - int(np.count_nonzero(np.isfinite(array)))
@@ -169,14 +175,14 @@ def _check_values(content: ImageContent, name: str, found: Findings) -> None:
         what = f"is constant: every voxel is {value:g}"
         found.warnings.add(name, what, "check that the image was exported whole")
         return
-    for channel in array:
+    for i, channel in enumerate(array, first):
         # an odd step meets every column, whatever the shape
         step = channel.size // SAMPLES | 1
         low, high = np.percentile(channel.reshape(-1)[::step], (0.5, 99.5))
         four = np.array([channel.min(), low, high, channel.max()], float)
         four = np.sort(four * content.slope + content.intercept)
         smallest, low, high, largest = (float(f"{value:.6g}") for value in four)
-        found.intensities.append((name, smallest, low, high, largest))
+        found.intensities[i] = (name, smallest, low, high, largest)
 
 
 def _check_geometry(

@@ -21,7 +21,8 @@ def component_sizes(label: np.ndarray) -> dict[int, dict[int, int]]:
     import cc3d  # only labels with foreground need it
 
     part = label[box]
-    part = np.ascontiguousarray(part, np.min_scalar_type(int(part.max())))
+    # a copy, since cc3d does not take what may not be written to
+    part = np.array(part, np.min_scalar_type(int(part.max())), order="C")
     components, n = cc3d.connected_components(part, connectivity=26, return_N=True)
     components, values = components.reshape(-1), part.reshape(-1)
     value_of = np.zeros(n + 1, part.dtype)
