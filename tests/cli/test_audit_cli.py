@@ -52,7 +52,7 @@ def test_faults_exit_with_1_and_are_printed_and_written_with_their_cures(dataset
     (dataset / "labels" / "k1.nii.gz").unlink()
     assert call(audit, "audit", str(dataset), "--json", str(tmp_path / "out.json")) == 1
     printed = capsys.readouterr().out
-    assert "2 faults:" in printed
+    assert "2 faults in" in printed
     assert "cure: " in printed
     written = json.loads((tmp_path / "out.json").read_text())
     assert {Path(fault["file"]).name for fault in written["faults"]} == {"k0.nii.gz", "k1.nii.gz"}

@@ -13,10 +13,16 @@ import SimpleITK
 import tifffile
 from dataset_makers import (
     SHAPE,
+    cut,
+    make_4d,
     make_bare,
     make_image,
     make_label,
     make_nnunet,
+    save_float,
+    save_nan,
+    shear,
+    spoil,
     write_dataset_json,
     write_picture,
     write_volume,
@@ -37,44 +43,6 @@ def no_variables(monkeypatch, tmp_path):
 def audit(source: Path):
     raw, _ = prepare_dataset(str(source), source.parent / "W", strict=False)
     return audit_dataset(raw, progress=False)
-
-
-def cut(path: Path, share: float) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-
-
-def spoil(array: np.ndarray, value: float) -> np.ndarray:
-    array = array.copy()
-    array[2, 3, 4] = value
-    return array
-
-
-def save_float(path: Path, array: np.ndarray) -> None:
-    write_volume(path, array.astype(np.float32))
-
-
-def save_nan(path: Path, value: float) -> None:
-    """Write through nibabel and check that the file holds it: SimpleITK reads 0 there."""
-    image = nibabel.load(path)
-    data = np.asarray(image.dataobj).copy()
-    data[2, 3, 1] = value
-    nibabel.save(nibabel.Nifti1Image(data, image.affine), path)
-    assert not np.isfinite(np.asarray(nibabel.load(path).dataobj)).all()
-
-
-def make_4d(path: Path) -> None:
-    array = np.stack([make_image(0), make_image(1)])
-    nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), path)
-
-
-def shear(path: Path) -> None:
-    affine = np.diag([0.9, 0.8, 2.5, 1.0])
-    affine[0, 1] = 0.5
-    image = nibabel.Nifti1Image(make_image(0).T, affine)
-    image.set_qform(None, code=0)
-    image.set_sform(affine, code=1)
-    nibabel.save(image, path)
 
 
 IMAGE_FAULTS = {
