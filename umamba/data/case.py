@@ -24,7 +24,7 @@ from umamba.data.layout import CaseFiles
 
 SPACING_TOLERANCE = 1e-3  # relative
 FAULT_OFFSET, WARNING_OFFSET = 0.5, 1e-2  # of a voxel, at the worst corner
-NEAR_WHOLE = 1e-3  # scaled labels this close to a whole number mean it
+NEAR_WHOLE = 1e-2  # labels this close to whole numbers mean them: 8 bits with a slope are
 SAMPLES = 1 << 18  # voxels of an image whose percentiles are taken
 BY_FIX = "`umamba audit DATASET --fix FOLDER` does it in a copy"
 
@@ -251,7 +251,7 @@ def _check_label(
         faults.add(name, "holds NaN or infinite labels", "save whole numbers")
     can_repair = ending_of(path) not in PIXELS
     if fractions and can_repair and all(abs(v - round(v)) <= NEAR_WHOLE for v in fractions):
-        what = f"holds labels a hair off whole numbers ({fractions[0]:.6f})"
+        what = f"holds labels a hair off whole numbers ({_listed(fractions)})"
         faults.add(name, what, f"round them, nnU-Net cuts them off: {BY_FIX}")
         found.repairs.append(Repair(str(path), "integers", None))
     elif fractions:

@@ -21,7 +21,6 @@ from umamba.data.layout import list_cases, list_files
 from umamba.data.links import link_file
 from umamba.files import write_json
 
-FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 # where a voxel lies, in the words of NIfTI
 GEOMETRY = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
@@ -75,12 +74,13 @@ def check_target(folder: Path) -> None:
 
 def _files_by_name(raw: RawDataset) -> dict[str, Path]:
     """Return the files of the copy by their place in it; explicit paths get the usual names."""
+    is_explicit = "dataset" in raw.dataset_json
     files = {
         f"{where}/{name}": path
-        for where in FOLDERS
+        for where in ("imagesTs", "labelsTs", *(() if is_explicit else ("imagesTr", "labelsTr")))
         for name, path in list_files(raw.folder / where).items()
     }
-    if "dataset" in raw.dataset_json:
+    if is_explicit:
         ending = raw.dataset_json["file_ending"]
         for identifier, case in list_cases(raw.folder, raw.dataset_json)[0].items():
             for i, path in enumerate(case.images):
