@@ -205,3 +205,11 @@ def test_an_error_of_the_system_is_one_sentence_with_its_file(tmp_path):
     assert describe_error(caught.value) == f"{tmp_path / 'missing'}: no such file or directory"
     assert describe_error(OSError(28, "No space left on device")).startswith("no space is left")
     assert describe_error(OSError("as it is")) == "as it is"
+
+
+def test_a_hard_link_is_put_in_place_without_a_write_to_its_file(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(b"somebody's")
+    monkeypatch.setattr("umamba.files.os.write", lambda *_: pytest.fail("written to"))
+    with replacing(tmp_path / "copy") as temporary:
+        os.link(tmp_path / "source", temporary)
+    assert (tmp_path / "copy").samefile(tmp_path / "source")

@@ -153,6 +153,8 @@ def _check_room(file: Path) -> None:
     if file.is_symlink() or not file.is_file():
         return
     status, left = file.stat(), MARGIN
+    if status.st_nlink > 1:  # a hard link to somebody's file, which is not written to
+        return
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
         try:
