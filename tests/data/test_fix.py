@@ -176,6 +176,6 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("umamba.data.fix._write_nifti", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="no space"):
         write_repaired(raw, report.repairs, tmp_path / "fixed")
     assert [path.name for path in tmp_path.iterdir()] == ["Dataset123_Knee"]

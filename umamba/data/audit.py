@@ -194,7 +194,7 @@ def _write(
         remembered.write(cases, report or {})
     except OSError as error:
         cure = "make room or change its permissions, else the next audit reads all files again"
-        what = f"cannot be written ({error.strerror})"
+        what = f"cannot be written ({error.strerror or error})"
         if not any(warning.what == what for warning in warnings):
             warnings.add(str(memory), what, cure)
 

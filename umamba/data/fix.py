@@ -19,7 +19,7 @@ from umamba.data.faults import Repair
 from umamba.data.images import NIFTI, ending_of, read_image
 from umamba.data.layout import list_cases, list_files
 from umamba.data.links import link_file
-from umamba.files import write_json
+from umamba.files import replacing, write_json
 
 # where a voxel lies, in the words of NIfTI
 GEOMETRY = (
@@ -44,14 +44,14 @@ def write_repaired(raw: RawDataset, repairs: Sequence[Repair], folder: Path) -> 
 
     def place(name: str) -> None:
         source, target = files[name], part / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         real = Path(os.path.realpath(source))
-        if source in kinds:
-            _repair(source, target, kinds[source])
-        elif raw.source != raw.folder and real.is_relative_to(raw.folder.resolve()):
-            shutil.copy2(real, target)
-        else:
-            link_file(real, target)
+        with replacing(target) as temporary:
+            if source in kinds:
+                _repair(source, temporary, kinds[source])
+            elif raw.source != raw.folder and real.is_relative_to(raw.folder.resolve()):
+                shutil.copy2(real, temporary)
+            else:
+                link_file(real, temporary)
 
     try:
         with ThreadPoolExecutor(2) as pool:
