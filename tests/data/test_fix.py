@@ -130,6 +130,15 @@ def test_what_cannot_be_mended_stays_as_it_is_and_stays_listed(tmp_path, capsys)
     assert "fixed holds something already" in capsys.readouterr().err
 
 
+def test_a_header_comes_from_the_first_channel_that_can_be_read(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee", n_channels=2)
+    cut(source / "imagesTr" / "a1_0000.nii.gz", 0.5)
+    write_volume(source / "labelsTr" / "a1.nii.gz", make_label(), origin=OFF)
+    fix(source, tmp_path / "fixed")
+    label = read_image(tmp_path / "fixed" / "labelsTr" / "a1.nii.gz")
+    assert np.array_equal(label.affine, read_image(source / "imagesTr" / "a1_0001.nii.gz").affine)
+
+
 def test_nothing_is_written_where_nothing_can_be_mended(tmp_path, capsys):
     source = make_nnunet(tmp_path / "Dataset123_Knee")
     assert main(["audit", str(source), "--workspace", "W", "--fix", "fixed"]) == 0

@@ -119,6 +119,7 @@ def inspect_case(
             return None
 
     first: ImageContent | None = None
+    first_path = case.images[0]
     n_found, is_whole = 0, True
     for path in case.images:
         content, name = read(path), shown(path)
@@ -131,15 +132,15 @@ def inspect_case(
         _check_values(content, n_found, name, found)
         n_found += content.array.shape[0]
         if first is not None:
-            _check_geometry(first, case.images[0], content, path, shown, found)
+            _check_geometry(first, first_path, content, path, shown, found)
             continue
-        first = content
+        first, first_path = content, path
         found.shape, found.spacing = content.shape, content.spacing
         found.without_spacing = None if content.has_spacing else name
     if first is not None and is_whole and setup.n_channels not in (0, n_found):
         what = f"has {n_found} channel(s) where {setup.n_channels} are expected"
         cure = "give every case the same channels, those that dataset.json names"
-        found.faults.add(shown(case.images[0]), what, cure)
+        found.faults.add(shown(first_path), what, cure)
     label = None if case.label is None else read(case.label, is_label=True)
     if case.label is not None and label is not None:
         name = shown(case.label)
@@ -148,7 +149,7 @@ def inspect_case(
             found.faults.add(name, what, "save the label as gray values 0, 1, 2, ...")
             return found
         if first is not None:
-            _check_geometry(first, case.images[0], label, case.label, shown, found)
+            _check_geometry(first, first_path, label, case.label, shown, found)
         _check_label(label, case.label, setup.labels, name, found)
     if give is not None and images and not found.faults:
         give(images, label)

@@ -58,7 +58,7 @@ class AuditMemory:
             write_json(self._file, {**self._key, **report, "cases": known})
 
     def _stamps_of(self, case: CaseFiles) -> list[list[Any]]:
-        """Return name, size and time of each file; also of the one a TIFF's spacing stands in."""
+        """Return name, path, size and time of each file, and of the one with a TIFF's spacing."""
         files = [*case.images, *([] if case.label is None else [case.label])]
         stamps = []
         for path in files:
@@ -67,7 +67,7 @@ class AuditMemory:
             asides = [f"{stem}.json", f"{stem[:-5]}.json"] if ending in TIFF else []
             for file in (path, *(path.with_name(name) for name in asides)):
                 stamp = stamp_of(file) if os.access(file, os.R_OK) else (0, 0)
-                stamps.append([self._shown(file), *stamp])
+                stamps.append([self._shown(file), str(file), *stamp])
         return stamps
 
 
