@@ -54,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
-    common.refuse_faults(dataset, workspace)
-    common.check_recipe(recipe, dataset)
-
     with holding(workspace.preprocessed / dataset.name, "planning"):
+        common.refuse_faults(dataset, workspace)
+        common.check_recipe(recipe, dataset)
         plans, configuration = make_plans(
             args, entry.name, network_args, recipe, dataset, workspace, fold, device, started
         )
