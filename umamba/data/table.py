@@ -27,7 +27,8 @@ def format_summary(summary: dict[str, Any]) -> str:
         if parts := label.get("components"):
             row += [f"{parts['per_case_median']:g}"]
             row += [f"{parts[f'{which}_voxels']}" for which in ("smallest", "median", "largest")]
-            row += [f"{parts['median_mm3']:.4g}"]
+            mm3 = parts["median_mm3"]
+            row += [f"{mm3:.0f}" if mm3 >= 100 else f"{mm3:.3g}"]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     lines += ["", *_align(rows)]
     lines.append(
