@@ -30,7 +30,7 @@ OTHERS = {
     "ops": TORCH_ONLY | {"mamba_ssm", "causal_conv1d", "triton"},
     "blocks": TORCH_ONLY,
     "networks": TORCH_ONLY,
-    "evaluation": {"numpy", "scipy", "SimpleITK", "edt"},
+    "evaluation": {"numpy", "scipy", "SimpleITK", "edt", "cc3d"},
     "report": {"numpy", "matplotlib"},
 }
 NNUNET_LAYERS = {"data", "preprocessing", "planning", "training", "inference"}

@@ -3,13 +3,15 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import SimpleITK
+
+from umamba.files import replacing, write_text
 
 _NATURAL_ENDINGS = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -69,13 +71,25 @@ def read_label_map(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
             f"{file}: has {geometry.n_components} values per voxel (a colour image?); "
             "store the label map with one whole number per voxel"
         )
-    labels = SimpleITK.GetArrayFromImage(_read(file))
-    if labels.dtype.kind == "f":
-        whole = np.rint(labels)
-        if not np.array_equal(whole, labels):
-            raise ValueError(f"{file}: holds values that are not whole numbers; is it a label map?")
-        labels = whole.astype(np.int32)
-    return labels, geometry.spacing
+    return _whole_numbers(_read(file), file), geometry.spacing
+
+
+def rewrite_label_map(
+    source: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Writes a changed label map in the geometry of its file, whole or not at all.
+
+    The .json beside a TIFF, in which nnU-Net keeps the spacing, comes along. Raises as
+    read_label_map does.
+    """
+    image = _read(source)
+    changed = SimpleITK.GetImageFromArray(change(_whole_numbers(image, source)))
+    changed.CopyInformation(image)
+    beside = source.with_suffix(".json")
+    if source.suffix.lower() in (".tif", ".tiff") and beside.is_file():
+        write_text(target.with_suffix(".json"), beside.read_text(encoding="utf-8"))
+    with replacing(target) as temporary, _errors_of(source):
+        SimpleITK.WriteImage(changed, str(temporary), useCompression=True)
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,16 @@ def read_view(file: Path) -> View:
     if geometry.n_components > 1:
         array = array[..., :3] if geometry.n_components > 2 else array[..., 0]
     return View(array, spacing, anatomical)
+
+
+def _whole_numbers(image: SimpleITK.Image, file: Path) -> np.ndarray:
+    labels = SimpleITK.GetArrayFromImage(image)
+    if labels.dtype.kind != "f":
+        return labels
+    whole = np.rint(labels)
+    if not np.array_equal(whole, labels):
+        raise ValueError(f"{file}: holds values that are not whole numbers; is it a label map?")
+    return whole.astype(np.int32)
 
 
 def _read(file: Path) -> SimpleITK.Image:

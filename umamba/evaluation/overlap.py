@@ -35,7 +35,7 @@ def compare_labels(
     largest = max(1, *(value for label in labels for value in label_values(label)))
     boxes = [ndimage.find_objects(part, largest) for part in (reference, prediction)]
     for label in labels:
-        box = _box(boxes, label, reference.ndim)
+        box = label_box(boxes, label, reference.ndim)
         ref, pred = label_mask(reference[box], label), label_mask(prediction[box], label)
         if counted is not None:
             ref, pred = ref & counted[box], pred & counted[box]
@@ -56,8 +56,11 @@ def label_mask(segmentation: np.ndarray, label: Label) -> np.ndarray:
     return reduce(operator.or_, (segmentation == value for value in label_values(label)))
 
 
-def _box(boxes: list[list], label: Label, ndim: int) -> tuple[slice, ...]:
-    """Returns the box around a label, given those of the values 1, 2, ... in each map."""
+def label_box(boxes: list[list], label: Label, ndim: int) -> tuple[slice, ...]:
+    """Returns the box around a label with a margin of one voxel.
+
+    boxes: of the values 1, 2, ... in each map, as scipy's find_objects gives them.
+    """
     values = label_values(label)
     if 0 in values:
         return (slice(None),) * ndim
