@@ -15,6 +15,7 @@ from scipy import ndimage, sparse
 
 from umamba.evaluation.images import read_label_map, rewrite_label_map
 from umamba.evaluation.overlap import Label, label_box, label_mask, label_values
+from umamba.evaluation.summary import count_cores
 from umamba.evaluation.tables import summarize
 
 Group = tuple[int, ...]
@@ -122,8 +123,8 @@ def measure_pieces(
 def measure_cases(
     files: Mapping[str, tuple[Path, Path]],
     labels: Collection[Label],
-    ignore_label: int | None,
-    n_threads: int,
+    ignore_label: int | None = None,
+    n_threads: int | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Pieces]:
     """Reads each prediction and its reference once; returns the pieces by case.
@@ -142,7 +143,7 @@ def measure_cases(
         return measure_pieces(reference, prediction, labels, ignore_label)
 
     measured: dict[str, Pieces] = {}
-    with ThreadPoolExecutor(n_threads) as pool:
+    with ThreadPoolExecutor(n_threads or min(count_cores(), 4)) as pool:
         try:
             for case, pieces in zip(files, pool.map(measure, files.values()), strict=True):
                 measured[case] = pieces
@@ -236,7 +237,7 @@ def read_postprocessing(file: Path) -> list[Group]:
 def postprocess_files(
     files: Mapping[Path, Path],
     groups: Sequence[Group],
-    n_threads: int,
+    n_threads: int | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[str]:
     """Writes each label map (source -> target) post-processed; returns what is wrong with others.
@@ -252,7 +253,7 @@ def postprocess_files(
         return None
 
     failures = []
-    with ThreadPoolExecutor(n_threads) as pool:
+    with ThreadPoolExecutor(n_threads or min(count_cores(), 4)) as pool:
         for done, failure in enumerate(pool.map(write, files.items()), 1):
             failures += [failure] if failure else []
             progress(done, len(files))

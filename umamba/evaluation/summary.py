@@ -117,11 +117,16 @@ def labels_of_dataset(dataset_json: Mapping[str, Any]) -> tuple[dict[str, Label]
     return named, None if ignore is None else int(ignore)
 
 
+def count_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+
+
 def _run_all(
     evaluate: Callable[[_Case], dict[str, Any]], listed: list[_Case], n_workers: int | None
 ) -> Iterator[dict[str, Any]]:
     if n_workers is None:
-        n_workers = min(len(os.sched_getaffinity(0)), 8) if hasattr(os, "sched_getaffinity") else 2
+        n_workers = min(count_cores(), 8)
     n_workers = min(n_workers, len(listed))
     if n_workers <= 1:
         yield from map(evaluate, listed)
