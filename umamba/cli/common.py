@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,6 +214,14 @@ def set_threads(n_threads: int | None) -> None:
 
         os.environ["OMP_NUM_THREADS"] = str(n_threads)
         torch.set_num_threads(n_threads)
+
+
+def tell_failures(failures: list[str], n_done: int) -> int:
+    """Prints what failed, one line each; the exit code: 0 nothing, 3 some, 1 all that there was."""
+    if not failures:
+        return 0
+    print(f"error: {len(failures)} failed:", *failures, sep="\n  ", file=sys.stderr)
+    return 3 if n_done else 1
 
 
 def open_dataset(args: argparse.Namespace, *, strict: bool = False) -> tuple[RawDataset, Workspace]:
