@@ -17,7 +17,7 @@ from umamba.cli.common import UsageError
 from umamba.files import describe_error, discard_unfinished
 
 COMMANDS = (
-    "run", "audit", "plan", "train", "predict", "evaluate",
+    "run", "audit", "plan", "train", "best", "predict", "ensemble", "postprocess", "evaluate",
     "report", "models", "demo", "doctor", "env",
 )  # fmt: skip
 GRACE = 5.0  # seconds between the wish to stop and the end of the process
