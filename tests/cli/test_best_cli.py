@@ -254,6 +254,7 @@ def test_only_folds_that_all_have_are_compared_and_one_is_called_a_single_split(
     assert results.best() == 0
     printed = capsys.readouterr().out
     assert "fold 0 only: a single split, not a cross-validation; 3 cases" in printed
+    assert "these cases cannot tell the two apart" in printed  # three are too few
     assert "UMambaTrainer__tiny__2d: has folds [0, 1], others lack some of them" in printed
 
     assert results.best("-f", 0, 1) == 0
@@ -271,8 +272,10 @@ def test_a_candidate_without_all_cases_or_with_other_labels_is_left_out_with_the
     incomplete.write_text(json.dumps(summary))
     other = results.train("3d_lowres", 0.0) / "dataset.json"
     other.write_text(json.dumps(results.dataset_json | {"labels": {"background": 0, "one": 1}}))
+    (results.train("3d_cascade_fullres", 0.0) / "dataset.json").write_text("{")
     assert results.best() == 0
     printed = capsys.readouterr().out
+    assert "UMambaTrainer__tiny__3d_cascade_fullres: its dataset.json cannot be read" in printed
     assert "UMambaTrainer__tiny__3d_fullres: left out, a validation lacks cases (d" in printed
     assert "3d_fullres FOLD -p tiny --val" in printed
     assert "UMambaTrainer__tiny__3d_lowres: was trained on other labels" in printed

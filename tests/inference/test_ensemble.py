@@ -75,6 +75,20 @@ def test_label_maps_equal_nnunets(
         assert np.array_equal(ours, read_array(tmp_path / "theirs" / f"{case}.nii.gz"))
 
 
+def test_pictures_are_averaged_too(tmp_path: Path) -> None:
+    plans, dataset_json = make_plans(reader="NaturalImage2DIO"), make_dataset_json(ending=".png")
+    values = np.random.default_rng(0).random((2, 3, 1, 12, 9)).astype(np.float32)
+    for member, probabilities in zip("ab", values, strict=True):
+        folder = tmp_path / member
+        folder.mkdir()
+        np.savez_compressed(folder / "x.npz", probabilities=probabilities)
+        (folder / "x.pkl").write_bytes(pickle.dumps({"spacing": (999, 1, 1)}))
+        (folder / "plans.json").write_text(json.dumps(plans))
+        (folder / "dataset.json").write_text(json.dumps(dataset_json))
+    assert ensemble_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "out") == ([], 1)
+    assert np.array_equal(read_array(tmp_path / "out" / "x.png"), values.mean(0)[:, 0].argmax(0))
+
+
 def test_one_class_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("umamba.inference.ensemble._CHUNK", 1 << 14)
     shape, n_outputs = (16, 64, 64), 12

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     Measure = Callable[[str, Mapping[str, Path]], dict[str, Pieces]]
 
+FEW_CASES = 5  # below, a bootstrap knows too little of the spread
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shared = "dataset --workspace -t"
@@ -63,19 +65,19 @@ def run(args: argparse.Namespace) -> int:
     variants = _read_variants(models, folds, ending, notes, named_dataset)
     # of equals, without mirroring, which is faster
     candidates = [max(of_one, key=lambda candidate: candidate.dice) for of_one in variants]
-    pieces: dict[str, dict[str, Pieces]] = {}
+    pieces: dict[tuple[Path, ...], dict[str, Pieces]] = {}
     if not args.no_ensemble:
         for pair, measured in _average_pairs(
             candidates, folds, results / "best", measure, labels, notes, named_dataset
         ):
-            pieces[pair.title] = measured
+            pieces[pair.models] = measured
             candidates.append(pair)
     candidates.sort(key=lambda candidate: -candidate.dice)  # of equals, a single one stays first
     best = candidates[0]
     for note in notes:
         print(f"note: {note}")
     comparison = _tell_comparison(candidates, variants, folds)
-    measured = pieces.get(best.title) or measure("determining post-processing", best.predictions)
+    measured = pieces.get(best.models) or measure("determining post-processing", best.predictions)
     groups, content = determine_postprocessing(measured, labels)
     _tell_postprocessing(groups, content)
     file = _write_label_maps(results / "best", best, groups, content, args.threads)
@@ -232,7 +234,7 @@ def _difference(a: Candidate, b: Candidate) -> dict[str, Any]:
         "difference": found.difference,
         "interval": [low, high],
         "n": found.n,
-        "indistinguishable": low <= 0 <= high,
+        "indistinguishable": found.n < FEW_CASES or low <= 0 <= high,
         "text": f"{found.difference:+.4f} per case (95 % of bootstraps: {low:+.4f} to {high:+.4f})",
     }
 
@@ -272,7 +274,7 @@ def _write_label_maps(
 
 def _commands(best: Candidate, folds: list[int], postprocessing: Path | None) -> list[str]:
     """What predicts new images as the best did, one command a line."""
-    from umamba.evaluation.candidates import name_parts
+    from umamba.evaluation.candidates import is_mirrored, name_parts
     from umamba.planning.plans import get_configuration
 
     commands, outputs = [], []
@@ -284,9 +286,10 @@ def _commands(best: Candidate, folds: list[int], postprocessing: Path | None) ->
         first = get_configuration(plans, configuration).get("previous_stage")
         outputs.append(f"PREDICTIONS_{number}" if several else "PREDICTIONS")
         options = "" if mirrored else " --disable_tta"
-        if first:
+        if first:  # whose validation without mirroring the second stage was trained on
             stage = shlex.quote(str(model.with_name(f"{trainer}__{name}__{first}")))
-            commands.append(f"umamba predict -m {stage} {chosen} -o FIRST_STAGE_{number}{options}")
+            plain = "" if is_mirrored(model) else " --disable_tta"
+            commands.append(f"umamba predict -m {stage} {chosen} -o FIRST_STAGE_{number}{plain}")
             options += f" -prev_stage_predictions FIRST_STAGE_{number}"
         options += " --save_probabilities" if several else ""
         quoted = shlex.quote(str(model))

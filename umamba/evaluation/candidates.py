@@ -52,8 +52,12 @@ def find_models(results: Path, dataset_json: Mapping[str, Any]) -> tuple[list[Pa
     for folder in sorted(results.glob("*__*__*")):
         if folder.name.count("__") != 2 or not (folder / "dataset.json").is_file():
             continue
-        trained_on = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        if trained_on.get("labels") != dataset_json.get("labels"):
+        try:
+            labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
+        except (ValueError, KeyError, TypeError) as error:
+            notes.append(f"{folder.name}: its dataset.json cannot be read ({error})")
+            continue
+        if labels != dataset_json.get("labels"):
             notes.append(f"{folder.name}: was trained on other labels than dataset.json has now")
         elif not validated_folds(folder):
             notes.append(
