@@ -80,8 +80,9 @@ class Results:
         speck: a piece of label 1 far from the true one is found as well. npz: probabilities that
         are unsure where the label map is wrong.
         """
-        from umamba.evaluation import evaluate_folder
+        from umamba.evaluation import evaluate_folder, labels_of_dataset
 
+        labels, ignore_label = labels_of_dataset(self.dataset_json)
         model = self.home / f"{trainer}__tiny__{configuration}"
         model.mkdir(parents=True)
         plans = make_plans(configuration=configuration)
@@ -101,13 +102,17 @@ class Results:
                     write(folder / f"{case}.nii.gz", found)
                     if npz and variant == "validation":
                         self.write_probabilities(folder / f"{case}.npz", true, found)
-                evaluate_folder(folder, self.references, LABELS_TO_EVALUATE, cases=FOLDS[fold])
+                evaluate_folder(
+                    folder, self.references, labels, ignore_label=ignore_label, cases=FOLDS[fold]
+                )
         return model
 
     def write_probabilities(self, file: Path, true: np.ndarray, found: np.ndarray) -> None:
         classes = np.arange(3)[:, None, None, None]
         sure = np.where(true == found, 0.9, 0.55)
         probabilities = np.where(classes == found, sure, (1 - sure) / 2).astype(np.float32)
+        if "regions_class_order" in self.dataset_json:
+            probabilities = np.stack([probabilities[1:].sum(0), probabilities[2]])
         np.savez_compressed(file, probabilities=probabilities)
         image = {
             "spacing": SPACING[::-1],
@@ -121,9 +126,6 @@ class Results:
 
     def record(self) -> dict:
         return json.loads((self.home / "best.json").read_text())
-
-
-LABELS_TO_EVALUATE = {"one": 1, "two": 2}
 
 
 @pytest.fixture
@@ -200,6 +202,23 @@ def test_an_ensemble_that_is_better_wins_and_its_commands_are_printed(
 
     assert results.best("--no-ensemble") == 0
     assert " + " not in capsys.readouterr().out
+
+
+def test_regions_and_an_ignore_label_are_those_of_the_dataset(results: Results) -> None:
+    results.dataset_json["labels"] = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    results.dataset_json["regions_class_order"] = [1, 2]
+    text = json.dumps(results.dataset_json)
+    (results.root / "preprocessed" / DATASET / "dataset.json").write_text(text)
+    for seed, case in enumerate("abcdef"):
+        labels = reference(seed)
+        labels[:, :3] = 3
+        write(results.references / f"{case}.nii.gz", labels)
+    for configuration in ("2d", "3d_fullres"):
+        results.train(configuration, 0.2, npz=True)
+    assert results.best() == 0
+    first = results.record()["candidates"][0]
+    assert len(first["models"]) == 2
+    assert first["mean"].keys() == {"(1, 2)", "(2,)"}
 
 
 def test_missing_probabilities_are_told_with_the_command_that_makes_them(
