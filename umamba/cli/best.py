@@ -21,9 +21,9 @@ from umamba.cli.common import UsageError
 
 if TYPE_CHECKING:
     from umamba.evaluation.candidates import Candidate
-    from umamba.evaluation.postprocessing import Pieces
+    from umamba.evaluation.postprocessing import MeasuredPieces
 
-    Measure = Callable[[str, Mapping[str, Path]], dict[str, Pieces]]
+    Measure = Callable[[str, Mapping[str, Path]], dict[str, MeasuredPieces]]
 
 FEW_CASES = 5  # below, a bootstrap knows too little of the spread
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     named, ignore_label = labels_of_dataset(dataset.dataset_json)
     labels, ending = list(named.values()), dataset.dataset_json["file_ending"]
 
-    def measure(title: str, predictions: Mapping[str, Path]) -> dict[str, Pieces]:
+    def measure(title: str, predictions: Mapping[str, Path]) -> dict[str, MeasuredPieces]:
         pairs = {case: (file, references / f"{case}{ending}") for case, file in predictions.items()}
         with _progress(title) as progress:
             return measure_cases(pairs, labels, ignore_label, args.threads, progress)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     variants = _read_variants(models, folds, ending, notes, named_dataset)
     # of equals, without mirroring, which is faster
     candidates = [max(of_one, key=lambda candidate: candidate.dice) for of_one in variants]
-    pieces: dict[tuple[Path, ...], dict[str, Pieces]] = {}
+    pieces: dict[tuple[Path, ...], dict[str, MeasuredPieces]] = {}
     if not args.no_ensemble:
         for pair, measured in _average_pairs(
             candidates, folds, results / "best", measure, labels, notes, named_dataset
@@ -163,7 +163,7 @@ def _average_pairs(
     labels: Sequence[Any],
     notes: list[str],
     dataset: str,
-) -> Iterator[tuple[Candidate, dict[str, Pieces]]]:
+) -> Iterator[tuple[Candidate, dict[str, MeasuredPieces]]]:
     """Ensembles of two, as far as the probabilities of their validation are there."""
     from umamba.evaluation.candidates import Candidate, archives_of, is_mirrored
     from umamba.evaluation.postprocessing import summarize_pieces

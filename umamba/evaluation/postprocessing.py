@@ -29,38 +29,26 @@ def keep_largest_components(labels: np.ndarray, groups: Sequence[Group]) -> np.n
     labels: (z, y, x) or (y, x), whole numbers. groups: label values that count as one structure,
     treated in this order. Components of equal size are all kept, as in nnU-Net.
     """
-    kept = labels.copy()
-    volume = kept[None] if kept.ndim == 2 else kept
-    boxes = [ndimage.find_objects(volume, max((max(group) for group in groups), default=1))]
+    components, pieces = _find_pieces(labels[None] if labels.ndim == 2 else labels)
+    alive = np.ones(len(pieces.values), bool)
     for group in groups:
-        inside = volume[label_box(boxes, group, volume.ndim)]
-        components = cc3d.connected_components(
-            label_mask(inside, group), connectivity=_CONNECTIVITY
-        )
-        sizes = np.bincount(components.ravel())
-        sizes[0] = sizes[1:].max(initial=0)  # what is not of the group stays
-        inside[(sizes < sizes[0])[components]] = 0
-    return kept
+        alive = pieces.keep_largest(alive, group)
+    gone = np.append(False, ~alive)
+    return np.where(gone[components].reshape(labels.shape), labels.dtype.type(0), labels)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A prediction as its P connected pieces of one label each; no decision needs more than these.
+    """A label map as its P connected pieces of one label each.
 
-    A component of any group consists of whole pieces, and so does what is left of one.
-
-    values, sizes: label and voxels of each piece. counted: its voxels that are not ignored.
-    edges: (E, 2) pieces that touch. members: per label or region its pieces, hits: their voxels
-    that the reference gives the same label or region, n_ref: voxels of it in the reference.
+    A component of any group consists of whole pieces, and so does what is left of one, so that
+    no decision needs voxels. values, sizes: label and voxels of each piece. edges: (E, 2) pieces
+    that touch.
     """
 
     values: np.ndarray
     sizes: np.ndarray
-    counted: np.ndarray
     edges: np.ndarray
-    members: tuple[np.ndarray, ...]
-    hits: tuple[np.ndarray, ...]
-    n_ref: tuple[int, ...]
 
     def keep_largest(self, alive: np.ndarray, group: Collection[int]) -> np.ndarray:
         """Returns which of the pieces that are left stay when the group keeps its largest."""
@@ -73,6 +61,33 @@ class Pieces:
         component = sparse.csgraph.connected_components(graph, directed=False)[1]
         sizes = np.bincount(component, self.sizes * inside)
         return alive & ~(inside & (sizes[component] < sizes.max()))
+
+
+def _find_pieces(labels: np.ndarray) -> tuple[np.ndarray, Pieces]:
+    """Returns the number of the piece that each voxel of a volume is in, from 1, and the pieces."""
+    components, n = cc3d.connected_components(labels, connectivity=_CONNECTIVITY, return_N=True)
+    touching = list(cc3d.region_graph(components, connectivity=_CONNECTIVITY))
+    there = labels != 0
+    values = np.zeros(n, dtype=np.int64)
+    values[components[there] - 1] = labels[there]
+    sizes = np.bincount(components[there], minlength=n + 1)[1:]
+    edges = np.array(touching, dtype=np.int64).reshape(-1, 2) - 1
+    return components, Pieces(values, sizes, edges)
+
+
+@dataclass(frozen=True)
+class MeasuredPieces(Pieces):
+    """The pieces of a prediction, and how they overlap with its reference.
+
+    counted: voxels of each piece that are not ignored. members: per label or region its pieces,
+    hits: their voxels that the reference gives the same label or region, n_ref: voxels of it in the
+    reference.
+    """
+
+    counted: np.ndarray
+    members: tuple[np.ndarray, ...]
+    hits: tuple[np.ndarray, ...]
+    n_ref: tuple[int, ...]
 
     def overlap(self, alive: np.ndarray, index: int) -> dict[str, float]:
         """Returns Dice, n_pred and n_ref of a label; Dice is nan where neither map holds it."""
@@ -89,7 +104,7 @@ def measure_pieces(
     prediction: np.ndarray,
     labels: Collection[Label],
     ignore_label: int | None = None,
-) -> Pieces:
+) -> MeasuredPieces:
     """Returns the pieces of a label map and how they overlap with the reference of its shape.
 
     Voxels that carry `ignore_label` in the reference count in sizes, but in no overlap.
@@ -98,15 +113,11 @@ def measure_pieces(
         reference, prediction = reference[None], prediction[None]
     largest = max(value for label in labels for value in label_values(label))
     boxes_ref, boxes = (ndimage.find_objects(part, largest) for part in (reference, prediction))
-    components, n = cc3d.connected_components(prediction, connectivity=_CONNECTIVITY, return_N=True)
-    there = prediction != 0
-    values = np.zeros(n, dtype=np.int64)
-    values[components[there] - 1] = prediction[there]
-    sizes = np.bincount(components[there], minlength=n + 1)[1:]
-    counted = sizes
+    components, pieces = _find_pieces(prediction)
+    values, n = pieces.values, len(pieces.values)
+    counted = pieces.sizes
     if ignore_label is not None:
-        counted = np.bincount(components[there & (reference != ignore_label)], minlength=n + 1)[1:]
-    touching = list(cc3d.region_graph(components, connectivity=_CONNECTIVITY))
+        counted = np.bincount(components[reference != ignore_label], minlength=n + 1)[1:]
     members, hits, n_ref = [], [], []
     for label in labels:
         # a label is never the ignore label, so its mask in the reference holds counted voxels only
@@ -116,8 +127,8 @@ def measure_pieces(
         both = label_mask(reference[box], label) & label_mask(prediction[box], label)
         members.append(np.flatnonzero(np.isin(values, label_values(label))))
         hits.append(np.bincount(components[box][both], minlength=n + 1)[1:][members[-1]])
-    edges = np.array(touching, dtype=np.int64).reshape(-1, 2) - 1
-    return Pieces(values, sizes, counted, edges, tuple(members), tuple(hits), tuple(n_ref))
+    found = counted, tuple(members), tuple(hits), tuple(n_ref)
+    return MeasuredPieces(values, pieces.sizes, pieces.edges, *found)
 
 
 def measure_cases(
@@ -126,14 +137,14 @@ def measure_cases(
     ignore_label: int | None = None,
     n_threads: int | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> dict[str, Pieces]:
+) -> dict[str, MeasuredPieces]:
     """Reads each prediction and its reference once; returns the pieces by case.
 
     files: case -> (prediction, reference). Memory: one pair of label maps per thread. Raises
     ValueError or FileNotFoundError naming the file for one that cannot be read or compared.
     """
 
-    def measure(pair: tuple[Path, Path]) -> Pieces:
+    def measure(pair: tuple[Path, Path]) -> MeasuredPieces:
         (prediction, _), (reference, _) = map(read_label_map, pair)
         if prediction.shape != reference.shape:
             raise ValueError(
@@ -142,7 +153,7 @@ def measure_cases(
             )
         return measure_pieces(reference, prediction, labels, ignore_label)
 
-    measured: dict[str, Pieces] = {}
+    measured: dict[str, MeasuredPieces] = {}
     with ThreadPoolExecutor(n_threads or min(count_cores(), 4)) as pool:
         try:
             for case, pieces in zip(files, pool.map(measure, files.values()), strict=True):
@@ -154,7 +165,7 @@ def measure_cases(
 
 
 def summarize_pieces(
-    measured: Mapping[str, Pieces],
+    measured: Mapping[str, MeasuredPieces],
     labels: Collection[Label],
     alive: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def summarize_pieces(
 
 
 def determine_postprocessing(
-    measured: Mapping[str, Pieces], labels: Collection[Label]
+    measured: Mapping[str, MeasuredPieces], labels: Collection[Label]
 ) -> tuple[list[Group], dict[str, Any]]:
     """Returns the groups that shall keep their largest component alone, by nnU-Net's decisions.
 
@@ -260,5 +271,5 @@ def postprocess_files(
     return failures
 
 
-def _everything(measured: Mapping[str, Pieces]) -> list[np.ndarray]:
+def _everything(measured: Mapping[str, MeasuredPieces]) -> list[np.ndarray]:
     return [np.ones(len(pieces.values), bool) for pieces in measured.values()]
