@@ -219,7 +219,7 @@ def _tell_comparison(
     told = _difference(candidates[1], candidates[0])
     print(f"\nbest: {candidates[0].title}, against {candidates[1].title} {told['text']}")
     if told["indistinguishable"]:
-        print("these cases cannot tell the two apart: take the faster one, or validate more folds")
+        print(f"{told['n']} cases cannot tell the two apart: take the faster one, or add folds")
     return told
 
 
