@@ -13,6 +13,7 @@ import pytest
 import SimpleITK
 
 from umamba.cli.main import main
+from umamba.lock import holding
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from model_folders import make_plans
@@ -314,6 +315,16 @@ def test_the_second_stage_of_a_cascade_is_predicted_after_the_first(
     ]
     assert "UMambaTrainer__tiny__3d_lowres -f 0 1 -i IMAGES -o FIRST_STAGE_1" in first
     assert "-prev_stage_predictions FIRST_STAGE_1" in second
+
+
+def test_two_at_once_notice_each_other(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.train("2d", 0.2)
+    with holding(results.home / "best", "a test"):
+        assert results.best() == 1
+    assert "a test" in capsys.readouterr().err
+    assert not (results.home / "best.json").exists()
 
 
 def test_the_same_command_again_changes_nothing(results: Results) -> None:

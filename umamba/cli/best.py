@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
+from umamba.lock import holding
 
 if TYPE_CHECKING:
     from umamba.evaluation.candidates import Candidate
@@ -63,27 +64,31 @@ def run(args: argparse.Namespace) -> int:
     models = _choose_models(found, notes, args)
     folds = _choose_folds(models, args.folds, notes)
     variants = _read_variants(models, folds, ending, notes, named_dataset)
-    # of equals, without mirroring, which is faster
-    candidates = [max(of_one, key=lambda candidate: candidate.dice) for of_one in variants]
-    pieces: dict[tuple[Path, ...], dict[str, MeasuredPieces]] = {}
-    if not args.no_ensemble:
-        for pair, measured in _average_pairs(
-            candidates, folds, results / "best", measure, labels, notes, named_dataset
-        ):
-            pieces[pair.models] = measured
-            candidates.append(pair)
-    candidates.sort(key=lambda candidate: -candidate.dice)  # of equals, a single one stays first
-    best = candidates[0]
-    for note in notes:
-        print(f"note: {note}")
-    comparison = _tell_comparison(candidates, variants, folds)
-    measured = pieces.get(best.models) or measure("determining post-processing", best.predictions)
-    groups, content = determine_postprocessing(measured, labels)
-    _tell_postprocessing(groups, content)
-    file = _write_label_maps(results / "best", best, groups, content, args.threads)
-    commands = _commands(best, folds, file if groups else None)
-    _write_record(results / "best.json", candidates, folds, comparison, content, commands)
-    print("\nto predict with it:", *commands, sep="\n  ")
+    with holding(results / "best", "finding the best"):
+        # of equals, without mirroring, which is faster
+        candidates = [max(of_one, key=lambda candidate: candidate.dice) for of_one in variants]
+        pieces: dict[tuple[Path, ...], dict[str, MeasuredPieces]] = {}
+        if not args.no_ensemble:
+            for pair, measured in _average_pairs(
+                candidates, folds, results / "best", measure, labels, notes, named_dataset
+            ):
+                pieces[pair.models] = measured
+                candidates.append(pair)
+        # stable: of equals, a single one stays before its ensembles
+        candidates.sort(key=lambda candidate: -candidate.dice)
+        best = candidates[0]
+        for note in notes:
+            print(f"note: {note}")
+        comparison = _tell_comparison(candidates, variants, folds)
+        measured = pieces.get(best.models) or measure(
+            "determining post-processing", best.predictions
+        )
+        groups, content = determine_postprocessing(measured, labels)
+        _tell_postprocessing(groups, content)
+        file = _write_label_maps(results / "best", best, groups, content, args.threads)
+        commands = _commands(best, folds, file if groups else None)
+        _write_record(results / "best.json", candidates, folds, comparison, content, commands)
+        print("\nto predict with it:", *commands, sep="\n  ")
     return 0
 
 

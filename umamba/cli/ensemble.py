@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from umamba.cli import common
+from umamba.lock import holding
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
         raise common.UsageError("an ensemble has two members at least: give different folders")
     if args.output.resolve() in {folder.resolve() for folder in args.folders}:
         raise common.UsageError("-o is one of the members; give a folder of its own")
-    with tqdm(desc="averaging", unit="case", disable=None) as bar:
+    with (
+        holding(args.output, "averaging"),
+        tqdm(desc="averaging", unit="case", disable=None) as bar,
+    ):
 
         def progress(done: int, total: int) -> None:
             bar.total = total
