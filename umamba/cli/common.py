@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from umamba.data.dataset import RawDataset
     from umamba.data.workspace import Workspace
     from umamba.networks import NetworkEntry
+    from umamba.planning.upstream import UpstreamEntry
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"help": "id, name or folder: nnU-Net's, MSD's, or images/ + labels/"},
@@ -89,12 +90,12 @@ def usage_errors(kind: type[Exception] = ValueError) -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def find_network(name: str) -> NetworkEntry:
-    """The registry's entry; UsageError with the nearest names for an unknown one."""
-    from umamba.networks import get_entry
+def find_network(name: str) -> NetworkEntry | UpstreamEntry:
+    """The entry of a network, ours or nnU-Net's; UsageError with the nearest names if unknown."""
+    from umamba.planning.upstream import find_entry
 
     with usage_errors():
-        return get_entry(name)
+        return find_entry(name)
 
 
 def find_recipe(name: str | None) -> dict[str, Any]:

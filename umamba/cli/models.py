@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from umamba.cli.common import add_command, find_network, parse_fold
+from umamba.cli.common import UsageError, add_command, find_network, parse_fold
 from umamba.cli.fetch import run_fetch
 from umamba.cli.plan import parse_network_args
+
+if TYPE_CHECKING:
+    from umamba.planning.upstream import UpstreamEntry
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -40,11 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """List the registered networks, with their parameters in nnU-Net's plan for large images."""
-    from umamba.networks import list_modules, list_networks
-    from umamba.planning.overview import millions, overview
+    """List all networks, with their parameters in nnU-Net's plan for large images."""
+    from umamba.networks import list_modules
+    from umamba.planning.overview import all_networks, millions, overview
+    from umamba.planning.upstream import UPSTREAM
 
-    names = list_networks(args.dims, controls=args.controls)
+    names = all_networks(args.dims, controls=args.controls)
     rows = [overview(name) for name in names]
     if args.json:
         print(json.dumps(rows, indent=1))
@@ -53,14 +58,14 @@ def run_list(args: argparse.Namespace) -> int:
     for row in rows:
         parameters = ", ".join(f"{dims} {millions(n)}" for dims, n in row["parameters"].items())
         repository, commit = row["equals"].split("@")
-        origin = f"{repository}@{commit[:7]}"
+        origin = f"{repository}@{commit[:7]}" if row["name"] not in UPSTREAM else "nnU-Net itself"
         table.append([row["name"], parameters, row["paper"], origin, row["licence"]])
         table[-1].append("yes" if row["pretrained"] else "")
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         print("  ".join(f"{cell:{n}}" for cell, n in zip(cells, widths, strict=True)).rstrip())
     if not args.controls:
-        print("\neach also as NAME_noscan and NAME_convmix, its controls (--controls lists them)")
+        print("\nthose with a scan also as NAME_noscan and NAME_convmix (--controls lists them)")
     if not args.dims:
         print(f"modules that plans cannot name: {', '.join(list_modules())}")
     return 0
@@ -71,11 +76,15 @@ def run_show(args: argparse.Namespace) -> int:
     import inspect
 
     from umamba.networks import NetworkEntry, get_module, list_modules
+    from umamba.planning.upstream import UpstreamEntry
     from umamba.training.recipes import official_recipes
 
     is_module = args.name.replace("-", "_") in list_modules()
     entry = get_module(args.name) if is_module else find_network(args.name)
     print(entry.name)
+    if isinstance(entry, UpstreamEntry):
+        show_upstream(entry)
+        return 0
     rows = {
         "class": entry.class_path,
         "paper": entry.paper,
@@ -108,6 +117,25 @@ def run_show(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_upstream(entry: UpstreamEntry) -> None:
+    """Prints where one of nnU-Net's own networks comes from, its planner, and what it takes."""
+    planner = entry.planner_path.rsplit(".", 1)[1]
+    rows = {
+        "class": entry.class_path,
+        "paper": entry.paper,
+        "is": f"{entry.reference} ({entry.licence}), nnU-Net's own network",
+        "planner": f"{planner}, which plans for {entry.memory_gb:g} GB",
+        "dimensions": ", ".join(f"{d}D" for d in entry.spatial_dims),
+        "strides": "chosen by the planner",
+        "recipe": "nnU-Net's",
+    }
+    for label, value in rows.items():
+        print(f"  {label:<11}{value}")
+    print("\narguments (--network-arg; those not given are the planner's)")
+    for name in entry.keywords:
+        print(f"  {name}")
+
+
 def run_import(args: argparse.Namespace) -> int:
     """Turn an official checkpoint into a model folder.
 
@@ -115,6 +143,13 @@ def run_import(args: argparse.Namespace) -> int:
     load the folder. Arguments of the network that neither tells can be given with --network-arg.
     """
     fold, entry = parse_fold(args.fold), find_network(args.network)
+    from umamba.networks import NetworkEntry
+
+    if not isinstance(entry, NetworkEntry):
+        raise UsageError(
+            f"{entry.name} is nnU-Net's own: `umamba predict -m` reads the model folder of its "
+            "training as it is, there is nothing to import"
+        )
     network_args = parse_network_args(args.network_arg, entry)
     from umamba.inference.import_checkpoint import import_checkpoint
 

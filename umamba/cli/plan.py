@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from umamba.data.dataset import RawDataset
     from umamba.data.workspace import Workspace
     from umamba.networks import NetworkEntry
+    from umamba.planning.upstream import UpstreamEntry
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         check_configurations(args.configuration)
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     recipe |= common.recompute_recipe(args)
+    refuse_for_upstream(entry, args, recipe)
     device = common.choose_device(args.device) if args.check else None
     dataset, workspace = common.open_dataset(args, strict=args.no_audit)
     with holding(workspace.preprocessed / dataset.name, "planning"):
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(
     args: argparse.Namespace,
-    entry: NetworkEntry,
+    entry: NetworkEntry | UpstreamEntry,
     network_args: dict[str, Any],
     recipe: dict[str, Any],
     dataset: RawDataset,
@@ -122,7 +124,24 @@ def option_suffix(args: argparse.Namespace) -> str:
     return pretrained + recompute + (f"_{args.sampling}" if args.sampling else "")
 
 
-def parse_network_args(words: Sequence[str], entry: NetworkEntry) -> dict[str, Any]:
+def refuse_for_upstream(
+    entry: NetworkEntry | UpstreamEntry, args: argparse.Namespace, recipe: Mapping[str, Any]
+) -> None:
+    """UsageError for what a network of nnU-Net's own has no use for."""
+    from umamba.networks import NetworkEntry
+
+    if isinstance(entry, NetworkEntry):
+        return
+    if args.recompute != "none":
+        raise UsageError(f"{entry.name} has no mixers to recompute: leave --recompute out")
+    if recipe.get("freeze_encoder"):
+        raise UsageError(
+            f"recipe {args.recipe} freezes a pretrained encoder, and {entry.name} has none: choose "
+            "another --recipe, or none"
+        )
+
+
+def parse_network_args(words: Sequence[str], entry: NetworkEntry | UpstreamEntry) -> dict[str, Any]:
     """Returns `key=json` words as a dict; a value that is no JSON is taken as text.
 
     Raises UsageError for what is not such a word, or no argument of the network.

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
-from umamba.cli.plan import describe_configuration, option_suffix, parse_network_args
+from umamba.cli.plan import (
+    describe_configuration,
+    option_suffix,
+    parse_network_args,
+    refuse_for_upstream,
+)
 from umamba.cli.train import tell_results, train
 from umamba.lock import holding
 
@@ -51,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         check_configurations([args.configuration] if args.configuration else None)
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     recipe |= common.recompute_recipe(args)
+    refuse_for_upstream(entry, args, recipe)
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from umamba.networks.base import SegmentationNetwork
 from umamba.networks.checkpoint import read_weights
-from umamba.networks.registry import NetworkEntry, get_entry, list_networks
+from umamba.networks.registry import get_entry, list_networks
 from umamba.networks.vmamba import VMambaClassifier
 
 FOLDER_VARIABLE = "UMAMBA_PRETRAINED"
@@ -43,7 +44,8 @@ class PublishedFile:
     @property
     def networks(self) -> list[str]:
         """The registered networks that start from it, without their controls."""
-        return [n for n in list_networks(controls=False) if self.name in files_of(get_entry(n))]
+        names = list_networks(controls=False)
+        return [name for name in names if self.name in get_entry(name).pretrained_files]
 
 
 # The addresses stand in VMamba's assets/performance.md, the numbers of parameters are counted. The
@@ -95,20 +97,25 @@ class Initialization:
         )
 
 
-def files_of(entry: NetworkEntry) -> tuple[str, ...]:
-    """The names in the catalogue that a network starts from, its authors' choice first."""
-    return entry.cls.pretrained_files
+class Startable(Protocol):
+    """An entry of a network: its name, and the names in the catalogue that it starts from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def pretrained_files(self) -> tuple[str, ...]: ...
 
 
-def choose_file(entry: NetworkEntry, wanted: str = "") -> str:
+def choose_file(entry: Startable, wanted: str = "") -> str:
     """What a recipe's `pretrained` holds for a wish: a name of the catalogue or an absolute path.
 
     wanted: such a name, a path, or nothing for the file that the network's authors take. Raises
     ValueError for a network that none is known for, and for a name of another network's.
     """
-    names = files_of(entry)
+    names = entry.pretrained_files
     if not names:
-        able = [name for name in list_networks(controls=False) if files_of(get_entry(name))]
+        able = [name for name in list_networks(controls=False) if get_entry(name).pretrained_files]
         raise ValueError(
             f"no ImageNet weights are published for {entry.name}; there are some for "
             f"{', '.join(able)}"

@@ -44,10 +44,15 @@ class ModuleEntry:
         return f"{self.cls.__module__}.{self.cls.__qualname__}"
 
     @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The keyword arguments that plans, or callers, may give, by name."""
+        parameters = inspect.signature(self.cls).parameters
+        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    @property
     def keywords(self) -> tuple[str, ...]:
-        """The names of the keyword arguments that plans, or callers, may give."""
-        parameters = inspect.signature(self.cls).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        """The names of the parameters."""
+        return tuple(self.parameters)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class NetworkEntry(ModuleEntry):
     def spatial_dims(self) -> tuple[int, ...]:
         """Which of 2 and 3 dimensions the network supports."""
         return self.cls.spatial_dims
+
+    @property
+    def pretrained_files(self) -> tuple[str, ...]:
+        """The published ImageNet weights that it starts from, its authors' choice first."""
+        return self.cls.pretrained_files
 
     @property
     def fixed_strides(self) -> tuple[tuple[int, ...], ...] | None:
@@ -165,7 +175,7 @@ def list_modules() -> list[str]:
 
 def get_entry(name: str) -> NetworkEntry:
     """The entry of a name (`-` and `_` are the same); ValueError with the nearest names."""
-    if (key := _key(name)) in _modules:
+    if (key := plain_name(name)) in _modules:
         raise ValueError(
             f"{key} is a module without plans, for Python alone: "
             f"umamba.networks.create_module({key!r}, ...) builds it"
@@ -179,18 +189,23 @@ def get_module(name: str) -> ModuleEntry:
 
 
 def _find(entries: dict[str, Entry], kind: str, name: str) -> Entry:
-    wanted = _key(name)
-    if wanted in entries:
-        return entries[wanted]
-    near = difflib.get_close_matches(wanted, entries, n=3, cutoff=0.5)
-    raise ValueError(
+    if plain_name(name) in entries:
+        return entries[plain_name(name)]
+    raise unknown_name(kind, name, entries)
+
+
+def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
+    """The error for a name that is none of those known, with the nearest of them."""
+    near = difflib.get_close_matches(plain_name(name), known, n=3, cutoff=0.5)
+    return ValueError(
         f"no {kind} is called {name!r}; did you mean {' or '.join(near)}?"
         if near
-        else f"no {kind} is called {name!r}; registered are {', '.join(sorted(entries))}"
+        else f"no {kind} is called {name!r}; registered are {', '.join(sorted(known))}"
     )
 
 
-def _key(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name as it is registered: in small letters, `-` as `_`."""
     return name.strip().lower().replace("-", "_")
 
 

@@ -28,9 +28,25 @@ WORKING_COPIES = 3  # of the largest tensor, at once in backward: two gradients 
 
 def default_memory_gb() -> float:
     """Returns the GPU's memory in GiB if there is one, else half of the free RAM, at least 2."""
+    there, _ = machine_memory()
     if torch.cuda.is_available():
-        return round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
-    return float(max(available_memory_bytes() // 2 // GIB, 2))
+        return round(there / GIB, 1)
+    return float(max(there // 2 // GIB, 2))
+
+
+def default_memory_source() -> str:
+    """Returns in words where the default memory comes from."""
+    _, what = machine_memory()
+    return f"all of {what}" if torch.cuda.is_available() else f"half of {what}"
+
+
+def machine_memory() -> tuple[int, str]:
+    """Returns the bytes of the GPU, or of the free RAM where there is none, and names them."""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        return gpu.total_memory, f"the {gpu.total_memory / GIB:.1f} GB of the {gpu.name}"
+    free = available_memory_bytes()
+    return free, f"the {free / GIB:.1f} GB of RAM that are free here"
 
 
 def available_memory_bytes() -> int:

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,17 +13,15 @@ import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from umamba.networks.registry import get_entry, list_networks
+from umamba.networks.registry import NetworkEntry, list_networks
 from umamba.planning.footprint import (
     GIB,
     Footprint,
-    conv_features,
     count_footprint,
     default_memory_gb,
+    default_memory_source,
 )
 from umamba.planning.plans import (
     STOCK_PLANS,
@@ -31,9 +30,17 @@ from umamba.planning.plans import (
     load_plans,
     network_builder,
     plans_file,
-    preprocessing_part,
     save_plans,
 )
+from umamba.planning.reasons import (
+    adapted_reasons,
+    by,
+    change_reason,
+    search_reasons,
+    step_reason,
+    upstream_reasons,
+)
+from umamba.planning.stock import as_json, count_features, name_own_data
 from umamba.planning.topology import (
     CONFIGURATIONS,
     check_configurations,
@@ -41,7 +48,9 @@ from umamba.planning.topology import (
     network_arguments,
     network_divisor,
     round_patch,
+    with_arguments,
 )
+from umamba.planning.upstream import UPSTREAM, UpstreamEntry, find_entry
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +59,36 @@ MIN_TARGET_GB = 0.05
 USABLE_MEMORY = 0.9  # share that is planned with; the rest is for workspaces and fragmentation
 
 
-def plan_dataset(dataset_name: str, *, memory_gb: float | None = None, **request: Any) -> Plans:
+def plan_dataset(
+    dataset_name: str,
+    *,
+    memory_gb: float | None = None,
+    network: str = "umamba_bot",
+    **request: Any,
+) -> Plans:
     """Plans a dataset whose fingerprint is there, writes the plans file and returns the plans.
 
     Args:
         dataset_name: nnU-Net's dataset name (or id).
         memory_gb: GiB that a training step may use. Default: that of plans already made under this
-            name, so that planning again changes nothing; else the GPU's, else half of the free RAM.
+            name, so that planning again changes nothing; else the GPU's, else half of the free RAM;
+            for a network of nnU-Net's own what its planner plans for.
+        network: a registered network, or one of nnU-Net's own.
         request: the further arguments of `UMambaPlanner`.
     """
-    return UMambaPlanner(
-        dataset_name, gpu_memory_target_in_gb=memory_gb, **request
+    planner = planner_of(network)
+    return planner(
+        dataset_name, gpu_memory_target_in_gb=memory_gb, network=network, **request
     ).plan_experiment()
+
+
+def planner_of(network: str) -> type["UMambaPlanner"]:
+    """Returns the planner of a network; that of nnU-Net's own is based on nnU-Net's planner."""
+    entry = find_entry(network)
+    if isinstance(entry, NetworkEntry):
+        return UMambaPlanner
+    stock = entry.load_planner()
+    return type(UpstreamPlanner.__name__, (UpstreamPlanner, stock), {"stock_planner": stock})
 
 
 def default_plans_name(
@@ -92,6 +119,10 @@ class UMambaPlanner(ExperimentPlanner):
         stock: further arguments of nnU-Net's planner.
     """
 
+    entry: NetworkEntry | UpstreamEntry
+    stock_planner: type[ExperimentPlanner] = ExperimentPlanner
+    static_estimate_VRAM_usage = staticmethod(count_features)  # noqa: N815  nnU-Net's name
+
     def __init__(
         self,
         dataset_name_or_id: str | int,
@@ -106,7 +137,7 @@ class UMambaPlanner(ExperimentPlanner):
         half_precision: bool | None = None,
         **stock: Any,
     ) -> None:
-        self.entry = get_entry(network)
+        self.entry = find_entry(network)
         self.network_args = dict(network_args or {})
         check_network_args(self.entry, self.network_args)
         self.recipe = dict(recipe or {})
@@ -122,11 +153,17 @@ class UMambaPlanner(ExperimentPlanner):
             **stock,
         )
         self.plans_path = plans_file(self.dataset_name, name)
-        planned = self._existing_plans().get("umamba", {}).get("memory_gb")
-        memory = gpu_memory_target_in_gb or planned or default_memory_gb()
-        if memory < MIN_MEMORY_GB:
-            raise ValueError(f"--memory must be at least {MIN_MEMORY_GB} GB, got {memory:g}")
-        self.UNet_vram_target_GB = self.memory_gb = float(memory)
+        planned = self._existing_plans().get("umamba", {})
+        asked, self.memory_from = gpu_memory_target_in_gb, "as asked for"
+        if asked is None and planned.get("memory_gb"):
+            asked = planned["memory_gb"]
+            self.memory_from = planned.get("memory_from", "as planned before")
+        if asked is not None and asked < MIN_MEMORY_GB:
+            raise ValueError(f"--memory must be at least {MIN_MEMORY_GB} GB, got {asked:g}")
+        self.asked_memory_gb = asked
+        if asked is None:
+            asked, self.memory_from = self._default_memory()
+        self.UNet_vram_target_GB = self.memory_gb = float(asked)
         if half_precision is None:
             half_precision = torch.cuda.is_available() and self.recipe.get("precision") != "fp32"
         self.half_precision = half_precision
@@ -134,23 +171,6 @@ class UMambaPlanner(ExperimentPlanner):
         self.labels = LabelManager(content["labels"], content.get("regions_class_order"))
         self.num_classes = self.labels.num_segmentation_heads
         self.input_channels = len(content.get("channel_names") or content["modality"])
-
-    @staticmethod
-    def static_estimate_VRAM_usage(
-        patch_size: Sequence[int], input_channels: int, output_channels: int, *architecture: Any
-    ) -> int:
-        """Returns nnU-Net's number of feature elements, of a network on the meta device.
-
-        `architecture` is the class name, arch_kwargs, and the names of those that are imported.
-        """
-        with torch.device("meta"):
-            network = get_network_from_plans(
-                *architecture, input_channels, output_channels, False, deep_supervision=False
-            )
-        own_count = getattr(network, "compute_conv_feature_map_size", None)
-        if own_count is not None:
-            return int(own_count(patch_size))
-        return conv_features(network, input_channels, patch_size)
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """Returns the stock plan's folder; `save_plans` gives another where the data differ."""
@@ -165,7 +185,7 @@ class UMambaPlanner(ExperimentPlanner):
         stock = super().get_plans_for_configuration(*arguments)
         if not self._is_wanted(data_identifier.removeprefix(f"{STOCK_PLANS}_"), len(spacing)):
             return stock
-        budget = int(USABLE_MEMORY * self.memory_gb * GIB)
+        budget = self._budget_bytes()
         smallest = self.UNet_min_batch_size
         plan = copy.deepcopy(stock)
         try:
@@ -196,18 +216,20 @@ class UMambaPlanner(ExperimentPlanner):
     def save_plans(self, plans: Plans) -> None:
         """Leaves out what the network or the user does not want, names the data, and writes."""
         self._select_configurations(plans["configurations"])
-        plain = _as_json(plans)
-        self._name_data(plain)
+        plain = as_json(plans)
+        has_own_spacing = self.overwrite_target_spacing is not None or self.suppress_transpose
+        if has_own_spacing or "3d_lowres" in plain["configurations"]:
+            name_own_data(plain, self.plans_identifier)
         plain["umamba"] = {
             "network": self.entry.name,
             "network_args": self.network_args,
             "recipe": self.recipe.get("name"),
             "fixed_strides": self.entry.fixed_strides is not None,
-            "memory_gb": self.memory_gb,
+            **self._memory_facts(),
         }
         self._plan_cascade(plain["configurations"])
         # nnU-Net's own name, so that stock nnU-Net can look the planner up.
-        plain["experiment_planner_used"] = ExperimentPlanner.__name__
+        plain["experiment_planner_used"] = self.stock_planner.__name__
         for name, configuration in self._existing_plans().get("configurations", {}).items():
             if name not in CONFIGURATIONS or (self.wanted and name not in self.wanted):
                 plain["configurations"].setdefault(name, configuration)
@@ -218,21 +240,41 @@ class UMambaPlanner(ExperimentPlanner):
         asked = not self.wanted or configuration in self.wanted
         return asked and dims in self.entry.spatial_dims
 
-    def _put_network_in(self, plan: dict[str, Any], cache: dict[Any, Any]) -> Footprint:
-        """Writes network block, rounded patch and recipe into `plan`; returns its footprint."""
+    def _default_memory(self) -> tuple[float, str]:
+        """The GiB to plan for where none are asked for, and where they come from."""
+        return default_memory_gb(), default_memory_source()
+
+    def _budget_bytes(self) -> int:
+        """What a training step may need."""
+        return int(USABLE_MEMORY * self.memory_gb * GIB)
+
+    def _memory_facts(self) -> dict[str, Any]:
+        """What planning again keeps to."""
+        return {"memory_gb": self.memory_gb, "memory_from": self.memory_from}
+
+    def _write_architecture(self, plan: dict[str, Any]) -> None:
+        """Writes the network block and the rounded patch into nnU-Net's `plan`."""
+        entry = self.entry
+        assert isinstance(entry, NetworkEntry)
         stock, dims = plan["architecture"]["arch_kwargs"], len(plan["patch_size"])
-        block = network_arguments(self.entry, self.network_args, stock, dims)
-        patch = round_patch(plan["patch_size"], network_divisor(block["strides"]))
-        plan["patch_size"] = list(patch)
-        if "patch_size" in self.entry.keywords:
-            block["patch_size"] = list(patch)
+        block = network_arguments(entry, self.network_args, stock, dims)
+        plan["patch_size"] = list(
+            round_patch(plan["patch_size"], network_divisor(block["strides"]))
+        )
+        if "patch_size" in entry.keywords:
+            block["patch_size"] = plan["patch_size"]
         plan["architecture"] = {
-            "network_class_name": self.entry.class_path,
+            "network_class_name": entry.class_path,
             "arch_kwargs": json.loads(json.dumps(block)),
             "_kw_requires_import": [],
         }
+
+    def _put_network_in(self, plan: dict[str, Any], cache: dict[Any, Any]) -> Footprint:
+        """Writes network block, rounded patch and recipe into `plan`; returns its footprint."""
+        self._write_architecture(plan)
+        patch = tuple(plan["patch_size"])
         plan["recipe"] = copy.deepcopy(self.recipe)
-        key = ("footprint", patch, str(block["strides"]))
+        key = ("footprint", patch, str(plan["architecture"]["arch_kwargs"]["strides"]))
         if key not in cache:
             build = network_builder(plan, self.input_channels, self.num_classes)
             try:
@@ -250,39 +292,37 @@ class UMambaPlanner(ExperimentPlanner):
     def _explain(
         self, stock: Mapping[str, Any], plan: Mapping[str, Any], footprint: Footprint
     ) -> dict[str, Any]:
-        name, patch, batch = self.entry.name, plan["patch_size"], plan["batch_size"]
-        stock_patch, stock_batch = [int(n) for n in stock["patch_size"]], int(stock["batch_size"])
+        stock = as_json({key: stock[key] for key in ("patch_size", "batch_size")})
+        need = footprint.training_bytes(plan["batch_size"])
         divisor = network_divisor(plan["architecture"]["arch_kwargs"]["strides"])
-        need = footprint.training_bytes(batch)
-        reasons = [
-            f"nnU-Net's search gave patch {_by(stock_patch)} and batch {stock_batch} at "
-            f"{self.memory_gb:g} GB.",
-            f"{name} takes patches divisible by {_by(divisor)}.",
-            f"A training step of {name} at patch {_by(patch)} and batch {batch} needs about "
-            f"{need / GIB:.1f} GB of {self.memory_gb:g} GB.",
-        ]
-        arguments = plan["architecture"]["arch_kwargs"].items()
-        adapted = {k: v for k, v in arguments if self.entry.cls.planned_arguments.get(k) == v}
-        if adapted:
-            values = ", ".join(f"{key} {json.dumps(value)}" for key, value in adapted.items())
-            reasons.append(f"{name} as published is not for segmentation; we adapt it: {values}.")
-        if need > self.memory_gb * GIB:
-            logger.warning("%s: %s", plan["data_identifier"], reasons[-1])
-            reasons.append("This is more than there is, and the patch cannot shrink any further.")
-        elif patch != stock_patch or batch != stock_batch:
-            reasons.append("Patch and batch were changed so that network and memory agree.")
+        planner = self.stock_planner.__name__
+        reasons = search_reasons(planner, stock, self.memory_gb, self.memory_from)
+        reasons.append(f"{self.entry.name} takes patches divisible by {by(divisor)}.")
+        reasons += self._reasons(stock, plan, need)
         return {
             "input_channels": self.input_channels,
             "num_classes": self.num_classes,
             "divisor": list(divisor),
-            "nnunet_patch_size": stock_patch,
-            "nnunet_batch_size": stock_batch,
+            "nnunet_patch_size": stock["patch_size"],
+            "nnunet_batch_size": stock["batch_size"],
             "memory_gb": self.memory_gb,
             "half_precision": self.half_precision,
             "training_bytes": need,
             "parameters": footprint.parameter_bytes // 4,
             "reasons": reasons,
         }
+
+    def _reasons(self, stock: Mapping[str, Any], plan: Mapping[str, Any], need: int) -> list[str]:
+        """Why this patch and this batch."""
+        reasons = [step_reason(self.entry.name, plan, need, self.memory_gb)]
+        if need > self.memory_gb * GIB:
+            logger.warning("%s: %s", plan["data_identifier"], reasons[-1])
+        if isinstance(self.entry, NetworkEntry):
+            arguments = plan["architecture"]["arch_kwargs"]
+            planned = self.entry.cls.planned_arguments
+            reasons += adapted_reasons(self.entry.name, arguments, planned)
+        change = change_reason(stock, plan, need, self.memory_gb)
+        return [*reasons, change] if change else reasons
 
     def _existing_plans(self) -> Plans:
         """Returns the plans of this name, empty if none; ValueError if they are someone else's."""
@@ -311,7 +351,8 @@ class UMambaPlanner(ExperimentPlanner):
         if not found:
             asked = ", ".join(self.wanted) or "any configuration"
             dims = {2 if name == "2d" else 3 for name in possible}
-            fitting = sorted({name for d in dims for name in list_networks(d, controls=False)})
+            ours = {name for d in dims for name in list_networks(d, controls=False)}
+            fitting = sorted(ours | UPSTREAM.keys())
             raise ValueError(
                 f"{self.dataset_name} cannot be planned as {asked} with {self.entry.name}, which "
                 f"is a network for {' and '.join(f'{d}D' for d in self.entry.spatial_dims)}; its "
@@ -327,37 +368,35 @@ class UMambaPlanner(ExperimentPlanner):
             planning["reasons"].append(f"The labels of 3d_lowres are {n_labels} further channels.")
             configurations["3d_cascade_fullres"]["planning"] = planning
 
-    def _name_data(self, plans: Plans) -> None:
-        """Gives a folder of its own to every configuration whose data are not the stock plan's."""
-        own = self.overwrite_target_spacing is not None or self.suppress_transpose
-        if not own and "3d_lowres" not in plans["configurations"]:
-            return
-        with contextlib.redirect_stdout(io.StringIO()):
-            stock = _as_json(_StockPlanner(self.dataset_name).plan_experiment())
-        for name, configuration in plans["configurations"].items():
-            if "inherits_from" in configuration:
-                continue
-            ours, there = preprocessing_part(plans, name), name in stock["configurations"]
-            if not there or ours != preprocessing_part(stock, name):
-                configuration["data_identifier"] = f"{self.plans_identifier}_{name}"
 
+class UpstreamPlanner(UMambaPlanner):
+    """nnU-Net's planner of one of its own networks: its plan as it is.
 
-class _StockPlanner(ExperimentPlanner):
-    """nnU-Net's planner as it is, but counting on the meta device and writing no plans."""
+    Only where a memory is asked for are patch and batch made to fit it, as for any network.
+    """
 
-    static_estimate_VRAM_usage = staticmethod(  # noqa: N815
-        UMambaPlanner.static_estimate_VRAM_usage
-    )
+    entry: UpstreamEntry
 
-    def save_plans(self, plans: Plans) -> None:
-        pass
+    def _default_memory(self) -> tuple[float, str]:
+        return self.entry.memory_gb, "what this planner of nnU-Net's is for"
 
+    def _budget_bytes(self) -> int:
+        return sys.maxsize if self.asked_memory_gb is None else super()._budget_bytes()
 
-def _as_json(plans: Plans) -> Plans:
-    """A copy in JSON's types, as it will be read back; numpy's numbers become plain in `plans`."""
-    recursive_fix_for_json_export(plans)
-    return json.loads(json.dumps(plans))
+    def _memory_facts(self) -> dict[str, Any]:
+        return {} if self.asked_memory_gb is None else super()._memory_facts()
 
+    def _write_architecture(self, plan: dict[str, Any]) -> None:
+        plain, dims = as_json(plan["architecture"]), len(plan["patch_size"])
+        plain["arch_kwargs"] = with_arguments(plain["arch_kwargs"], self.network_args, dims)
+        divisor = network_divisor(plain["arch_kwargs"]["strides"])
+        plan["patch_size"] = [int(n) for n in round_patch(plan["patch_size"], divisor)]
+        plan["architecture"] = plain
 
-def _by(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
+    def _reasons(self, stock: Mapping[str, Any], plan: Mapping[str, Any], need: int) -> list[str]:
+        name, is_stock = self.entry.name, self.asked_memory_gb is None and not self.network_args
+        if self.asked_memory_gb is not None:
+            reasons = super()._reasons(stock, plan, need)
+        else:
+            reasons = [step_reason(name, plan, need, self.memory_gb)]
+        return reasons + upstream_reasons(name, need, is_stock)

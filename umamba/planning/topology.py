@@ -1,13 +1,13 @@
 """The network's part of a plan: divisors, stages of a patch, numbers per stage, arguments."""
 
 import difflib
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from umamba.networks.registry import NetworkEntry
+from umamba.planning.upstream import UpstreamEntry
 
 Strides = tuple[tuple[int, ...], ...]
 
@@ -73,8 +73,11 @@ def fit_arguments(arguments: dict[str, Any]) -> None:
 
     Each further stage is twice as wide, up to nnU-Net's maximum; of blocks the last number repeats.
     """
-    strides = arguments["strides"]
-    for key in STAGE_COUNTS:
+    strides, counts = arguments["strides"], [*STAGE_COUNTS]
+    if "n_stages" in arguments:  # a network of nnU-Net's own
+        arguments["n_stages"] = len(strides)
+        counts.append("n_blocks_per_stage")
+    for key in counts:
         if isinstance(arguments.get(key), list | tuple):
             n_values = len(strides) - 1 if key.endswith("decoder") else len(strides)
             fitted = [int(value) for value in arguments[key][:n_values]]
@@ -99,7 +102,15 @@ def network_arguments(
         block = {key: stock[key] for key in SHARED_ARGUMENTS if key in entry.keywords}
     else:
         block = entry.own_stages(dims)
-    block |= {**entry.cls.planned_arguments, **entry.arguments, **network_args}
+    block |= {**entry.cls.planned_arguments, **entry.arguments}
+    return with_arguments(block, network_args, dims)
+
+
+def with_arguments(
+    planned: Mapping[str, Any], network_args: Mapping[str, Any], dims: int
+) -> dict[str, Any]:
+    """Returns planned arch_kwargs with the user's: own strides bring their stages and kernels."""
+    block = {**planned, **network_args}
     if "strides" in network_args:
         block["strides"] = strides_for_axes(network_args["strides"], dims)
         if "kernel_sizes" in block and "kernel_sizes" not in network_args:
@@ -109,7 +120,9 @@ def network_arguments(
     return block
 
 
-def check_network_args(entry: NetworkEntry, network_args: Mapping[str, Any]) -> None:
+def check_network_args(
+    entry: NetworkEntry | UpstreamEntry, network_args: Mapping[str, Any]
+) -> None:
     """Raises ValueError for an argument that the network has not or that is planned, and for a
     value that is not of the argument's kind."""
     allowed = [key for key in entry.keywords if key not in PLANNED_ARGUMENTS]
@@ -118,7 +131,7 @@ def check_network_args(entry: NetworkEntry, network_args: Mapping[str, Any]) -> 
             near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(allowed)}"
             raise ValueError(f"{entry.name} has no argument {key!r} to set: {hint}")
-        parameter = inspect.signature(entry.cls).parameters[key]
+        parameter = entry.parameters[key]
         default, (kind, _, optional) = parameter.default, str(parameter.annotation).partition(" | ")
         own_kind = "drop_path" if key.startswith("drop_path") else key
         told, fits = KINDS.get(own_kind) or KINDS[kind]
