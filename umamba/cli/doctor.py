@@ -116,7 +116,8 @@ def _hardware() -> dict[str, Any]:
 
     import torch
 
-    from umamba.planning.footprint import GIB, available_memory_bytes
+    from umamba.memory import available_memory
+    from umamba.planning.footprint import GIB
 
     every = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.cuda.get_device_properties(index) for index in range(every)]
@@ -126,7 +127,7 @@ def _hardware() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "ram_available_gb": round(available_memory_bytes() / GIB, 1),
+        "ram_available_gb": round(available_memory() / GIB, 1),
         "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GIB, 1)} for gpu in gpus],
     }
 

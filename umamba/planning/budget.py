@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from umamba.networks.base import SHORT_TRAINING_LR
-from umamba.planning.footprint import GIB, StepCheck
+from umamba.planning.footprint import GIB
+from umamba.planning.measure import StepCheck
 from umamba.planning.plans import (
     Plans,
     check_plan,
@@ -350,7 +351,7 @@ def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> 
     )
     check = check_plan(changed, configuration, device)
     times = size.batch_size / n_samples
-    weights = 4 * 4 * check.parameters  # float32 values, gradients and two moments
+    weights = 3 * 4 * check.parameters  # float32 values, gradients and momentum
     return dataclasses.replace(
         check,
         seconds=times * check.seconds,

@@ -1,13 +1,8 @@
 """Memory that one training step of a network needs: counted on the meta device, and measured."""
 
 import contextlib
-import ctypes
-import gc
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from umamba.blocks.recompute import RecomputableLayer, recompute_mixers
+from umamba.memory import available_memory
 
 NetworkBuilder = Callable[[], nn.Module]
 GIB = 1024**3
@@ -45,27 +41,15 @@ def machine_memory() -> tuple[int, str]:
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         return gpu.total_memory, f"the {gpu.total_memory / GIB:.1f} GB of the {gpu.name}"
-    free = available_memory_bytes()
+    free = available_memory()
     return free, f"the {free / GIB:.1f} GB of RAM that are free here"
-
-
-def available_memory_bytes() -> int:
-    """Returns the bytes of RAM that this process could still take, within its container's limit."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(lines.get("MemAvailable", lines["MemTotal"]).split()[0]) * 1024
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(limit).read_text().strip() if Path(limit).is_file() else "max"
-        if text.isdigit():
-            available = min(available, int(text))
-    return available
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of one sample, and of the parameters; `training_bytes` adds them up.
+
+    n_moments: numbers that the optimizer keeps for each parameter.
 
     saved_bytes: what the graph keeps until backward. peak_saved_bytes: the most of it that there is
     in backward, which is more where a layer is recomputed (blocks.recompute).
@@ -78,16 +62,17 @@ class Footprint:
     input_bytes: int
     parameter_bytes: int
     half_precision: bool = False
+    n_moments: int = 1
 
     def training_bytes(self, batch_size: int) -> int:
         """Returns the bytes that a step with an optimizer of one or two moments holds at its peak.
 
-        Parameters count four times (values, gradients, two moments) and under autocast once more
-        in 16 bits; logits in float32, as the loss takes them.
+        Parameters count three times with SGD (values, gradients, momentum) and four times with
+        Adam, and under autocast once more in 16 bits; logits in float32, as the loss takes them.
         """
         per_sample = self.peak_saved_bytes + WORKING_COPIES * self.largest_bytes
         per_sample += LOSS_COPIES * self.logit_bytes + 2 * self.input_bytes
-        copies = 4.5 if self.half_precision else 4
+        copies = 2 + self.n_moments + (0.5 if self.half_precision else 0)
         return batch_size * per_sample + int(copies * self.parameter_bytes)
 
 
@@ -121,6 +106,7 @@ def count_footprint(
     input_channels: int,
     patch_size: Sequence[int],
     half_precision: bool = False,
+    n_moments: int = 1,
 ) -> Footprint:
     """Returns what one sample of a training step keeps, by a forward pass on the meta device.
 
@@ -147,6 +133,7 @@ def count_footprint(
         input_bytes=image.numel() * 4,
         parameter_bytes=parameter_bytes,
         half_precision=half_precision,
+        n_moments=n_moments,
     )
 
 
@@ -173,7 +160,7 @@ class _Forward:
                 hooks.append(layer.register_forward_pre_hook(enter))
                 hooks.append(layer.register_forward_hook(leave))
         with allocations:
-            outputs = _outputs(network, image.clone())
+            outputs = run_network(network, image.clone())
         for hook in hooks:
             hook.remove()
         self.n_logits = sum(output.numel() for output in outputs)
@@ -226,137 +213,12 @@ class _Allocations(TorchDispatchMode):
         return [size for storage, size in self.n_bytes.items() if not storage.expired()]
 
 
-def training_bytes(
-    build: NetworkBuilder,
-    input_channels: int,
-    patch_size: Sequence[int],
-    batch_size: int,
-    half_precision: bool = False,
-) -> int:
-    """Returns the bytes of one training step, from activations to the optimizer's moments."""
-    footprint = count_footprint(build, input_channels, patch_size, half_precision)
-    return footprint.training_bytes(batch_size)
-
-
-@dataclass(frozen=True)
-class StepCheck:
-    """What a dry run of a training step at the planned patch cost; a forward is one of inference.
-
-    The peak is the growth over the memory in use before the network was built.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    forward_seconds: float
-    peak_bytes: int
-    counted_bytes: int
-    parameters: int
-    finite: bool
-    device: str
-
-
-def measure_step(
-    build: NetworkBuilder,
-    input_channels: int,
-    patch_size: Sequence[int],
-    batch_size: int,
-    device: str | None = None,
-) -> StepCheck:
-    """Runs a training step on noise to warm up and one to measure; returns the second one's cost.
-
-    Without a `device` it is the GPU if there is one, else the CPU.
-    """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    counted = training_bytes(build, input_channels, patch_size, batch_size, where.type == "cuda")
-    before = _reset_peak(where)
-    network = build().to(where).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.99, nesterov=True)
-    image = torch.randn(batch_size, input_channels, *patch_size, device=where)
-    finite = _step_is_finite(network, optimizer, image)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    finite = _step_is_finite(network, optimizer, image) and finite
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = _read_peak(where) - before
-    return StepCheck(
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
-        forward_seconds=_forward_seconds(network.eval(), image),
-        peak_bytes=max(peak, 0),
-        counted_bytes=counted,
-        parameters=sum(p.numel() for p in network.parameters()),
-        finite=finite,
-        device=str(where),
-    )
-
-
 def _to_half(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.half() for tensor in inputs)
 
 
-def _outputs(network: nn.Module, image: torch.Tensor) -> Sequence[torch.Tensor]:
+def run_network(network: nn.Module, image: torch.Tensor) -> Sequence[torch.Tensor]:
     """The logits of one or several stages, under autocast on a GPU as in training."""
     with torch.autocast("cuda") if image.is_cuda else contextlib.nullcontext():
         outputs = network(image)
     return outputs if isinstance(outputs, list | tuple) else [outputs]
-
-
-def _step_is_finite(
-    network: nn.Module, optimizer: torch.optim.Optimizer, image: torch.Tensor
-) -> bool:
-    optimizer.zero_grad(set_to_none=True)
-    loss = image.new_zeros(())
-    for logits in _outputs(network, image):
-        shape = (logits.shape[0], *logits.shape[2:])
-        target = torch.randint(logits.shape[1], shape, device=image.device)
-        probabilities = torch.softmax(logits.float(), 1)
-        overlap = probabilities.gather(1, target[:, None]).mean()
-        loss = loss + nn.functional.cross_entropy(logits.float(), target) - overlap
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
-    optimizer.step()
-    return bool(torch.isfinite(loss))
-
-
-@torch.inference_mode()
-def _forward_seconds(network: nn.Module, image: torch.Tensor) -> float:
-    """The second of two forward passes: the first prepares the weights."""
-    taken = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        float(_outputs(network, image)[0].flatten()[0])  # waits for the device
-        taken = time.perf_counter() - start
-    return taken
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Makes `_read_peak` begin anew; returns the bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        # Freed pages go back to the system first, so that they are not taken for memory in use;
-        # then 5 sets the resident high-water mark to the present size.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def _read_peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    for line in status.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -19,16 +19,15 @@ from umamba.networks.registry import NetworkEntry, list_networks
 from umamba.planning.footprint import (
     GIB,
     Footprint,
-    count_footprint,
     default_memory_gb,
     default_memory_source,
 )
 from umamba.planning.plans import (
     STOCK_PLANS,
     Plans,
+    count_plan,
     digest,
     load_plans,
-    network_builder,
     plans_file,
     save_plans,
 )
@@ -276,9 +275,9 @@ class UMambaPlanner(ExperimentPlanner):
         plan["recipe"] = copy.deepcopy(self.recipe)
         key = ("footprint", patch, str(plan["architecture"]["arch_kwargs"]["strides"]))
         if key not in cache:
-            build = network_builder(plan, self.input_channels, self.num_classes)
+            ends = (self.input_channels, self.num_classes)
             try:
-                cache[key] = count_footprint(build, self.input_channels, patch, self.half_precision)
+                cache[key] = count_plan(plan, *ends, self.half_precision)
             except Exception as error:
                 if not self.network_args:
                     raise

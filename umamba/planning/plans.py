@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from umamba.blocks.recompute import recompute_mixers
 from umamba.files import write_json
-from umamba.planning.footprint import StepCheck, count_footprint, measure_step
+from umamba.planning.footprint import Footprint, count_footprint
+from umamba.planning.measure import NoiseStep, StepCheck, TrialStep, measure_step
 from umamba.planning.topology import (
     fit_arguments,
     network_divisor,
@@ -119,15 +121,18 @@ def network_builder(
     configuration: Mapping[str, Any],
     input_channels: int,
     num_classes: int,
-    deep_supervision: bool = True,
+    deep_supervision: bool | None = None,
 ) -> Callable[[], nn.Module]:
     """Returns a function that builds the configuration's network the way nnU-Net builds it.
 
-    Its mixers are recomputed in backward where the configuration's recipe says so.
+    Its mixers are recomputed in backward where the configuration's recipe says so; whether it has
+    deep supervision the recipe says, too, if it is not given.
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    architecture = configuration["architecture"]
+    architecture, recipe = configuration["architecture"], configuration.get("recipe", {})
+    if deep_supervision is None:
+        deep_supervision = recipe.get("enable_deep_supervision", True)
 
     def build() -> nn.Module:
         network: nn.Module = get_network_from_plans(
@@ -139,20 +144,44 @@ def network_builder(
             allow_init=False,
             deep_supervision=deep_supervision,
         )
-        recompute_mixers(network, configuration.get("recipe", {}).get("recompute") == "mixer")
+        recompute_mixers(network, recipe.get("recompute") == "mixer")
         return network
 
     return build
 
 
+def count_plan(
+    configuration: Mapping[str, Any], input_channels: int, num_classes: int, half_precision: bool
+) -> Footprint:
+    """Returns what a training step of the configuration keeps, with its recipe's optimizer."""
+    build = network_builder(configuration, input_channels, num_classes)
+    n_moments = 1 if configuration.get("recipe", {}).get("optimizer", "sgd") == "sgd" else 2
+    patch_size = configuration["patch_size"]
+    return count_footprint(build, input_channels, patch_size, half_precision, n_moments)
+
+
 def check_plan(
-    plans: Mapping[str, Any], configuration: str, device: str | None = None
+    plans: Mapping[str, Any],
+    configuration: str,
+    device: str,
+    make_step: Callable[[], TrialStep] | None = None,
 ) -> StepCheck:
-    """Runs a training step on noise at the planned patch and batch; returns what it costs."""
+    """Runs a training step on noise at the planned patch and batch; returns what it costs.
+
+    make_step: makes the step; by default one of stock nnU-Net's optimizer and a loss like its.
+    Raises MemoryError where there is too little.
+    """
     part = get_configuration(plans, configuration)
     channels, classes = part["planning"]["input_channels"], part["planning"]["num_classes"]
-    build = network_builder(part, channels, classes)
-    return measure_step(build, channels, part["patch_size"], part["batch_size"], device)
+    footprint = count_plan(part, channels, classes, device.startswith("cuda"))
+
+    def noise_step() -> TrialStep:
+        shape = (part["batch_size"], channels, *part["patch_size"])
+        image = torch.randn(shape, device=device)
+        return NoiseStep(network_builder(part, channels, classes)(), image)
+
+    counted = footprint.training_bytes(part["batch_size"])
+    return measure_step(make_step or noise_step, device, counted)
 
 
 def replan(
@@ -221,10 +250,9 @@ def _note(before: Mapping[str, Any], after: dict[str, Any], reason: str) -> None
         for key in ("patch_size", "batch_size", "features_per_stage", "n_conv_per_stage")
         if old.get(key) != new.get(key)
     ]
-    planning, patch_size = after["planning"], after["patch_size"]
-    channels = planning["input_channels"]
-    build = network_builder(after, channels, planning["num_classes"])
-    footprint = count_footprint(build, channels, patch_size, planning["half_precision"])
+    planning = after["planning"]
+    ends = (planning["input_channels"], planning["num_classes"])
+    footprint = count_plan(after, *ends, planning["half_precision"])
     planning["divisor"] = list(network_divisor(new["strides"]))
     planning["training_bytes"] = footprint.training_bytes(after["batch_size"])
     planning["parameters"] = footprint.parameter_bytes // 4
