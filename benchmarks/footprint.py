@@ -2,9 +2,10 @@
 
     python benchmarks/footprint.py [--rows NAME ...] [--device cpu] [--json FILE]
 
-Each row is a process of its own that runs the step of `umamba plan --check`: the network with deep
-supervision, nnU-Net's loss, the recipe's optimizer, labels of three classes.  Measured is the growth
-of the resident memory (on a GPU of the allocated) over what was in use before the network was built.
+Each row is a process of its own that runs the step of `umamba plan --check`: the network with
+deep supervision, nnU-Net's loss, the recipe's optimizer, labels of three classes.  Measured is the
+growth of the resident memory (on a GPU of the allocated) over what was in use before the network
+was built.
 """
 
 from __future__ import annotations

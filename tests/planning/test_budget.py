@@ -8,12 +8,13 @@ import pytest
 from umamba.planning import budget
 from umamba.planning.measure import StepCheck
 from umamba.planning.planner import plan_dataset
+from umamba.planning.sizes import candidates
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)]
 
 
 def sizes(patch=(40, 56, 40), batch=9):
-    return budget.candidates((32, 64, 128, 256), patch, batch, STRIDES)
+    return candidates((32, 64, 128, 256), patch, batch, STRIDES)
 
 
 def steps(seconds_at_full, peak=0):
@@ -29,52 +30,8 @@ def steps(seconds_at_full, peak=0):
     return measure
 
 
-def test_sizes_shrink_in_width_and_patch_and_stay_divisible():
-    found = sizes()
-    assert {c.batch_size for c in found} == {2}
-    assert max(c.cost for c in found) <= 2 / 9 + 1e-9
-    widths = {c.features_per_stage for c in found}
-    assert widths == {(32, 64, 128, 256), (16, 32, 64, 128), (8, 16, 32, 64)}
-    assert len({c.patch_size for c in found}) > 1
-    assert all(s % 8 == 0 for c in found for s in c.patch_size)
-
-
-def test_a_plan_with_pretrained_weights_keeps_its_widths():
-    arguments = {"features_per_stage": [24, 96, 192], "strides": [[1, 1], [4, 4], [2, 2]]}
-    arguments |= {"depths": [1, 1], "depths_decoder": [1, 1]}
-    part = {
-        "architecture": {
-            "network_class_name": "umamba.networks.vm_unet.VMUNet",
-            "arch_kwargs": arguments,
-            "_kw_requires_import": [],
-        },
-        "planning": {"input_channels": 1, "num_classes": 2},
-        "patch_size": [128, 96],
-        "batch_size": 4,
-    }
-    assert len({c.features_per_stage for c in budget.sizes_of(part)}) == 3
-    found = budget.sizes_of({**part, "recipe": {"pretrained": "vssm_tiny"}})
-    assert {c.features_per_stage for c in found} == {(24, 96, 192)}
-    assert len(found) > 1
-
-
-def test_a_2d_batch_holds_as_many_pixels_whatever_the_patch():
-    small = budget.candidates((32, 64), (64, 48), 300, [(1, 1), (2, 2)])
-    large = budget.candidates((32, 64), (512, 512), 12, [(1, 1), (2, 2)])
-    assert small[-1].batch_size == 2**17 // (64 * 48)
-    assert large[-1].batch_size == 2
-
-
-def test_the_map_in_front_of_the_head_of_a_network_on_patches_stays_wide():
-    strides = [(1, 1), (4, 4), (2, 2)]
-    found = budget.candidates((24, 96, 192), (64, 64), 8, strides)
-    assert {c.features_per_stage for c in found} == {(24, 96, 192), (24, 48, 96), (24, 32, 48)}
-    costs = {c.features_per_stage: c.cost for c in found if c.patch_size == (64, 64)}
-    assert costs[(24, 32, 48)] < costs[(24, 48, 96)] < costs[(24, 96, 192)]
-
-
 def test_a_2d_batch_shrinks_where_few_iterations_fit():
-    wide = budget.candidates((32, 64), (64, 48), 300, [(1, 1), (2, 2)])
+    wide = candidates((32, 64), (64, 48), 300, [(1, 1), (2, 2)])
     narrowest = min(wide, key=lambda size: size.cost)
     seconds = 20 * budget.LOADING * 100.0 * narrowest.cost
     found = budget.fit(wide, steps(100.0), seconds)

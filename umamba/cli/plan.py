@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from umamba.networks import NetworkEntry
     from umamba.planning.upstream import UpstreamEntry
 
+STEPS_PER_EPOCH = 250  # nnU-Net's
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shared = (
@@ -36,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "-overwrite_target_spacing", "--target-spacing", type=float, nargs="+", metavar="MM",
         help="spacing to train at, three numbers in the images' axis order (z y x)",
     )  # fmt: skip
-    add("--check", action="store_true", help="dry-run one training step per plan, on -device")
+    add("--check", action="store_true", help="dry-run a training step per plan, on -device")
     add("--no-audit", action="store_true", help="do not look for faulty files")
     add("--no-preprocess", action="store_true", help="stop after the plans")
 
@@ -102,7 +104,7 @@ def plan(
         print(describe_configuration(plans, name))
     print(f"plans: {plans_file(dataset.name, plans_name)}")
     common.tell_pretrained(plans, names)
-    if device and not _check(plans, names, device):
+    if device and not check(plans, names, dataset.dataset_json, device):
         return 1
     if not args.no_preprocess:
         folders = preprocess_dataset(dataset.name, plans_name, names, n_workers)
@@ -187,18 +189,42 @@ def describe_configuration(plans: Mapping[str, Any], name: str) -> str:
     return "\n  ".join(lines)
 
 
-def _check(plans: Mapping[str, Any], names: Sequence[str], device: str) -> bool:
-    """Runs a training step per configuration and prints its cost; whether all losses are finite."""
+def check(
+    plans: dict[str, Any], names: Sequence[str], dataset_json: dict[str, Any], device: str
+) -> bool:
+    """Runs a step of each configuration's training on noise; prints planned against measured.
+
+    Returns whether all losses are finite. Raises ValueError where the memory does not suffice.
+    """
+    import functools
+
     from umamba.planning.plans import check_plan
+    from umamba.training.dry_run import DryRun
 
     finite = True
     for name in names:
-        step = check_plan(plans, name, device=device)
+        make_step = functools.partial(DryRun, plans, name, dataset_json, device)
+        try:
+            step = check_plan(plans, name, device, make_step)
+        except MemoryError as error:
+            raise ValueError(
+                f"a training step of {name} as planned does not fit into the memory here ({error}):"
+                f" give --memory less than the {plans_memory(plans, name):g} GB it is planned for"
+            ) from error
         finite = finite and step.finite
         print(
             f"check {name}: one step on {step.device} takes {step.seconds:.2f} s "
-            f"({step.cpu_seconds:.2f} CPU-s), peak {step.peak_bytes / 2**30:.2f} GB "
-            f"(planned {step.counted_bytes / 2**30:.2f} GB), "
-            f"{'the loss is finite' if step.finite else 'THE LOSS IS NOT FINITE'}"
+            f"({step.cpu_seconds:.2f} CPU-s), an epoch of {STEPS_PER_EPOCH} "
+            f"{STEPS_PER_EPOCH * step.seconds / 60:.0f} minutes\n"
+            f"  planned {step.counted_bytes / 2**30:.2f} GB, measured "
+            f"{step.peak_bytes / 2**30:.2f} GB at the peak\n"
+            f"  {'the loss is finite' if step.finite else 'THE LOSS IS NOT FINITE'}"
         )
     return finite
+
+
+def plans_memory(plans: Mapping[str, Any], name: str) -> float:
+    """The GB that a configuration is planned for."""
+    from umamba.planning.plans import get_configuration
+
+    return float(get_configuration(plans, name)["planning"]["memory_gb"])

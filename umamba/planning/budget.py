@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from umamba.networks.base import SHORT_TRAINING_LR
 from umamba.planning.footprint import GIB
@@ -19,12 +18,16 @@ from umamba.planning.plans import (
     Plans,
     check_plan,
     get_configuration,
-    network_builder,
     preprocessed_folder,
     read_json,
     replan,
 )
-from umamba.planning.topology import network_divisor
+from umamba.planning.sizes import (
+    NOTHING_FITS,
+    Candidate,
+    fitting_sizes,
+    sizes_of,
+)
 
 ENOUGH_ITERATIONS = 500  # what a short schedule needs before a wider network pays
 FEW_ITERATIONS = 60  # a 2D batch is made smaller to get so many
@@ -32,24 +35,12 @@ WORTH_ITERATIONS = 0.7  # share of the narrower network's iterations that a wide
 LONG_ITERATIONS = 50_000  # from here on nnU-Net's own recipe (SGD, poly, full augmentation) is kept
 FULL_AUGMENTATION_PASSES = 150  # over the training cases: from here on nnU-Net's full augmentation
 LOADING = 1.1  # an iteration over a bare step: data loading, logging, checkpoints
-HEAD_FEATURES = 24  # least width of the full-size map behind patches: with 8 VM-UNet hardly learns
-SMALLEST_EDGE = 16  # voxels below which no axis of a patch is shrunk
 MEASURING_SHARE = 0.05  # of the time, for measuring steps
 STEPS_TO_MEASURE = 2  # one to warm up and one to time
 MEASURED_SAMPLES = 8  # of a batch, at most
 OVERHEAD_SECONDS = 18.0  # starting the loaders, the last checkpoint and the report
 VALIDATION_MARGIN = 1.5  # over its estimate: training can wait for a slow machine, this cannot
 MOST_FOR_VALIDATION = 0.5  # share of the time that validation may be given
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One size that the plan could take; `cost` is relative to the planned size (1.0)."""
-
-    features_per_stage: tuple[int, ...]
-    patch_size: tuple[int, ...]
-    batch_size: int
-    cost: float
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,12 @@ def fit_to_time(
     """
     started = time.monotonic()
     part = get_configuration(plans, configuration)
-    sizes = sizes_of(part)
+    memory = None if memory_gb is None else int(memory_gb * GIB)
+    keeps_widths = "features_per_stage" in plans.get("umamba", {}).get("network_args", {})
+    sizes = fitting_sizes(sizes_of(part, keeps_widths), part, memory, device)
     shapes = planned_shapes(plans, part["spacing"])
     n_validation = len(shapes) if fold == "all" else max(1, round(len(shapes) / 5))
     n_training = len(shapes) if fold == "all" else max(1, len(shapes) - n_validation)
-    memory = None if memory_gb is None else int(memory_gb * GIB)
     n_axes = len(part["patch_size"])
     is_named = part.get("recipe", {}).get("name") is not None
     network_class = pydoc.locate(part["architecture"]["network_class_name"])
@@ -139,11 +131,12 @@ def fit_to_time(
 def days_of_training(plans: Plans, configuration: str, n_iterations: int, device: str) -> float:
     """Returns the days that `n_iterations` of the planned size would take on this machine.
 
-    Measured is the narrowest network at the planned patch, and scaled by the arithmetic.
+    Measured is the narrowest network at the largest patch that this machine can hold, and scaled by
+    the arithmetic.
     """
     part = get_configuration(plans, configuration)
-    same_patch = [size for size in sizes_of(part) if list(size.patch_size) == part["patch_size"]]
-    narrow = min(same_patch, key=lambda size: size.cost)
+    sizes = fitting_sizes(sizes_of(part), part, None, device)
+    narrow = max(sizes, key=lambda size: (math.prod(size.patch_size), -size.cost))
     step = _measure(plans, configuration, narrow, device)
     return step.seconds / narrow.cost * n_iterations / 86400
 
@@ -157,68 +150,6 @@ def planned_shapes(plans: Mapping[str, Any], spacing: Sequence[float]) -> np.nda
     planned = slice(3 - len(spacing), None)  # a 2d configuration leaves the slices alone
     shapes[:, planned] = shapes[:, planned] * spacings[:, planned] / spacing
     return shapes
-
-
-def candidates(
-    features_per_stage: Sequence[int],
-    patch_size: Sequence[int],
-    batch_size: int,
-    strides: Sequence[Sequence[int]],
-) -> list[Candidate]:
-    """Sizes from the smallest cost to the planned one: narrower networks, then smaller patches.
-
-    The batch is the smallest that nnU-Net plans with (2) in 3D; in 2D as many patches as hold
-    2^17 pixels, at least 2 and at most the planned batch.
-    """
-    if len(patch_size) == 2:
-        batch = max(2, min(batch_size, 2**17 // math.prod(patch_size)))
-    else:
-        batch = min(2, batch_size)
-    widths = [[min(f, _width(f * x)) for f in features_per_stage] for x in (0.5, 0.25)]
-    first = 0  # stage that counts for the work
-    if len(strides) > 1 and max(strides[1]) > 2:
-        # A network on patches: its first width is that of the full-size map in front of the head.
-        first = 1
-        for narrower in widths:
-            narrower[0] = min(features_per_stage[0], max(HEAD_FEATURES, narrower[0]))
-    planned = _work(features_per_stage[first:], patch_size, batch_size)
-    found = [
-        Candidate(features, patch, batch, _work(features[first:], patch, batch) / planned)
-        for patch in _patches(patch_size, network_divisor(strides))
-        for features in dict.fromkeys(map(tuple, (features_per_stage, *widths)))
-    ]
-    return sorted(found, key=lambda c: (math.prod(c.patch_size), c.cost))
-
-
-def sizes_of(part: Mapping[str, Any]) -> list[Candidate]:
-    """The candidates of a configuration, without widths that its network does not take.
-
-    Pretrained weights have the planned widths.
-    """
-    arguments = part["architecture"]["arch_kwargs"]
-    facts = part["planning"]
-    is_pretrained = bool(part.get("recipe", {}).get("pretrained"))
-
-    @functools.cache
-    def is_taken(features: tuple[int, ...]) -> bool:
-        if is_pretrained and list(features) != arguments["features_per_stage"]:
-            return False
-        architecture = {
-            **part["architecture"],
-            "arch_kwargs": {**arguments, "features_per_stage": list(features)},
-        }
-        channels, classes = facts["input_channels"], facts["num_classes"]
-        build = network_builder({"architecture": architecture}, channels, classes)
-        try:
-            with torch.device("meta"):
-                build()
-        except ValueError:
-            return False
-        return True
-
-    features, strides = arguments["features_per_stage"], arguments["strides"]
-    found = candidates(features, part["patch_size"], part["batch_size"], strides)
-    return [size for size in found if is_taken(size.features_per_stage)]
 
 
 def fit(
@@ -262,10 +193,7 @@ def fit(
         if best and best.n_iterations >= ENOUGH_ITERATIONS:
             break
     if best is None:
-        raise ValueError(
-            "not even the smallest size of this network fits into the memory: give --memory more "
-            "gigabytes, or choose the configuration 3d_lowres or 2d"
-        )
+        raise ValueError(NOTHING_FITS)
     size = best.candidate
     batch = max(2, size.batch_size * best.n_iterations // FEW_ITERATIONS)
     if batch >= size.batch_size:
@@ -358,34 +286,6 @@ def _measure(plans: Plans, configuration: str, size: Candidate, device: str) -> 
         forward_seconds=times * check.forward_seconds,
         peak_bytes=check.peak_bytes + int((times - 1) * max(0, check.peak_bytes - weights)),
     )
-
-
-def _patches(patch_size: Sequence[int], divisor: Sequence[int]) -> list[tuple[int, ...]]:
-    """The patch, then ever smaller ones: the longest axis (in divisors) shrinks first."""
-    patch = list(patch_size)
-    found = [tuple(patch)]
-    smallest = [max(2 * d, SMALLEST_EDGE) for d in divisor]
-    while len(found) < 4:
-        target = math.prod(patch) * 0.6
-        while math.prod(patch) > target:
-            axes = [a for a in range(len(patch)) if patch[a] - divisor[a] >= smallest[a]]
-            if not axes:
-                return found
-            axis = max(axes, key=lambda a: patch[a] / divisor[a])
-            patch[axis] -= divisor[axis]
-        found.append(tuple(patch))
-    return found
-
-
-def _width(features: float) -> int:
-    # Convolution libraries work in blocks of 16 channels: 24 take more than twice the time of 16.
-    return 8 if features < 12 else round(features / 16) * 16
-
-
-def _work(features: Sequence[int], patch: Sequence[int], batch: int) -> float:
-    # Each stage has about the same number of voxels x channels^2 per halving in 2D and less in 3D;
-    # the finest stage dominates, and its share that does not shrink with the width is memory-bound.
-    return batch * math.prod(patch) * features[0] * (features[0] + 8)
 
 
 def _explain(found: Fit, seconds: float) -> str:

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from umamba.planning.footprint import run_network
+from umamba.memory import available_memory
+from umamba.planning.footprint import GIB, run_network
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def measure_step(make_step: Callable[[], TrialStep], device: str, counted: int) 
     counted: the bytes that were planned. Raises MemoryError where there is not enough of it.
     """
     where = torch.device(device)
+    # The system does not refuse memory that it has not got, it kills who uses it.
+    if where.type == "cpu" and counted > (free := available_memory()):
+        raise MemoryError(f"it takes {counted / GIB:.1f} GB and {free / GIB:.1f} GB are free")
     before = _reset_peak(where)
     try:
         step = make_step()
@@ -74,7 +78,7 @@ def measure_step(make_step: Callable[[], TrialStep], device: str, counted: int) 
         forward_seconds = _forward_seconds(step.network.eval(), step.image)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
+            raise MemoryError(str(error).split("\n")[0]) from error
         raise
     return StepCheck(
         seconds=seconds,
