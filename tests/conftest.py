@@ -99,16 +99,17 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shallow_arguments() -> Callable[[str], dict[str, Any]]:
     """Gives a network's arguments for few features, and one block where there could be several."""
-    from umamba.networks import get_entry
+    from umamba.planning.upstream import find_entry
 
     everywhere = {"features_per_stage": [8], "depths": [1] * 4, "n_mamba_layers": 1}
     own = {
+        "resenc_m": {"n_blocks_per_stage": [1]},
         "hymamba": {"n_blocks_per_stage": [0, 1, 1, 1, 1]},
         "lightm_unet": {"n_conv_per_stage": [1] * 4},
     }
 
     def arguments_of(name: str) -> dict[str, Any]:
-        entry = get_entry(name)
+        entry = find_entry(name)
         shared = {key: x for key, x in everywhere.items() if key in entry.keywords}
         return shared | own.get(entry.control_of or name, {})
 

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 from skimage import io
 
 from umamba.cli.main import main
-from umamba.networks import get_entry, list_networks
+from umamba.networks import list_networks
 from umamba.planning import planner, preprocess
+from umamba.planning.upstream import find_entry
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,6 +30,7 @@ pytestmark = [
 ]
 
 N_CASES = 5
+UPSTREAM_NETWORKS = ("plainconv_unet", "resenc_m")  # the large ones differ in the patch alone
 VOLUME, PICTURE = (9, 37, 20), (50, 70)
 REGIONS = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
 
@@ -120,13 +123,13 @@ def run_and_predict(dataset: Path, name: str, arguments: dict[str, Any], out: Pa
     return fold.parent
 
 
-@pytest.mark.parametrize("name", list_networks(controls=False))
+@pytest.mark.parametrize("name", [*list_networks(controls=False), *UPSTREAM_NETWORKS])
 def test_a_network_learns_regions_of_anisotropic_volumes(
     volumes, tmp_path, name, shallow_arguments: Callable[[str], dict[str, Any]]
 ):
     out = tmp_path / "out.nii.gz"
     model = run_and_predict(volumes, name, shallow_arguments(name), out)
-    planned = "3d_fullres" if 3 in get_entry(name).spatial_dims else "2d"
+    planned = "3d_fullres" if 3 in find_entry(name).spatial_dims else "2d"
     assert model.name.endswith(f"__{planned}")
     predicted = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(out)))
     assert predicted.shape == VOLUME
@@ -137,7 +140,27 @@ def test_a_network_learns_regions_of_anisotropic_volumes(
         assert all(size > extent for size, extent in zip(patch, VOLUME, strict=True))
 
 
-@pytest.mark.parametrize("name", list_networks(2, controls=False))
+def test_stock_nnunet_reads_the_model_folder_of_its_own_network(
+    volumes, tmp_path, shallow_arguments: Callable[[str], dict[str, Any]]
+):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    ours, name = tmp_path / "ours.nii.gz", "plainconv_unet"
+    model = run_and_predict(volumes, name, shallow_arguments(name), ours)
+    predictor = nnUNetPredictor(
+        use_mirroring=False, device=torch.device("cpu"), perform_everything_on_device=False
+    )
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    images = [str(file) for file in sorted((volumes / "imagesTr").glob("case_0_*"))]
+    predictor.predict_from_files_sequential([images], [str(tmp_path / "stock")])
+    first, second = (
+        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
+        for file in (ours, tmp_path / "stock.nii.gz")
+    )
+    assert (first != second).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", [*list_networks(2, controls=False), *UPSTREAM_NETWORKS])
 def test_a_network_learns_labels_of_pictures(
     pictures, tmp_path, name, shallow_arguments: Callable[[str], dict[str, Any]]
 ):

@@ -78,6 +78,22 @@ def test_show_tells_the_recipes_of_the_official_code(capsys: pytest.CaptureFixtu
     assert "--recipe" not in capsys.readouterr().out
 
 
+def test_networks_of_nnunets_own_are_listed_and_shown_and_need_no_import(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("list", "--dims", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("plainconv_unet "))
+    assert "3D 31.2 M" in line
+    assert "nnU-Net itself" in line
+    assert run("show", "resenc-l") == 0
+    text = capsys.readouterr().out
+    for word in ("ResidualEncoderUNet", "nnUNetPlannerResEncL", "24 GB", "n_blocks_per_stage"):
+        assert word in text
+    with pytest.raises(UsageError, match="nothing to import"):
+        run("import", "--network", "resenc_l", *FILES)
+
+
 def test_an_unknown_network_or_fold_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="umamba_bot"):
         run("show", "umamba_bots")

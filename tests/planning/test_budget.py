@@ -126,6 +126,18 @@ def test_a_budget_sets_the_length_of_a_named_recipe_and_nothing_else(
     assert (set(fitted) == length | set(kept)) == bool(recipe)
 
 
+def test_widths_that_the_user_gives_are_kept_and_the_patch_shrinks(fingerprinted, monkeypatch):
+    widths = {"features_per_stage": [24, 32, 40, 48, 56]}
+    plans = plan_dataset(fingerprinted("tiny"), memory_gb=5, network_args=widths)
+    measured = SimpleNamespace(seconds=60.0, forward_seconds=0.1, peak_bytes=0)
+    monkeypatch.setattr(budget, "_measure", lambda *arguments: measured)
+    fitted = budget.fit_to_time(plans, "3d_fullres", seconds=400, fold=0, device="cpu")
+    before, after = (p["configurations"]["3d_fullres"] for p in (plans, fitted))
+    features = after["architecture"]["arch_kwargs"]["features_per_stage"]
+    assert features == widths["features_per_stage"][: len(features)]
+    assert math.prod(after["patch_size"]) < math.prod(before["patch_size"])
+
+
 def test_full_augmentation_comes_with_many_passes_over_the_cases():
     many = budget.budget_recipe(20_000, 2, 20, 700.0)
     few = budget.budget_recipe(1000, 2, 160, 700.0)

@@ -131,6 +131,32 @@ def test_a_dataset_is_planned_checked_and_preprocessed(sphere_dataset, nnunet_fo
     assert len(list((home / "nnUNetPlans_3d_fullres").glob("*.pkl"))) == 5
 
 
+def test_a_step_that_does_not_fit_is_told_with_the_cure(monkeypatch):
+    def check_plan(*arguments):
+        raise MemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("umamba.planning.plans.check_plan", check_plan)
+    configuration = {"planning": {"memory_gb": 24.0}}
+    plans = {"plans_name": "large", "configurations": {"2d": configuration}}
+    with pytest.raises(ValueError, match=r"CUDA out of memory.*--memory less than the 24 GB"):
+        plan_command.check(plans, ["2d"], {}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recompute", "mixer"], "resenc_m has no mixers to recompute"),
+        (["--pretrained"], "no ImageNet weights are published for resenc_m"),
+        (["--recipe", "swin_umamba"], "freezes a pretrained encoder, and resenc_m has none"),
+        (["--network-arg", "mixer=none"], "resenc_m has no argument 'mixer'"),
+        (["--network-arg", "n_blocks_per_stage=2"], "a list of whole numbers"),
+    ],
+)
+def test_what_a_network_of_nnunets_own_has_no_use_for_is_a_usage_error(words, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        plan_command.run(parse(str(tmp_path / "nowhere"), "--network", "resenc-m", *words))
+
+
 def test_no_preprocess_stops_after_the_plans(sphere_dataset, nnunet_folders):
     words = (
         "-c",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from umamba.networks import get_entry, list_networks
 from umamba.planning import reasons
@@ -18,15 +19,23 @@ NOT_STOCK = ("planning", "recipe", "data_identifier")
 
 
 def stock_plans(name: str, dataset: str, folder: Path) -> dict[str, Any]:
-    """What nnU-Net's own command writes."""
+    """What nnU-Net's own command writes; its networks are built on the meta device."""
     planner = UPSTREAM[name].load_planner()(dataset)
-    planner.plan_experiment()
+    with torch.device("meta"):
+        planner.plan_experiment()
     file = folder / "preprocessed" / dataset / f"{planner.plans_identifier}.json"
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("kind", ["isotropic_ct", "anisotropic_mr", "flat", "micro"])
-@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in UPSTREAM for kind in ("isotropic_ct", "anisotropic_mr")),
+        ("plainconv_unet", "flat"),
+        ("resenc_m", "flat"),
+        ("resenc_m", "micro"),
+    ],
+)
 def test_the_plan_is_that_of_nnunets_planner(fingerprinted, nnunet_folders, name, kind):
     dataset = fingerprinted(kind)
     stock = stock_plans(name, dataset, nnunet_folders)
@@ -91,16 +100,16 @@ def test_arguments_of_the_user_enter_the_network_and_numbers_are_fitted_to_the_s
         plan_dataset("Dataset701_Planned", network="resenc_m", network_args={"d_state": 4})
 
 
-@pytest.mark.parametrize("name", UPSTREAM)
-@pytest.mark.parametrize("dims", [2, 3])
-def test_the_architecture_of_the_table_is_what_the_planner_writes(fingerprinted, name, dims):
+@pytest.mark.parametrize("name", ["plainconv_unet", "resenc_m"])
+def test_the_architecture_of_the_table_is_what_the_planner_writes(fingerprinted, name):
     plans = plan_dataset(fingerprinted("anisotropic_mr"), network=name)
-    planned = plans["configurations"]["2d" if dims == 2 else "3d_fullres"]["architecture"]
-    arguments = planned["arch_kwargs"]
-    made = UPSTREAM[name].architecture(arguments["strides"], arguments["features_per_stage"])
-    made["arch_kwargs"]["kernel_sizes"] = arguments["kernel_sizes"]
-    assert made == planned
-    assert sum(p.numel() for p in standard_network(UPSTREAM[name], dims).parameters()) > 30e6
+    for configuration, dims in (("2d", 2), ("3d_fullres", 3)):
+        planned = plans["configurations"][configuration]["architecture"]
+        arguments = planned["arch_kwargs"]
+        made = UPSTREAM[name].architecture(arguments["strides"], arguments["features_per_stage"])
+        made["arch_kwargs"]["kernel_sizes"] = arguments["kernel_sizes"]
+        assert made == planned
+        assert sum(p.numel() for p in standard_network(UPSTREAM[name], dims).parameters()) > 30e6
 
 
 def test_a_name_is_looked_up_among_all_networks():
