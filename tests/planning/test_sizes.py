@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from umamba.planning import sizes as sizes_file
 from umamba.planning.footprint import GIB
 from umamba.planning.planner import plan_dataset
 from umamba.planning.sizes import candidates, fitting_sizes, sizes_of
@@ -62,12 +63,16 @@ def test_widths_that_are_kept_leave_only_smaller_patches(fingerprinted):
     assert len(found) > 1
 
 
-def test_sizes_that_a_machine_cannot_hold_are_not_tried(fingerprinted):
+def test_sizes_that_a_machine_cannot_hold_are_not_tried(fingerprinted, monkeypatch):
+    monkeypatch.setattr(sizes_file, "machine_memory", lambda: (500 * GIB, "much"))
     plans = plan_dataset(fingerprinted("isotropic_ct"), network="resenc_m")
     part = plans["configurations"]["3d_fullres"]
     sizes, before = sizes_of(part), copy.deepcopy(part)
     assert fitting_sizes(sizes, part, 1000 * GIB, "cpu") == sizes
+    assert fitting_sizes(sizes, part, None, "cpu") == sizes
     found = fitting_sizes(sizes, part, 3 * GIB, "cpu")
+    monkeypatch.setattr(sizes_file, "machine_memory", lambda: (3 * GIB, "little"))
+    assert fitting_sizes(sizes, part, 1000 * GIB, "cpu") == found
     assert 0 < len(found) < len(sizes)
     assert max(size.cost for size in found) < max(size.cost for size in sizes)
     with pytest.raises(ValueError, match="not even the smallest"):

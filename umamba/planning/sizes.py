@@ -93,10 +93,11 @@ def fitting_sizes(
 ) -> list[Candidate]:
     """Those of the sizes whose step can be tried: it is counted to fit into the memory.
 
-    memory_bytes: what a step may take; None for what this machine has. Raises ValueError if no size
+    memory_bytes: what a step may take, at most what this machine has. Raises ValueError if no size
     fits. Where the plan itself fits, nothing is counted.
     """
-    memory = machine_memory()[0] if memory_bytes is None else memory_bytes
+    there, _ = machine_memory()
+    memory = min(there, memory_bytes or there)
     if part["planning"]["training_bytes"] <= memory:
         return list(sizes)
     ends = (part["planning"]["input_channels"], part["planning"]["num_classes"])
