@@ -14,6 +14,7 @@ LABELS = {
 
 
 def plans_of(recipe: dict) -> dict:
+    """Plans of a small 2D network."""
     strides = [[1, 1], [2, 2], [2, 2]]
     configuration = {
         "data_identifier": "nnUNetPlans_2d",
@@ -62,3 +63,19 @@ def test_a_step_is_run_and_nothing_is_left(kind, recipe, tmp_path, monkeypatch, 
     assert os.environ["nnUNet_results"] == str(tmp_path / "results")
     assert "nnUNet_preprocessed" not in os.environ
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_network_of_one_output_is_trained_without_deep_supervision():
+    plans = plans_of({})
+    part = plans["configurations"]["2d"]
+    part |= {"patch_size": [16, 32, 16], "batch_size": 1, "spacing": [1.0] * 3}
+    arguments = {
+        "strides": [[1] * 3, *[[2] * 3] * 4],
+        "features_per_stage": [4, 8, 8, 8, 8],
+        "depths": [1] * 4,
+    }
+    part["architecture"]["network_class_name"] = "umamba.networks.segmamba.SegMamba"
+    part["architecture"]["arch_kwargs"] = arguments
+    content = {"channel_names": {"0": "MR"}, "labels": LABELS["labels"], "file_ending": ".nii.gz"}
+    assert DryRun(plans, "2d", content, "cpu").run()

@@ -33,6 +33,7 @@ class DryRun:
             )
             _pretend_preprocessed(Path(trainer.preprocessed_dataset_folder))
             trainer.initialize()
+            trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
         self._trainer = trainer
         part = trainer.configuration_manager
         shape = (part.batch_size, trainer.num_input_channels, *part.patch_size)
