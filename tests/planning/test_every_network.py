@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from umamba.networks import get_entry, list_networks
-from umamba.planning.budget import sizes_of
 from umamba.planning.planner import plan_dataset
 from umamba.planning.plans import get_configuration, network_builder, replan
+from umamba.planning.sizes import sizes_of
 from umamba.planning.topology import network_divisor
 
 NETWORKS = list_networks(controls=False)
