@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from umamba.files import replacing_together
 from umamba.preprocessing.resampling import (
     MEMORY_LIMIT,
     SeparableResampling,
@@ -85,19 +84,13 @@ def write_prediction(
     `output` ends in `file_ending`.  Each file appears whole or not at all, the label map last.
     """
     stem = output.name.removesuffix(file_ending)
-    output.parent.mkdir(parents=True, exist_ok=True)
     # A folder, not a file: some of nnU-Net's writers put a second file beside the first.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{stem}.", dir=output.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        folder = Path(temporary)
+    with replacing_together(output) as folder:
         writer = plans_manager.image_reader_writer_class()
         writer.write_seg(labels, str(folder / output.name), properties)
         if probabilities is not None:
             np.savez_compressed(folder / f"{stem}.npz", probabilities=probabilities)
             (folder / f"{stem}.pkl").write_bytes(pickle.dumps(properties))
-        for written in sorted(folder.iterdir(), key=lambda p: p.name == output.name):
-            os.replace(written, output.parent / written.name)
 
 
 def label_dtype(label_manager: LabelManager) -> type[np.unsignedinteger]:

@@ -31,6 +31,7 @@ from umamba.inference.model_folder import (
 from umamba.inference.pipeline import CaseFailure, run_pipeline
 from umamba.inference.preprocessing import CasePreprocessor, PreparedCase
 from umamba.inference.sliding_window import accumulate_windows, tiles_per_batch
+from umamba.memory import available_memory
 from umamba.networks.precision import autocast
 
 
@@ -187,8 +188,13 @@ class UMambaPredictor(nnUNetPredictor):
         *,
         save_probabilities: bool = False,
         on_done: Callable[[PredictionCase], object] | None = None,
+        check: Callable[[PredictionCase], object] | None = None,
     ) -> list[CaseFailure]:
-        """Predicts the cases and writes their outputs; returns those that failed."""
+        """Predicts the cases and writes their outputs; returns those that failed.
+
+        `check` is called with each case right before its images are read, in another thread; a case
+        for which it raises ValueError is not predicted.
+        """
         first_stage = self.configuration_manager.previous_stage_name
         if first_stage is not None and any(case.previous_stage is None for case in cases):
             raise ValueError(
@@ -196,6 +202,11 @@ class UMambaPredictor(nnUNetPredictor):
                 f"maps of {first_stage} (-prev_stage_predictions)"
             )
         preprocessor = self.preprocessor()
+
+        def prepare(case: PredictionCase) -> PreparedCase:
+            if check is not None:
+                check(case)
+            return preprocessor.from_files(case.images, case.previous_stage)
 
         def export(case: PredictionCase, prepared: PreparedCase, logits: torch.Tensor) -> None:
             properties, manager = prepared.properties, self.plans_manager
@@ -205,10 +216,12 @@ class UMambaPredictor(nnUNetPredictor):
         return run_pipeline(
             cases,
             lambda case: case.identifier,
-            lambda case: preprocessor.from_files(case.images, case.previous_stage),
+            prepare,
             lambda _, prepared: self.predict_logits_from_preprocessed_data(prepared.data),
             export,
             on_done,
+            size=lambda prepared: prepared.data.nbytes,
+            most_ahead=available_memory() // 4,
         )
 
 
