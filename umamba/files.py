@@ -71,7 +71,7 @@ def replacing_together(path: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         written = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
-        for file in written:
+        for file in folder.rglob("*"):
             _check_room(file)
         for file in written:
             os.replace(file, path.parent / file.name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umamba.cli import common
+from umamba.files import OutputError, replacing
 
 if TYPE_CHECKING:
     from umamba.networks.pretrained import PublishedFile
@@ -89,10 +90,9 @@ def download(address: str, target: Path) -> None:
     """
     from tqdm import tqdm
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         with (
+            replacing(target) as temporary,
             urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as source,
             open(temporary, "wb") as file,
         ):
@@ -100,18 +100,16 @@ def download(address: str, target: Path) -> None:
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=target.name) as bar:
                 while chunk := source.read(CHUNK):
                     bar.update(file.write(chunk))
-        n_bytes = temporary.stat().st_size
-        if size and n_bytes != size:
-            raise ValueError(f"{address} ended after {n_bytes} of {size} bytes; try again")
-        os.replace(temporary, target)
+            if size and file.tell() != size:
+                raise ValueError(f"{address} ended after {file.tell()} of {size} bytes; try again")
+    except OutputError:
+        raise
     except urllib.error.URLError as error:
         raise ValueError(
             f"{address} cannot be reached ({error.reason}); try again, or copy the file yourself"
         ) from error
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{address} could not be read to its end ({error}); try again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sha256_of(file: Path) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from umamba.files import replacing_together, write_json
 from umamba.inference.model_folder import read_json
 from umamba.networks import NetworkEntry, get_entry, recognize_network
 from umamba.networks.checkpoint import read_weights
@@ -323,13 +322,8 @@ def _write_model_folder(folder: Path, checkpoint: dict[str, Any]) -> None:
         raise ValueError(f"{target} exists already; choose another folder or fold")
     if (folder / "plans.json").exists() and read_json(folder / "plans.json") != plans:
         raise ValueError(f"{folder} is the model folder of other plans; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        temporary = Path(name)
+    with replacing_together(target) as temporary:
         (temporary / target.name).mkdir()
         torch.save(checkpoint, temporary / target.name / "checkpoint_final.pth")
-        (temporary / "plans.json").write_text(json.dumps(plans, indent=4))
-        (temporary / "dataset.json").write_text(json.dumps(training["dataset_json"], indent=4))
-        folder.mkdir(exist_ok=True)
-        for part in ("plans.json", "dataset.json", target.name):
-            os.replace(temporary / part, folder / part)
+        write_json(temporary / "plans.json", plans)
+        write_json(temporary / "dataset.json", training["dataset_json"])

@@ -26,6 +26,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             warnings.catch_warnings(action="ignore", category=UserWarning),
         ):
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is damaged or holds objects other than tensors and numbers, and is not read; "

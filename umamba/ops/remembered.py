@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import umamba
+from umamba.files import write_json
 from umamba.ops import cpu
 
 _log = logging.getLogger(__name__)
@@ -52,13 +53,7 @@ def remember(device: torch.device, backend: str) -> Path:
     today = datetime.date.today().isoformat()
     _read.cache_clear()
     content = _read() | {_circumstances(device): {"backend": backend, "date": today}}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(file, content)
     _read.cache_clear()
     recall.cache_clear()
     return file
