@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umamba.cli import common
 from umamba.cli.common import UsageError
+from umamba.lock import holding
 
 if TYPE_CHECKING:
     from umamba.inference.cases import PredictionCase
@@ -54,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--not_on_device", "--not-on-device", action="store_true", help="sum up on the CPU")
     add(
         "--no_input_check", "--no-input-check", action="store_true",
-        help="do not read the images beforehand to find truncated or broken ones",
+        help="do not look for truncated or broken images, which nnU-Net's readers take for whole",
     )  # fmt: skip
     add("--disable_progress_bar", "--disable-progress-bar", action="store_true")
 
@@ -84,13 +87,15 @@ def run(args: argparse.Namespace) -> int:
         part_id=args.part_id,
     )
     cases = found
-    if args.continue_prediction:
-        reader = predictor.plans_manager.image_reader_writer_class()
-        cases = [c for c in found if not is_whole(c, reader, args.save_probabilities)]
-    failures = [] if args.no_input_check else _check_inputs(cases, predictor)
-    refused = {f.identifier for f in failures}
-    _write_settings(args, predictor, output, ending)
-    failures += _predict([c for c in cases if c.identifier not in refused], args, predictor)
+    # Several runs may write single files into one folder.
+    to_folder = output_folder(output, ending) == output
+    with holding(output, "prediction", args.part_id) if to_folder else nullcontext():
+        if args.continue_prediction:
+            reader = predictor.plans_manager.image_reader_writer_class()
+            cases = [c for c in found if not is_whole(c, reader, args.save_probabilities)]
+        if to_folder:
+            _write_settings(args, predictor, output)
+        failures = _predict(cases, args, predictor)
 
     n_written, n_there = len(cases) - len(failures), len(found) - len(cases)
     skipped = f", {n_there} were there already" if n_there else ""
@@ -146,41 +151,31 @@ def _previous_stage(args: argparse.Namespace, predictor: UMambaPredictor) -> Pat
     return folder
 
 
-def _check_inputs(cases: list[PredictionCase], predictor: UMambaPredictor) -> list[CaseFailure]:
-    """Cases whose images nnU-Net's readers would misread without a word, or not read."""
+def _refuse_faults(case: PredictionCase, predictor: UMambaPredictor) -> None:
+    """ValueError for images that nnU-Net's readers would misread without a word, or not read."""
     from umamba.data.audit import check_images
-    from umamba.inference.pipeline import CaseFailure
 
     faults = check_images(
-        {c.identifier: list(c.images) for c in cases},
+        {case.identifier: list(case.images)},
         predictor.n_channels,
         reader_writer=_reader_name(predictor),
     )
-    failures = [
-        CaseFailure(case, " and ".join(str(f) for f in found)) for case, found in faults.items()
-    ]
-    for case in cases:
-        before = case.previous_stage
-        if case.identifier not in faults and before is not None and not before.is_file():
-            failures.append(CaseFailure(case.identifier, f"{before} of the first stage is missing"))
-    return failures
+    if faults:
+        raise ValueError(" and ".join(map(str, faults[case.identifier])))
+    before = case.previous_stage
+    if before is not None and not before.is_file():
+        raise ValueError(f"{before} of the first stage is missing")
 
 
 def _reader_name(predictor: UMambaPredictor) -> str:
     return str(predictor.plans_manager.plans.get("image_reader_writer", ""))
 
 
-def _write_settings(
-    args: argparse.Namespace, predictor: UMambaPredictor, output: Path, ending: str
-) -> None:
+def _write_settings(args: argparse.Namespace, predictor: UMambaPredictor, output: Path) -> None:
     """The three files that nnU-Net leaves beside predictions, for its post-processing tools."""
     from umamba.files import write_json
-    from umamba.inference.cases import output_folder
 
-    if output_folder(output, ending) != output:
-        return
     settings = {key: value for key, value in vars(args).items() if key != "run"}
-    output.mkdir(parents=True, exist_ok=True)
     write_json(
         output / "predict_from_raw_data_args.json", settings | {"folds": list(predictor.folds)}
     )
@@ -207,5 +202,8 @@ def _predict(
         bar.set_description_str(f"predicted 0/{len(cases)}")
         predictor.on_windows_done = bar.update
         return predictor.predict_cases(
-            cases, save_probabilities=args.save_probabilities, on_done=count
+            cases,
+            save_probabilities=args.save_probabilities,
+            on_done=count,
+            check=None if args.no_input_check else partial(_refuse_faults, predictor=predictor),
         )
