@@ -313,6 +313,9 @@ def test_files_and_folders_of_another_user_are_named():
         ]  # fmt: skip
         case, place, source = done.stderr.split("end\n")[:3]
         assert "b_0000.nii.gz: may not be read by this user; change its permissions" in case
-        assert f"{folder}/closed/dataset.json cannot be written: this user may not write" in place
+        assert (
+            f"{folder}/closed/predict_from_raw_data_args.json cannot be written: this user may not"
+            in place
+        )
         assert source == f"error: {folder}/closed: permission denied\n"
         assert predicted(folder / "out") == {"a"}
