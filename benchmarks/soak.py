@@ -41,7 +41,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="of each part (20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--cases", type=int, default=8, help="training cases, as many to predict")
+    parser.add_argument(
+        "--cases", type=int, default=8, help="to train with (at least 5), and to predict"
+    )
     parser.add_argument("--work", type=Path, help="keep everything in this folder")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -88,22 +90,26 @@ def soak(work: Path, part: str, n_kills: int, moments: random.Random) -> dict[st
     while row["kills"] < n_kills:
         shutil.rmtree(killed, ignore_errors=True)
         begin(work, part, killed)
+        ended_in = 0.0
         while True:
-            process = start(work, command(work, part, killed))
+            process, started = start(work, command(work, part, killed)), time.monotonic()
             try:
                 if row["kills"] == n_kills:
                     process.wait()
                 else:
-                    process.wait(moments.uniform(0.8 * first, lasted))
+                    process.wait(moments.uniform(min(0.8 * first, lasted / 2), lasted))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                ended_in += time.monotonic() - started
                 row["kills"] += 1
                 row["orphans"] += count_orphans(process.pid)
                 continue
             if process.returncode:
                 raise SystemExit((work / "log.txt").read_text()[-2000:])
             break
+        # On a machine that is less busy than at first, moments of the first run would be too late.
+        lasted = min(lasted, ended_in + time.monotonic() - started)
         row["runs"] += 1
         row["half_written"] += sum(p.name.startswith(".") for p in killed.rglob("*"))
         row["differences"] += differences(expected, PARTS[part](killed))
@@ -116,7 +122,7 @@ def begin(work: Path, part: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     if part == "train":
         shutil.copytree(work / "planned", folder, dirs_exist_ok=True, symlinks=True)
-    elif part == "predict" and not (work / "planned/results").exists():
+    elif part == "predict" and not any((work / "planned").glob("results/*/*/*/*_final.pth")):
         run_to_end(work, command(work, "train", work / "planned"))
 
 

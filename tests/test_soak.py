@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("part", ["preprocess", "predict"])
 def test_a_killed_command_ends_with_the_result_of_an_uninterrupted_one(tmp_path, part):
     file = tmp_path / "soak.json"
-    words = ["benchmarks/soak.py", "--kills", "2", "--cases", "3", "--parts", part]
+    words = ["benchmarks/soak.py", "--kills", "2", "--cases", "5", "--parts", part]
     words += ["--json", str(file)]
     done = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, check=False,
