@@ -1,0 +1,59 @@
+"""Worker processes that end with the process that started them, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+CHECK_EVERY = 0.5  # seconds
+
+
+def die_with_parent() -> None:
+    """Kill this process about half a second after the process that started it has ended.
+
+    To be called first thing in a child process, under any start method. A process that is stopped
+    inside a call that holds Python's lock ends when that call returns.
+    """
+    # Not prctl(PR_SET_PDEATHSIG): it fires when the *thread* that started the child ends.
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent_id: int) -> None:
+    parent = multiprocessing.parent_process()
+    sentinels = [] if parent is None else [parent.sentinel]
+    while os.getppid() == parent_id:
+        if multiprocessing.connection.wait(sentinels, CHECK_EVERY):
+            break
+    # Not sys.exit: only the watching thread would end; and nothing is left to clean up for.
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def begin_worker() -> None:
+    """Initialise a worker of a pool: it ends with its parent and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+
+
+@contextlib.contextmanager
+def worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of spawned processes; when the block raises, they are killed at once.
+
+    A worker that is killed from outside makes its futures raise BrokenProcessPool.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=begin_worker)
+    try:
+        yield pool
+    except BaseException:
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+        raise
+    pool.shutdown()
