@@ -77,3 +77,25 @@ def test_training_stops_after_too_many_events(tmp_path):
     assert guard.check(batch(1.0), float("nan"))
     with pytest.raises(RuntimeError, match=r"after 2 non-finite losses.*initial_lr"):
         guard.check(batch(1.0), float("nan"))
+
+
+def test_an_epoch_starts_from_a_finite_state_that_a_bad_loss_goes_back_to(tmp_path):
+    network = small_network()
+    guard = NanGuard(network, torch.optim.SGD(network.parameters(), 0.1), tmp_path)
+    weight = network[0].weight
+    with torch.no_grad():
+        weight.fill_(1.0)
+        guard.start_epoch()
+        weight.fill_(float("nan"))
+        guard.start_epoch()
+    assert guard.check(batch(1.0), float("nan"))
+    assert torch.equal(weight, torch.ones_like(weight))
+
+
+def test_a_batch_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):
+    network = small_network()
+    folder = tmp_path / "file"
+    folder.write_text("in the way of the folder")
+    guard = NanGuard(network, torch.optim.SGD(network.parameters(), 0.1), folder)
+    assert guard.check(batch(1.0), float("nan"))
+    assert "could not be written" in caplog.text

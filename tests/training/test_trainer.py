@@ -15,9 +15,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.planning.plans import replan
+from umamba.training.augmentation import thin_out
+from umamba.training.nnunet_hooks import ddp_wrapper
+from umamba.training.progress import format_seconds
 from umamba.training.recipes import get_recipe
 from umamba.training.run import TrainingRun, fold_folder, train_fold
-from umamba.training.trainer import UMambaTrainer, ddp_wrapper, format_seconds, thin_out
+from umamba.training.trainer import UMambaTrainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -102,18 +105,51 @@ def test_the_schedule_completes_in_the_given_time(blobs, monkeypatch, slow_down)
     assert trainer.optimizer.param_groups[0]["lr"] < 0.02 * trainer.recipe.initial_lr
 
 
+def test_a_training_ends_with_its_time_and_leaves_out_epochs_that_are_left(blobs, monkeypatch):
+    plans, content = blobs
+    clocked = with_recipe(
+        plans, train_seconds=20.0, num_epochs=10, num_iterations_per_epoch=5, schedule="cosine"
+    )
+    trainer = trainer_of(clocked, content)
+    now = [0.0]
+
+    def step(self, batch):
+        now[0] += 1.0 if now[0] < 9 else 100.0
+        return {"loss": np.float32(0.5)}
+
+    trainer.clock = lambda: now[0]
+    monkeypatch.setattr(nnUNetTrainer, "train_step", step)
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    n_epochs = len(records(folder))
+    assert (trainer.iteration, n_epochs, trainer.current_epoch) == (10, 4, 4)
+    final = read_checkpoint(folder / "checkpoint_final.pth")
+    assert final["current_epoch"] == 4
+    assert len(final["logging"]["train_losses"]) == 4
+    assert (folder / "progress.png").is_file()
+
+
 def test_a_resumed_training_goes_on_with_weights_epoch_and_clock(blobs):
     plans, content = blobs
     first = train_fold(run_of(plans, content))
     before = read_checkpoint(first / "checkpoint_final.pth")
     (first / "checkpoint_final.pth").rename(first / "checkpoint_latest.pth")
     longer = with_recipe(plans, num_epochs=3)
-    second = train_fold(run_of(longer, content, continue_training=True))
+    second = train_fold(run_of(longer, content, checkpoint=first / "checkpoint_latest.pth"))
     after = read_checkpoint(second / "checkpoint_final.pth")
     assert (before["current_epoch"], after["current_epoch"]) == (2, 3)
     assert after["umamba"]["iteration"] == 9
     assert after["umamba"]["trained_seconds"] > before["umamba"]["trained_seconds"]
     assert [r["epoch"] for r in records(second)] == [0, 1, 2]
+
+
+def test_a_loading_process_that_dies_during_a_step_is_said_in_one_sentence(blobs, monkeypatch):
+    def step(self, batch):
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(nnUNetTrainer, "train_step", step)
+    with pytest.raises(ValueError, match="nnUNet_n_proc_DA=1"):
+        trainer_of(*blobs).run_training()
 
 
 def test_a_checkpoint_of_an_attacker_is_refused_before_it_runs(blobs, tmp_path):
@@ -311,3 +347,51 @@ def test_several_gpus_look_for_unused_parameters_only_while_a_recipe_freezes():
         with ddp_wrapper(find_unused_parameters=wanted):
             assert module.DDP.keywords == {"find_unused_parameters": wanted}
     assert module.DDP is torch.nn.parallel.DistributedDataParallel
+
+
+def test_several_gpus_follow_the_clock_of_the_first(blobs, monkeypatch):
+    trainer = trainer_of(*blobs, train_seconds=100.0)
+
+    def broadcast(numbers, source):
+        numbers[0] = 99.0 if source == 0 else -1.0
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    assert not trainer._is_time_up()
+    assert trainer.progress == 0.0
+    trainer.is_ddp = True
+    assert not trainer._is_time_up()
+    assert trainer.progress == pytest.approx(0.99)
+
+
+def test_an_epoch_takes_the_steps_of_nnunets_in_its_order():
+    def calls_of(run):
+        calls = []
+
+        class Stub:
+            current_epoch, num_epochs = 0, 2
+            num_iterations_per_epoch, num_val_iterations_per_epoch = 2, 1
+            dataloader_train = dataloader_val = Endless()
+            _run_epoch = UMambaTrainer._run_epoch
+
+            def _is_time_up(self):
+                return False
+
+            def on_epoch_end(self):
+                calls.append("on_epoch_end")
+                self.current_epoch += 1
+
+            def __getattr__(self, name):
+                return lambda *_: calls.append((name, torch.is_grad_enabled()))
+
+        run(Stub())
+        return calls
+
+    class Endless:
+        def __next__(self):
+            return "batch"
+
+        def close(self):
+            """As the loaders have it."""
+
+    assert calls_of(UMambaTrainer.run_training) == calls_of(nnUNetTrainer.run_training)
+    assert len(calls_of(UMambaTrainer.run_training)) == 20

@@ -6,7 +6,6 @@ Goes on where an earlier run stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 from pathlib import Path
@@ -46,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; prints where the results went and the command to use next."""
-    from umamba.planning.plans import load_plans
+    from umamba.planning.plans import load_plans, read_json
 
     fold = common.parse_fold(args.fold)
     if args.resume and (args.restart or args.pretrained_weights):
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         plans = load_plans(file if file.is_file() else home / f"{args.plans}.json")
     if args.pretrained_weights:
         check_start(Path(args.pretrained_weights))
-    dataset_json = json.loads((home / "dataset.json").read_text())
+    dataset_json = read_json(home / "dataset.json")
     options = {field: getattr(args, field) for field in FIELDS}
     folder = train(plans, dataset_json, args.configuration, fold, device, args, **options)
     tell_results(folder, f"umamba report {shlex.quote(str(folder))}")
@@ -124,29 +123,32 @@ def _train(
     **options: Any,
 ) -> Path:
     from umamba.planning.plans import get_configuration
+    from umamba.training.checkpoints import BEST, FINAL, NAMES, find_checkpoint
     from umamba.training.run import TrainingRun, train_fold
 
     part = get_configuration(plans, configuration)
     if part.get("previous_stage"):
         check_first_stage(plans, configuration, part)
     options |= {"device": device, "n_gpus": args.num_gpus, "validator": validate_fold}
-    files = {name: folder / f"checkpoint_{name}.pth" for name in ("final", "latest", "best")}
-    there = [name for name, file in files.items() if file.is_file()]
-    if options.get("only_validation") and not there:
-        raise ValueError(f"{folder} has no checkpoint to validate: train it first, without --val")
+    check_preprocessed(plans, configuration, fold)
+    there = [file for name in NAMES if (file := folder / name).is_file()]
     if args.restart:
-        for name in there:
-            files[name].unlink()
+        for file in there:
+            file.unlink()
     elif there:
         check_same_plan(folder, plans, configuration)
-        if options.get("only_validation") or options.get("pretrained_weights"):
-            pass
-        elif "final" in there:
+    if options.get("only_validation"):
+        wanted = folder / (BEST if options.get("validate_best") else FINAL)
+        if not wanted.is_file():
+            raise ValueError(f"{wanted} is missing: train first, without --val")
+        options["checkpoint"] = wanted
+    elif checkpoint := find_checkpoint(folder):
+        options |= {"checkpoint": checkpoint, "pretrained_weights": None}
+        if checkpoint.name == FINAL:
             print(f"the training in {folder} is finished: only validating (--restart begins anew)")
             options["only_validation"] = True
         else:
             print(f"resuming the training in {folder} (--restart begins anew)")
-            options["continue_training"] = True
     try:
         return train_fold(TrainingRun(plans, configuration, fold, dataset_json, **options))
     except AssertionError as error:  # nnU-Net's, of a missing key or another shape
@@ -155,12 +157,70 @@ def _train(
         raise ValueError(f"{start} is not of the network in these plans: {error}") from error
 
 
+def check_preprocessed(plans: dict, configuration: str, fold: int | str) -> None:
+    """Raises ValueError unless the preprocessed data and the splits are those of all cases.
+
+    The cases are those of the raw dataset or, where that is not there, as many as it had.
+    """
+    from umamba.planning.plans import get_configuration, preprocessed_folder, read_json
+    from umamba.planning.preprocess import SUFFIXES, folder_is_current, read_dataset
+
+    name = plans["dataset_name"]
+    home = preprocessed_folder(name)
+    folder = home / get_configuration(plans, configuration)["data_identifier"]
+    cure = "preprocess (again) with umamba plan or umamba run"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing: {cure}")
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    try:
+        cases = set(read_dataset(name)[1])
+    except FileNotFoundError:  # without the raw dataset
+        cases = {file.removesuffix(".pkl") for file in sizes if file.endswith(".pkl")}
+        n_cases = read_json(home / "dataset.json")["numTraining"]
+    else:
+        n_cases = len(cases)
+        stamped = folder.with_name(f"{folder.name}.stamp.json").is_file()  # not by stock nnU-Net
+        if stamped and not folder_is_current(name, plans, configuration):
+            raise ValueError(f"{folder} is not of these plans and all cases as they are: {cure}")
+    absent = [c for c in sorted(cases) if not all(sizes.get(c + suffix) for suffix in SUFFIXES)]
+    if absent or len(cases) < n_cases:
+        n_absent = len(absent) + n_cases - len(cases)
+        first = f", {absent[0]} among them" if absent else ""
+        raise ValueError(f"{folder} lacks {n_absent} of {n_cases} cases{first}: {cure}")
+    if fold != "all" and (file := home / "splits_final.json").is_file():
+        check_splits(file, cases)
+
+
+def check_splits(file: Path, cases: set[str]) -> None:
+    """Raises ValueError where the splits name unknown cases, or were drawn from fewer cases.
+
+    Splits that somebody wrote may leave cases out; that is said.
+    """
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    from umamba.planning.plans import read_json
+
+    splits = read_json(file)
+    named = {case for split in splits for part in ("train", "val") for case in split[part]}
+    cure = f"delete it, and all folds are drawn anew, or correct it ({len(cases)} cases)"
+    if unknown := sorted(named - cases):
+        raise ValueError(f"{file} names {unknown[0]}, which is no case of the dataset: {cure}")
+    if not (left_out := sorted(cases - named)):
+        return
+    told = f"{file} leaves out {len(left_out)} cases ({left_out[0]} the first)"
+    if len(named) >= 5 and splits == generate_crossval_split(sorted(named), seed=12345, n_splits=5):
+        raise ValueError(f"{told}, as it was drawn from fewer than there are now: {cure}")
+    print(f"note: {told}: they are in no fold")
+
+
 def check_same_plan(folder: Path, plans: dict, configuration: str) -> None:
     """Raises ValueError where results of another network or patch lie in the same folder."""
+    from umamba.planning.plans import read_json
+
     file = folder.parent / "plans.json"
     if not file.is_file():
         return
-    earlier = json.loads(file.read_text())["configurations"].get(configuration, {})
+    earlier = read_json(file)["configurations"].get(configuration, {})
     now = plans["configurations"][configuration]
     for key in ("architecture", "patch_size", "batch_size", "recipe"):
         if earlier.get(key) != now.get(key):

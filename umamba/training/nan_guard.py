@@ -40,14 +40,17 @@ class NanGuard:
         self._steps = 0
         self._keep()
 
+    def start_epoch(self) -> None:
+        """Keeps the state if it is finite: a training that is resumed here has no other to keep."""
+        self._steps = 0
+        self._keep_if_finite()
+
     def check(self, batch: dict, loss: float) -> bool:
         """Whether the step was undone; keeps the state now and then when all is finite."""
         if bool(torch.as_tensor(loss).isfinite().all()):
             self._steps += 1
-            if self._steps % self.keep_every == 0 and all(
-                bool(p.isfinite().all()) for p in self.network.parameters()
-            ):
-                self._keep()
+            if self._steps % self.keep_every == 0:
+                self._keep_if_finite()
             return False
         self.n_events += 1
         self.network.load_state_dict(self._weights)
@@ -56,7 +59,7 @@ class NanGuard:
         self.network.load_state_dict(self._weights)  # the search may have moved running statistics
         message = (
             f"the loss became {float(loss)}: {culprit}. The weights went back to the last finite "
-            f"state; the batch is in {self._save(batch, culprit)}."
+            f"state; {self._save(batch, culprit)}."
         )
         logger.warning(message)
         if self.n_events >= self.max_events:
@@ -66,17 +69,24 @@ class NanGuard:
             )
         return True
 
+    def _keep_if_finite(self) -> None:
+        if all(bool(p.isfinite().all()) for p in self.network.parameters()):
+            self._keep()
+
     def _keep(self) -> None:
         self._weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self._moments = copy.deepcopy(self.optimizer.state_dict())
 
-    def _save(self, batch: dict, culprit: str) -> Path:
+    def _save(self, batch: dict, culprit: str) -> str:
         path = self.folder / f"non_finite_{self.n_events}.pt"
         content = {key: batch[key] for key in ("data", "target")}
         content |= {"culprit": culprit, "random_state": torch.get_rng_state()}
-        with replacing(path) as temporary:
-            torch.save(content, temporary)
-        return path
+        try:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                torch.save(content, file)
+        except OSError as error:
+            return f"the batch could not be written ({error})"
+        return f"the batch is in {path}"
 
 
 def first_non_finite(network: nn.Module, data: torch.Tensor) -> str:

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing
-from nnunetv2.run.run_training import (
-    cleanup_ddp,
-    find_free_network_port,
-    maybe_load_checkpoint,
-    setup_ddp,
-)
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.run.run_training import cleanup_ddp, find_free_network_port, setup_ddp
 from torch.backends import cudnn
 
+from umamba.training.checkpoints import BEST
 from umamba.training.trainer import UMambaTrainer
 
 Validator = Callable[[UMambaTrainer, bool], None]
@@ -25,14 +22,17 @@ Validator = Callable[[UMambaTrainer, bool], None]
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One fold of one configuration; `validator` (a module-level function) does the validation."""
+    """One fold of one configuration; `validator` (a module-level function) does the validation.
+
+    `checkpoint` is the file to go on from, or to validate.
+    """
 
     plans: dict
     configuration: str
     fold: int | str
     dataset_json: dict
     device: str = "cpu"
-    continue_training: bool = False
+    checkpoint: Path | None = None
     only_validation: bool = False
     validate_best: bool = False
     save_probabilities: bool = False
@@ -45,7 +45,8 @@ class TrainingRun:
 def train_fold(run: TrainingRun) -> Path:
     """Trains and validates; returns the fold's folder. nnU-Net's variables must be set."""
     # Loading and augmenting take all cores but one, 12 at most (nnU-Net's usual number).
-    n_loaders = max(1, min((os.cpu_count() or 1) - 1, 12))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_loaders = max(1, min((cores or 1) - 1, 12))
     os.environ.setdefault("nnUNet_n_proc_DA", str(n_loaders))
     if run.n_gpus > 1:
         if not run.device.startswith("cuda"):
@@ -65,16 +66,19 @@ def fold_folder(run: TrainingRun) -> Path:
 
 
 def _train(run: TrainingRun) -> Path:
-    plans = copy.deepcopy(run.plans) | {"continue_training": run.continue_training}
+    resumes = run.checkpoint is not None and not run.only_validation
+    plans = copy.deepcopy(run.plans) | {"continue_training": resumes}
     trainer = UMambaTrainer(
         plans, run.configuration, run.fold, run.dataset_json, torch.device(run.device)
     )
     trainer.disable_checkpointing = run.disable_checkpointing
     trainer.validator = run.validator
     trainer.starts_afresh = run.pretrained_weights is None
-    maybe_load_checkpoint(
-        trainer, run.continue_training, run.only_validation, run.pretrained_weights
-    )
+    if run.checkpoint is not None:
+        trainer.load_checkpoint(str(run.checkpoint))
+    elif run.pretrained_weights is not None:
+        trainer.initialize()
+        load_pretrained_weights(trainer.network, run.pretrained_weights)
     if torch.cuda.is_available():
         cudnn.deterministic = False
         cudnn.benchmark = True
@@ -82,7 +86,7 @@ def _train(run: TrainingRun) -> Path:
         trainer.run_training()
     folder = Path(trainer.output_folder)
     if run.validate_best:
-        trainer.load_checkpoint(str(folder / "checkpoint_best.pth"))
+        trainer.load_checkpoint(str(folder / BEST))
     trainer.perform_actual_validation(run.save_probabilities)
     return folder
 

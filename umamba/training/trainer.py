@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
-import json
+import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
-from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch.nn.parallel import DistributedDataParallel
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from tqdm import tqdm
 
 from umamba.blocks.recompute import recompute_mixers
-from umamba.files import replacing, write_json
+from umamba.files import write_json
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.networks.precision import (
     autocast,
@@ -33,17 +28,37 @@ from umamba.networks.precision import (
     compile_backward_without_autocast,
 )
 from umamba.networks.pretrained import find_file, initialize_encoder
+from umamba.training.augmentation import thin_out
+from umamba.training.checkpoints import (
+    BEST,
+    LATEST,
+    PREVIOUS,
+    random_state,
+    seed_main_process,
+    set_random_state,
+    write_checkpoint,
+)
+from umamba.training.loading import Batches, explaining_dead_workers, loader_class, seed_all
 from umamba.training.losses import build_loss
 from umamba.training.nan_guard import NanGuard
+from umamba.training.nnunet_hooks import (
+    checkpoint_of,
+    ddp_wrapper,
+    unstarted_loaders,
+    whole_json_files,
+    without_autocast,
+)
+from umamba.training.progress import PatientWriter, ProgressFile, print_epoch, process_cost
 from umamba.training.recipe import RateSchedule, Recipe
 
-INTENSITY = ("Gaussian", "Multiplicative", "Contrast", "SimulateLow", "Gamma")
 SAVE_EVERY_SECONDS = 120.0
 PLOT_EVERY_SECONDS = 60.0  # drawing takes a second, which short epochs would feel
 
 
 class UMambaTrainer(nnUNetTrainer):
     """nnU-Net's trainer with recipe, NaN guard, time budget and a validator that is handed in.
+
+    On a CPU a training that is resumed goes on to the last bit as it would have.
 
     The recipe is read from `plans["configurations"][configuration]["recipe"]`; without one,
     training is stock nnU-Net's.  `validator(trainer, save_probabilities)` replaces nnU-Net's
@@ -72,13 +87,18 @@ class UMambaTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
         self.enable_deep_supervision = recipe.enable_deep_supervision
         self.iteration = 0
+        self.seed = secrets.randbits(31) if recipe.seed is None else recipe.seed
+        self._resumed_state: dict | None = None
         self.save_every: int = 50  # nnU-Net's, annotated
-        self._progress_file = Path(self.output_folder) / "progress.jsonl"
+        self._progress_file = ProgressFile(Path(self.output_folder) / "progress.jsonl")
         self.clock = time.monotonic
         self._seconds_before = 0.0
+        self._seconds = 0.0
         self._started: float | None = None
         self._saved_at = self.clock()
+        self._write = PatientWriter()
         self._plotted_at = -PLOT_EVERY_SECONDS
+        self.disable_checkpointing: bool = False  # nnU-Net's, annotated
         self._plot = self.logger.plot_progress_png
         self.logger.plot_progress_png = self._plot_now_and_then
         self._guard: NanGuard | None = None
@@ -112,7 +132,9 @@ class UMambaTrainer(nnUNetTrainer):
         return transforms
 
     def initialize(self) -> None:
-        """Builds network, optimizer and loss, and settles the precision."""
+        """Builds network, optimizer and loss from the seed, and settles the precision."""
+        self.seed = self._from_first_gpu(self.seed)
+        seed_main_process(self.seed)
         with ddp_wrapper(find_unused_parameters=self.recipe.freeze_encoder > 0):
             super().initialize()
         if self.recipe.recompute == "mixer":
@@ -164,16 +186,65 @@ class UMambaTrainer(nnUNetTrainer):
         # Found before nnU-Net unpacks data and starts the loaders.
         wanted = self.recipe.pretrained if self.starts_afresh else None
         pretrained = find_file(wanted) if wanted else None
-        if self.recipe.seed is not None:
-            torch.manual_seed(self.recipe.seed)
-            np.random.seed(self.recipe.seed)
         if pretrained is not None:
             self._take_pretrained(pretrained)
-        super().on_train_start()
+        with whole_json_files():
+            super().on_train_start()
         # Hooks of the guard are not seen within a compiled network.
         self._guard = NanGuard(self._bare_network, self.optimizer, Path(self.output_folder))
-        self._keep_progress_before(self.current_epoch)
+        if self.local_rank == 0:
+            self._progress_file.keep_before(self.current_epoch)
+        if self.local_rank > 0:
+            seed_all(self.seed, self.local_rank, self.iteration)
+        elif self._resumed_state is not None:
+            set_random_state(self._resumed_state["random_state"])
+            self._guard.n_events = self._resumed_state["non_finite_losses"]
+            self._last_loss = np.asarray(self._resumed_state["last_loss"], np.float32)
         self._started = self._saved_at = self.clock()
+
+    def get_dataloaders(self) -> tuple[Batches, Batches]:
+        """nnU-Net's loaders, whose batches go on where the training does."""
+        loaders = unstarted_loaders(super().get_dataloaders, loader_class(self.recipe))
+        n_workers = get_allowed_n_proc_DA()
+        fold = 0 if self.fold == "all" else int(self.fold) + 1
+        starts = self.iteration, self.current_epoch * self.num_val_iterations_per_epoch
+        training, validation = (
+            Batches(
+                loader,
+                (self.seed, part, fold, self.local_rank),
+                start,
+                n_workers if part == 0 else (n_workers + 1) // 2,
+                pin_memory=self.device.type == "cuda",
+            )
+            for part, (loader, start) in enumerate(zip(loaders, starts, strict=True))
+        )
+        return training, validation
+
+    def run_training(self) -> None:
+        """nnU-Net's epochs; with a time budget, as many as it lasts for."""
+        self.on_train_start()
+        with (
+            explaining_dead_workers(),
+            contextlib.closing(self.dataloader_train),
+            contextlib.closing(self.dataloader_val),
+        ):
+            while self.current_epoch < self.num_epochs and not self._is_time_up():
+                self._run_epoch()
+        self.on_train_end()
+
+    def _run_epoch(self) -> None:
+        self.on_epoch_start()
+        self.on_train_epoch_start()
+        outputs: list[dict] = []
+        while len(outputs) < self.num_iterations_per_epoch and not (outputs and self._is_time_up()):
+            outputs.append(self.train_step(next(self.dataloader_train)))
+        self.on_train_epoch_end(outputs)
+        with torch.no_grad():
+            self.on_validation_epoch_start()
+            n_batches = self.num_val_iterations_per_epoch
+            outputs = [self.validation_step(next(self.dataloader_val)) for _ in range(n_batches)]
+            self.on_validation_epoch_end(outputs)
+        self.on_epoch_end()
 
     def _take_pretrained(self, file: Path) -> None:
         if not self.was_initialized:
@@ -190,12 +261,26 @@ class UMambaTrainer(nnUNetTrainer):
     def progress(self) -> float:
         """The share of the schedule that has passed, 0 to 1."""
         if self.recipe.train_seconds is not None:
-            return min(1.0, self._elapsed() / self.recipe.train_seconds)
+            return min(1.0, self._seconds / self.recipe.train_seconds)
         return min(1.0, self.iteration / (self.num_epochs * self.recipe.num_iterations_per_epoch))
 
     def _elapsed(self) -> float:
         running = self.clock() - self._started if self._started is not None else 0.0
         return self._seconds_before + running
+
+    def _is_time_up(self) -> bool:
+        if self.recipe.train_seconds is None:
+            return False
+        self._seconds = self._from_first_gpu(self._elapsed())
+        return self._seconds >= self.recipe.train_seconds
+
+    def _from_first_gpu(self, number: Any) -> Any:
+        """The first GPU's number on all of them: each has a clock and a random seed of its own."""
+        if not self.is_ddp:
+            return number
+        shared = [number]
+        torch.distributed.broadcast_object_list(shared, 0)
+        return shared[0]
 
     def on_train_epoch_start(self) -> None:
         """Freezes or frees the encoder; where a time is given, sets the epoch's iterations."""
@@ -203,9 +288,11 @@ class UMambaTrainer(nnUNetTrainer):
             for parameter in self._bare_network.encoder_parameters():
                 parameter.requires_grad_(self.progress >= self.recipe.freeze_encoder)
         if self.recipe.train_seconds is not None and self.iteration > 0:
-            elapsed, epochs_left = self._elapsed(), self.num_epochs - self.current_epoch
+            elapsed, epochs_left = self._seconds, self.num_epochs - self.current_epoch
             wanted = (self.recipe.train_seconds - elapsed) / epochs_left * self.iteration / elapsed
             self.num_iterations_per_epoch = max(1, round(wanted))
+        if self._guard is not None:
+            self._guard.start_epoch()
         super().on_train_epoch_start()
         self._bar = tqdm(
             total=self.num_iterations_per_epoch,
@@ -216,11 +303,9 @@ class UMambaTrainer(nnUNetTrainer):
         )
 
     def train_step(self, batch: dict) -> dict:
-        """One iteration at the schedule's learning rate; skipped when the time is used up."""
+        """One iteration at the schedule's learning rate."""
         if self.recipe.follows_iterations:
             self.lr_scheduler.set_progress(self.progress)
-        if self.recipe.train_seconds is not None and self.progress >= 1.0 and self.iteration > 0:
-            return {"loss": self._last_loss}
         output = super().train_step(batch)
         self.iteration += 1
         if self._guard is not None:
@@ -237,26 +322,38 @@ class UMambaTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
 
     def on_epoch_end(self) -> None:
-        """Checkpoints at least every two minutes, writes `progress.jsonl`, prints one line."""
-        due = self.clock() - self._saved_at > SAVE_EVERY_SECONDS
-        epoch = self.current_epoch
-        every = self.save_every
-        if due:
-            self.save_every, self._saved_at = 1, self.clock()
+        """Writes `progress.jsonl` and checkpoints, the latest one every two minutes at least."""
+        epoch, best = self.current_epoch, self._best_ema
+        # nnU-Net's would not know yet of this epoch's line, and the latest not of the best score.
+        disabled = self.disable_checkpointing
+        self.disable_checkpointing = True
         super().on_epoch_end()
-        self.save_every = every
-        if self.local_rank == 0:
-            self._report_epoch(epoch)
+        self.disable_checkpointing = disabled
+        if self.local_rank != 0:
+            return
+        self._report_epoch(epoch)
+        if self._best_ema != best:
+            self._save(BEST)
+        due = self.clock() - self._saved_at > SAVE_EVERY_SECONDS
+        due |= self.current_epoch % self.save_every == 0
+        if due and self.current_epoch < self.num_epochs and self._save(LATEST):
+            self._saved_at = self.clock()
+
+    def _save(self, name: str) -> bool:
+        """Whether the checkpoint could be written; a full disk does not end a long training."""
+        self.current_epoch -= 1  # nnU-Net writes one more, for the epoch in which it saves
+        try:
+            return self._write(self.save_checkpoint, str(Path(self.output_folder) / name))
+        finally:
+            self.current_epoch += 1
 
     def _plot_now_and_then(self, folder: str) -> None:
-        last = self.current_epoch == self.num_epochs - 1
-        if last or self.clock() - self._plotted_at > PLOT_EVERY_SECONDS:
-            self._plot(folder)
+        if self.clock() - self._plotted_at > PLOT_EVERY_SECONDS:
+            self._write(self._plot, folder)
             self._plotted_at = self.clock()
 
     def _report_epoch(self, epoch: int) -> None:
         last = functools.partial(self.logger.get_value, step=-1)
-        dice = [float(value) for value in last("dice_per_class_or_region")]
         elapsed = self._elapsed()
         record = {
             "epoch": epoch,
@@ -265,32 +362,21 @@ class UMambaTrainer(nnUNetTrainer):
             "train_loss": float(last("train_losses")),
             "val_loss": float(last("val_losses")),
             "mean_fg_dice": float(last("mean_fg_dice")),
-            "dice_per_class": dice,
+            "dice_per_class": [float(value) for value in last("dice_per_class_or_region")],
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "iterations": self.iteration,
         }
-        with open(self._progress_file, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._write(self._progress_file.add, record)
         whole = self.recipe.train_seconds or elapsed / max(self.progress, 1e-9)
-        left = max(0.0, whole - elapsed)
-        shown = " ".join(f"{value:.3f}" for value in dice[:12])
-        print(
-            f"epoch {epoch + 1:>4}/{self.num_epochs}  {format_seconds(left):>8} left  "
-            f"loss {record['train_loss']:+.3f}  pseudo Dice {shown}  lr {record['lr']:.2e}",
-            flush=True,
-        )
-
-    def _keep_progress_before(self, epoch: int) -> None:
-        """Drops the lines of epochs that will be trained (again)."""
-        if self.local_rank == 0 and self._progress_file.is_file():
-            lines = self._progress_file.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
-            self._progress_file.write_text("".join(f"{line}\n" for line in kept))
+        print_epoch(record, self.num_epochs, max(0.0, whole - elapsed))
 
     def on_train_end(self) -> None:
         """The final checkpoint, and `training.json` with what the training cost."""
         super().on_train_end()
         if self.local_rank == 0:
+            (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)
+            if self.current_epoch > 0:
+                self._write(self._plot, self.output_folder)
             cost = {
                 "iterations": self.iteration,
                 "epochs": self.current_epoch,
@@ -318,15 +404,18 @@ class UMambaTrainer(nnUNetTrainer):
         """Writes nnU-Net's checkpoint whole or not at all, for stock prediction to read."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return
-        buffer = io.BytesIO()
-        super().save_checkpoint(buffer)
-        buffer.seek(0)
-        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # our own bytes
+        checkpoint = checkpoint_of(super().save_checkpoint)
         # Stock prediction looks this name up; the network comes from the plans either way.
         checkpoint["trainer_name"] = "nnUNetTrainer"
-        checkpoint["umamba"] = {"iteration": self.iteration, "trained_seconds": self._elapsed()}
-        with replacing(Path(filename)) as temporary:
-            torch.save(checkpoint, temporary)
+        checkpoint["umamba"] = {
+            "iteration": self.iteration,
+            "trained_seconds": self._elapsed(),
+            "seed": self.seed,
+            "random_state": random_state(),
+            "non_finite_losses": self._guard.n_events if self._guard is not None else 0,
+            "last_loss": float(self._last_loss),
+        }
+        write_checkpoint(checkpoint, Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Reads `filename` safely first (`weights_only=True`), then as nnU-Net does."""
@@ -334,80 +423,8 @@ class UMambaTrainer(nnUNetTrainer):
         self.starts_afresh = False
         super().load_checkpoint(str(filename_or_checkpoint))
         own = checkpoint.get("umamba", {})
-        self.iteration = int(
-            own.get("iteration", self.current_epoch * self.num_iterations_per_epoch)
-        )
-        self._seconds_before = float(own.get("trained_seconds", 0.0))
-
-
-@contextlib.contextmanager
-def ddp_wrapper(find_unused_parameters: bool) -> Iterator[None]:
-    """What nnU-Net wraps its network in within this context, on several GPUs.
-
-    Frozen parameters get no gradient, which is an error unless DDP looks for unused ones; that
-    costs a walk through the graph at every step.
-    """
-    stock, find = vars(sys.modules[nnUNetTrainer.__module__]), find_unused_parameters
-    stock["DDP"] = functools.partial(DistributedDataParallel, find_unused_parameters=find)
-    try:
-        yield
-    finally:
-        stock["DDP"] = DistributedDataParallel
-
-
-def process_cost() -> dict[str, float]:
-    """CPU seconds of this process and its ended children, and its peak memory (GiB)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {"cpu_seconds": round(time.process_time(), 1)}
-    own, children = (
-        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    seconds = sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return {"cpu_seconds": round(seconds, 1), "peak_gib": round(own.ru_maxrss / unit, 2)}
-
-
-def thin_out(transforms: BasicTransform, level: str) -> None:
-    """Reduces nnU-Net's composed training transforms in place to `level`: "light" or "none".
-
-    "light" keeps rotation and scaling within narrower limits, brightness, one gamma, and mirroring;
-    "none" keeps only what training needs (cropping, label handling, deep supervision targets).
-    """
-    kept, n_gammas = [], 0
-    for transform in transforms.transforms:
-        inner = transform.transform if isinstance(transform, RandomTransform) else transform
-        is_gamma = isinstance(inner, GammaTransform)
-        n_gammas += is_gamma
-        left_out = type(inner).__name__.startswith(INTENSITY)
-        if isinstance(inner, SpatialTransform):
-            inner.p_rotation, inner.p_scaling = (0.2, 0.2) if level == "light" else (0.0, 0.0)
-            inner.scaling = (0.8, 1.2)
-        elif level == "none":
-            left_out = left_out or isinstance(inner, MirrorTransform)
-        elif isinstance(inner, MultiplicativeBrightnessTransform) or (is_gamma and n_gammas > 1):
-            left_out = False
-        if not left_out:
-            kept.append(transform)
-    transforms.transforms = kept
-
-
-def without_autocast(forward: Callable) -> Callable:
-    """`forward` in float32, shielded from the autocast that nnU-Net's steps always open."""
-
-    def shielded(x: torch.Tensor) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x.float())
-
-    return shielded
-
-
-def format_seconds(seconds: float) -> str:
-    """`1:02:03` or `2:03`; days from 48 hours on."""
-    seconds = round(seconds)
-    if seconds >= 48 * 3600:
-        return f"{seconds / 86400:.1f} d"
-    hours, rest = divmod(seconds, 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        counted = self.current_epoch * self.num_iterations_per_epoch
+        self.iteration = int(own.get("iteration", counted))
+        self._seconds = self._seconds_before = float(own.get("trained_seconds", 0.0))
+        if "random_state" in own:  # one of an earlier version has none
+            self.seed, self._resumed_state = own["seed"], own
