@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     work = args.work.absolute()
-    os.environ["nnUNet_n_proc_DA"] = args.workers
+    os.environ |= {"nnUNet_n_proc_DA": args.workers, "PYTHONUNBUFFERED": "1"}
     prepare(work, args.epochs)
     subprocess.run(["cp", "-r", work / "straight", work / "killed"], check=True)
     started = time.monotonic()
@@ -102,7 +102,7 @@ def main() -> int:
     chance, moments, orphans = random.Random(0), [], 0
     while len(moments) < args.kills:
         process = train(work, "killed")
-        moment = chance.uniform(0, 1.1 * seconds)
+        moment = chance.uniform(0, 0.9 * seconds)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:

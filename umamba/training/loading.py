@@ -21,15 +21,9 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch.utils.data import DataLoader, Dataset
 
 from umamba.processes import begin_worker
-from umamba.training.recipe import Recipe
 
 SHARED_MEMORY = Path("/dev/shm")
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
-
-
-def loader_class(recipe: Recipe) -> Callable[..., nnUNetDataLoader]:
-    """The class of nnU-Net's loader that draws the patches of this recipe."""
-    return nnUNetDataLoader
 
 
 class NumberedBatches(Dataset):

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -38,7 +37,7 @@ from umamba.training.checkpoints import (
     set_random_state,
     write_checkpoint,
 )
-from umamba.training.loading import Batches, explaining_dead_workers, loader_class, seed_all
+from umamba.training.loading import Batches, explaining_dead_workers, seed_all
 from umamba.training.losses import build_loss
 from umamba.training.nan_guard import NanGuard
 from umamba.training.nnunet_hooks import (
@@ -50,6 +49,7 @@ from umamba.training.nnunet_hooks import (
 )
 from umamba.training.progress import PatientWriter, ProgressFile, print_epoch, process_cost
 from umamba.training.recipe import RateSchedule, Recipe
+from umamba.training.sampling import loader_class
 
 SAVE_EVERY_SECONDS = 120.0
 PLOT_EVERY_SECONDS = 60.0  # drawing takes a second, which short epochs would feel
