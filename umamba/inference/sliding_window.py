@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
+from umamba.inference.blocks import BlockSums, Window, WindowGrid
+from umamba.inference.streaming import mean_of_sums, stream_windows
+
 # Legend: B tiles, C input channels, K classes or regions; a tile is (C, *patch_size).
 
 GAUSSIAN_FLOOR = 1e-3
 Network = Callable[[torch.Tensor], torch.Tensor]
-Window = tuple[slice | int, ...]
 
 
 def accumulate_windows(
@@ -43,29 +45,32 @@ def accumulate_windows(
         max_batch: tiles, and mirrored copies of them, that go through the network together.
         progress: called with the share of the windows just done, 1 in total.
     """
-    weight = importance_map(tuple(patch_size)) if use_gaussian else torch.ones(tuple(patch_size))
-    weight = weight.to(data.device)
-    logits = torch.zeros((n_outputs, *data.shape[1:]), dtype=torch.float32, device=data.device)
-    weight_sum = torch.zeros(data.shape[1:], dtype=torch.float32, device=data.device)
-    for first in range(0, len(windows), max_batch):
-        chunk = windows[first : first + max_batch]
-        tiles = torch.stack([data[w] for w in chunk]).to(device)
-        predicted = predict_mirrored(network, tiles, mirror_axes, max_batch).to(data.device)
-        if len(windows) == 1:
-            logits[windows[0]] = predicted[0]
-        else:
-            for window, tile in zip(chunk, predicted, strict=True):
-                logits[window].addcmul_(tile, weight)
-                weight_sum[window[1:]].add_(weight)
-        progress(len(chunk) / len(windows))
-    if len(windows) > 1:
-        logits /= weight_sum
-    if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):
-        raise ValueError(
-            "the network's output is not finite (NaN or Inf); its weights are damaged, or the "
-            "input has intensities far from those it was trained on"
-        )
+    grid = WindowGrid(windows, data.shape[1:], whole_rows=True)
+
+    def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        yield 0, predict_mirrored(network, tiles, mirror_axes, max_batch)
+
+    logits = torch.empty((n_outputs, *data.shape[1:]), dtype=torch.float32, device=data.device)
+    for piece in stream_windows(
+        predict,
+        data,
+        windows,
+        window_weight(patch_size, use_gaussian and len(windows) > 1).to(data.device),
+        lambda: BlockSums(grid, n_outputs + 1, device=data.device),
+        mean_of_sums,
+        device=device,
+        max_batch=max_batch,
+        progress=progress,
+    ):
+        piece.fill(logits[:, piece.z, piece.y])
     return logits
+
+
+def window_weight(patch_size: Sequence[int], use_gaussian: bool = True) -> torch.Tensor:
+    """Weights (z, y, x) of a tile, one plane of them for a 2-D network."""
+    patch = tuple(patch_size)
+    weight = importance_map(patch) if use_gaussian else torch.ones(patch)
+    return weight if len(patch) == 3 else weight[None]
 
 
 def tiles_per_batch(patch_size: Sequence[int], training_batch: int, device: torch.device) -> int:

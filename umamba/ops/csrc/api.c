@@ -67,3 +67,7 @@ EXPORT int umamba_conv_forward(const Conv *s) {
 EXPORT int umamba_conv_backward(const Conv *s) {
     return kernels ? kernels->conv_backward(s) : STATUS_NO_ISA;
 }
+EXPORT int umamba_add_tile(const AddTile *s) { return kernels ? kernels->add_tile(s) : STATUS_NO_ISA; }
+EXPORT int umamba_linear_argmax(const LinearArgmax *s) {
+    return kernels ? kernels->linear_argmax(s) : STATUS_NO_ISA;
+}

@@ -60,12 +60,34 @@ typedef struct {
 
 #define CONV_SEGMENT 256
 
+/* sum (K, n_z, n_y, n_x) += tile * weight, or = where first; steps in elements along each axis;
+ * those of sum and weight along x are 1. */
+typedef struct {
+    int64_t K, n_z, n_y, n_x, first, n_threads;
+    int64_t s_k, s_z, s_y, t_k, t_z, t_y, t_x, w_z, w_y;
+    float *sum;
+    const float *tile, *weight;
+} AddTile;
+
+/* labels (Z, Y, X) = argmax over K of data (K, z, y, n_x) resampled linearly: output i of an axis is
+ * weight[i] data[low[i]] + weight[i + extent] data[high[i]]. Where x_low is absent, X is n_x.
+ * scratch and scratch_floats are the library's own. */
+typedef struct {
+    int64_t K, n_x, Z, Y, X, s_k, s_z, s_y, l_z, l_y, label_bytes, round_half, n_threads;
+    const float *data, *z_weight, *y_weight, *x_weight;
+    const int32_t *z_low, *z_high, *y_low, *y_high, *x_low, *x_high;
+    void *labels, *scratch;
+    int64_t scratch_floats;
+} LinearArgmax;
+
 typedef struct {
     int lanes;
     int (*scan_forward)(const ScanForward *);
     int (*scan_backward)(const ScanBackward *);
     int (*conv_forward)(const Conv *);
     int (*conv_backward)(const Conv *);
+    int (*add_tile)(const AddTile *);
+    int (*linear_argmax)(const LinearArgmax *);
 } Kernels;
 
 /* Runs work(context, item, worker) for every item; worker < n_threads, the caller is worker 0. */

@@ -1,0 +1,137 @@
+"""Sums of weighted tiles, and linear resampling with its argmax, in the C library where it is."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umamba.ops import cpu
+
+# Legend: K classes; z, y, x extents before, Z, Y, X extents after resampling.
+
+
+@dataclass(frozen=True)
+class LinearAxis:
+    """One axis of a linear resampling: output i is the sum of two weighted inputs.
+
+    low and high (n,) int32 are their positions, weight (2, n) float32 their weights.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    weight: np.ndarray
+
+    def part(self, start: int, stop: int, offset: int) -> LinearAxis:
+        """The outputs start to stop, of an input that begins at `offset`."""
+        low, high = (np.ascontiguousarray(a[start:stop] - offset) for a in (self.low, self.high))
+        return LinearAxis(low, high, np.ascontiguousarray(self.weight[:, start:stop]))
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor | None, n: int) -> LinearAxis | None:
+        """The axis of an (n_out, n_in) operator, None for an identity; None for more than two."""
+        if matrix is None:
+            position = np.arange(n, dtype=np.int32)
+            return cls(position, position, np.stack([np.ones(n), np.zeros(n)]).astype(np.float32))
+        values = matrix.numpy()
+        used = np.abs(values) > 1e-7
+        count = used.sum(1)
+        if count.max() > 2 or count.min() < 1:
+            return None
+        low = used.argmax(1)
+        high = values.shape[1] - 1 - used[:, ::-1].argmax(1)
+        rows = np.arange(len(values))
+        second = np.where(high > low, values[rows, high], 0)
+        weight = np.stack([values[rows, low], second]).astype(np.float32)
+        return cls(low.astype(np.int32), high.astype(np.int32), weight)
+
+
+def add_tile(total: Tensor, tile: Tensor, weight: Tensor, first: bool = False) -> None:
+    """Adds tile * weight to total (K, z, y, x) in place, or puts it there where first.
+
+    tile (K, z, y, x) of any strides, weight (z, y, x).
+    """
+    if not _usable(total, tile, weight) or total.stride(3) != 1 or weight.stride(2) != 1:
+        if first:
+            torch.mul(tile, weight, out=total)
+        elif tile.dtype == total.dtype:
+            total.addcmul_(tile, weight)
+        else:
+            total += tile * weight
+        return
+    arguments = _AddTile(
+        *total.shape, first, torch.get_num_threads(), *total.stride()[:3], *tile.stride(),
+        *weight.stride()[:2], total.data_ptr(), tile.data_ptr(), weight.data_ptr(),
+    )  # fmt: skip
+    cpu._call("umamba_add_tile", arguments)
+
+
+def has_linear_argmax() -> bool:
+    """Whether `linear_argmax` can be called here."""
+    return _has("umamba_linear_argmax")
+
+
+def linear_argmax(
+    data: Tensor,
+    axes: tuple[LinearAxis, LinearAxis, LinearAxis | None],
+    labels: np.ndarray,
+    *,
+    round_half: bool = False,
+) -> None:
+    """Fills labels (Z, Y, X) uint8 or uint16 with the argmax of data (K, z, y, x) resampled.
+
+    The first of equal values wins.  The last of `axes` is None where X is x.
+
+    Args:
+        data: float32 on the CPU, dense along x.
+        round_half: compare what remains of the resampled values in half precision.
+    """
+    z, y, x = axes
+    assert data.dtype == torch.float32
+    assert data.stride(3) == 1
+    assert labels.strides[2] == labels.itemsize
+    pointers = [a.ctypes.data for axis in (z, y) for a in (axis.low, axis.high)]
+    pointers += [None, None] if x is None else [x.low.ctypes.data, x.high.ctypes.data]
+    arguments = _LinearArgmax(
+        data.shape[0], data.shape[3], *labels.shape, *data.stride()[:3],
+        labels.strides[0] // labels.itemsize, labels.strides[1] // labels.itemsize,
+        labels.itemsize, round_half, torch.get_num_threads(), data.data_ptr(),
+        z.weight.ctypes.data, y.weight.ctypes.data, None if x is None else x.weight.ctypes.data,
+        *pointers, labels.ctypes.data, None, 0,
+    )  # fmt: skip
+    cpu._call("umamba_linear_argmax", arguments)
+
+
+def _usable(*tensors: Tensor) -> bool:
+    alike = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return alike and _has("umamba_add_tile")
+
+
+def _has(name: str) -> bool:
+    library = cpu._load()[0]
+    return library is not None and hasattr(library, name)
+
+
+def _fields(sizes: str, pointers: str) -> list[tuple[str, type]]:
+    fields: list[tuple[str, type]] = [(name, ctypes.c_int64) for name in sizes.split()]
+    return fields + [(name, ctypes.c_void_p) for name in pointers.split()]
+
+
+# The field order is that of csrc/umamba.h.
+class _AddTile(ctypes.Structure):
+    _fields_ = _fields(
+        "K n_z n_y n_x first n_threads s_k s_z s_y t_k t_z t_y t_x w_z w_y", "sum tile weight"
+    )
+
+
+class _LinearArgmax(ctypes.Structure):
+    _fields_ = [
+        *_fields(
+            "K n_x Z Y X s_k s_z s_y l_z l_y label_bytes round_half n_threads",
+            "data z_weight y_weight x_weight z_low z_high y_low y_high x_low x_high labels scratch",
+        ),
+        ("scratch_floats", ctypes.c_int64),
+    ]
