@@ -15,12 +15,8 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from umamba.inference.export import (
-    argmax_first,
-    label_dtype,
-    logits_to_labels,
-    write_prediction,
-)
+from umamba.inference.export import logits_to_labels, write_prediction
+from umamba.inference.labels import argmax_first, label_dtype
 
 
 class LargestTensor(TorchDispatchMode):

@@ -235,5 +235,8 @@ def _transfer(
 
 def _box(window: Window) -> tuple[slice, slice, slice]:
     """The (z, y, x) extent of nnU-Net's slicer, whose first entry is for the channels."""
-    z, y, x = (w if isinstance(w, slice) else slice(w, w + 1) for w in window[1:])
+    z, y, x = (
+        slice(int(w.start), int(w.stop)) if isinstance(w, slice) else slice(int(w), int(w) + 1)
+        for w in window[1:]
+    )
     return z, y, x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from umamba.files import replacing_together
+from umamba.inference.labels import decide, label_dtype
+from umamba.inference.probabilities import ProbabilityFile
 from umamba.preprocessing.resampling import (
     MEMORY_LIMIT,
     SeparableResampling,
@@ -57,11 +60,7 @@ def logits_to_labels(
     bounds = operator.clip_bounds(logits)
     for rows, columns in output_blocks(operator.new_shape, len(logits), memory_limit):
         block = operator.block(logits, rows, columns, bounds)
-        if label_manager.has_regions or type(label_manager) is not LabelManager:
-            decided = np.asarray(label_manager.convert_logits_to_segmentation(block))
-        else:
-            decided = argmax_first(block.numpy(), label_dtype(label_manager))
-        cropped_labels[rows, columns] = decided
+        cropped_labels[rows, columns] = decide(block, label_manager, labels.dtype.type)
         if return_probabilities:
             cropped_probabilities[:, rows, columns] = label_manager.apply_inference_nonlin(block)
 
@@ -74,7 +73,7 @@ def logits_to_labels(
 def write_prediction(
     output: Path,
     labels: np.ndarray,
-    probabilities: np.ndarray | None,
+    probabilities: np.ndarray | ProbabilityFile | None,
     properties: dict[str, Any],
     plans_manager: PlansManager,
     file_ending: str,
@@ -89,27 +88,42 @@ def write_prediction(
         writer = plans_manager.image_reader_writer_class()
         writer.write_seg(labels, str(folder / output.name), properties)
         if probabilities is not None:
-            np.savez_compressed(folder / f"{stem}.npz", probabilities=probabilities)
+            if isinstance(probabilities, ProbabilityFile):
+                probabilities.save(folder / f"{stem}.npz")
+            else:
+                np.savez_compressed(folder / f"{stem}.npz", probabilities=probabilities)
             (folder / f"{stem}.pkl").write_bytes(pickle.dumps(properties))
 
 
-def label_dtype(label_manager: LabelManager) -> type[np.unsignedinteger]:
-    """uint8 while all labels fit, as nnU-Net, else uint16."""
-    values = [*label_manager.all_labels, *(label_manager.regions_class_order or [])]
-    few = len(label_manager.foreground_labels) < 255 and max(map(int, values)) < 256
-    return np.uint8 if few else np.uint16
+def resampling_to_image(
+    shape: Sequence[int],
+    properties: dict[str, Any],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+) -> SeparableResampling | None:
+    """The operator from logits of this shape to the cropped image, None if it is not separable."""
+    configuration = configuration_manager.configuration
+    return separable_resampling(
+        configuration["resampling_fn_probabilities"],
+        configuration["resampling_fn_probabilities_kwargs"],
+        shape,
+        *_target(properties, plans_manager, configuration_manager),
+    )
 
 
-def argmax_first(values: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
-    """`values.argmax(0)` in `dtype`, four times faster: a running maximum over the first axis."""
-    best = values[0].copy()
-    labels = np.zeros(best.shape, dtype=dtype)
-    larger = np.empty(best.shape, dtype=bool)
-    for k in range(1, len(values)):
-        np.greater(values[k], best, out=larger)
-        np.maximum(values[k], best, out=best)
-        np.maximum(labels, larger * dtype(k), out=labels)
-    return labels
+def _target(
+    properties: dict[str, Any],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+) -> tuple[tuple[int, ...], list[float], list[float]]:
+    """Shape of the cropped image, spacing of the logits, spacing of the image."""
+    new_shape = tuple(map(int, properties["shape_after_cropping_and_before_resampling"]))
+    image_spacing = [properties["spacing"][i] for i in plans_manager.transpose_forward]
+    spacing = configuration_manager.spacing
+    if len(spacing) < len(image_spacing):
+        # a 2d configuration leaves the distance of the slices as it is
+        spacing = [image_spacing[0], *spacing]
+    return new_shape, spacing, image_spacing
 
 
 def _resampling(
@@ -119,22 +133,10 @@ def _resampling(
     configuration_manager: ConfigurationManager,
 ) -> tuple[SeparableResampling, torch.Tensor]:
     """The operator to the cropped image; what is not separable is applied to the logits here."""
-    new_shape = tuple(map(int, properties["shape_after_cropping_and_before_resampling"]))
-    image_spacing = [properties["spacing"][i] for i in plans_manager.transpose_forward]
-    spacing = configuration_manager.spacing
-    if len(spacing) < len(image_spacing):
-        # a 2d configuration leaves the distance of the slices as it is
-        spacing = [image_spacing[0], *spacing]
-    operator = separable_resampling(
-        configuration_manager.configuration["resampling_fn_probabilities"],
-        configuration_manager.configuration["resampling_fn_probabilities_kwargs"],
-        logits.shape[1:],
-        new_shape,
-        spacing,
-        image_spacing,
-    )
+    managers = plans_manager, configuration_manager
+    operator = resampling_to_image(logits.shape[1:], properties, *managers)
     if operator is not None:
         return operator, logits
+    target = _target(properties, *managers)
     resample = configuration_manager.resampling_fn_probabilities
-    done = torch.as_tensor(resample(logits, new_shape, spacing, image_spacing))
-    return SeparableResampling(new_shape), done
+    return SeparableResampling(target[0]), torch.as_tensor(resample(logits, *target))

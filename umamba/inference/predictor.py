@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
 )
@@ -17,8 +18,18 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import PredictionCase
-from umamba.inference.export import logits_to_labels, write_prediction
+from umamba.inference.export import logits_to_labels, resampling_to_image, write_prediction
+from umamba.inference.folds import FoldWeights
+from umamba.inference.labels import LabelMaker
+from umamba.inference.memory import (
+    available_bytes,
+    peak_bytes,
+    plan_memory,
+    reset_peak,
+    resident_bytes,
+)
 from umamba.inference.model_folder import (
     Fold,
     build_network,
@@ -30,9 +41,26 @@ from umamba.inference.model_folder import (
 )
 from umamba.inference.pipeline import CaseFailure, run_pipeline
 from umamba.inference.preprocessing import CasePreprocessor, PreparedCase
-from umamba.inference.sliding_window import accumulate_windows, tiles_per_batch
+from umamba.inference.probabilities import ProbabilityFile
+from umamba.inference.sliding_window import (
+    accumulate_windows,
+    nnunet_weight,
+    predict_mirrored,
+    tiles_per_batch,
+    window_weight,
+)
+from umamba.inference.streaming import (
+    PIECE_BYTES,
+    Piece,
+    Predict,
+    mean_of_half_sums,
+    mean_of_sums,
+    stream_windows,
+)
 from umamba.memory import available_memory
 from umamba.networks.precision import autocast
+
+Predicted = tuple[np.ndarray, np.ndarray | ProbabilityFile | None]
 
 
 class UMambaPredictor(nnUNetPredictor):
@@ -66,7 +94,10 @@ class UMambaPredictor(nnUNetPredictor):
         self.nnunet_exact = nnunet_exact
         self.folds: tuple[Fold, ...] = ()
         self.on_windows_done: Callable[[float], object] = lambda share: None
+        self.max_ram: int | None = None
+        self.on_plan: Callable[[str], object] = lambda sentence: None
         self._loaded: dict[str, torch.Tensor] | None = None
+        self._fold_weights: FoldWeights | None = None
 
     def initialize_from_trained_model_folder(
         self,
@@ -83,6 +114,7 @@ class UMambaPredictor(nnUNetPredictor):
         if isinstance(use_folds, str | int):
             use_folds = (use_folds,)
         self.folds = select_folds(folder, use_folds, checkpoint_name)
+        self._fold_weights = None
         plans_manager = PlansManager(read_json(folder / "plans.json"))
         dataset_json = read_json(folder / "dataset.json")
         files = [folder / f"fold_{fold}" / checkpoint_name for fold in self.folds]
@@ -153,9 +185,137 @@ class UMambaPredictor(nnUNetPredictor):
                 device=self.device,
                 use_gaussian=self.use_gaussian,
                 mirror_axes=self.allowed_mirroring_axes if self.use_mirroring else None,
-                max_batch=tiles_per_batch(patch_size, configuration.batch_size, self.device),
+                max_batch=self._max_batch(),
                 progress=lambda share: self.on_windows_done(share / max(1, len(self.folds))),
             )
+
+    @torch.inference_mode()
+    def predict_labels(
+        self,
+        data: torch.Tensor,
+        properties: dict[str, Any],
+        *,
+        probability_folder: Path | None = None,
+        spill_folder: Path | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | ProbabilityFile | None]:
+        """Label map of preprocessed data (C, z, y, x), in the geometry of the image.
+
+        Logits are resampled and decided as soon as they are final, so all classes are never held
+        for the whole volume; only where their resampling is not linear (order above 1, or no
+        spline) are they. Raises ValueError where `max_ram` bytes are too few.
+
+        Args:
+            probability_folder: where probabilities, if asked for, wait in a file without a name.
+            spill_folder: where pending sums wait if memory is short (the system's default).
+        """
+        managers = self.plans_manager, self.configuration_manager
+        operator = resampling_to_image(data.shape[1:], properties, *managers)
+        if operator is None or operator.clip:
+            self.on_plan("holds the logits of the whole volume: their resampling is not linear")
+            logits = self.predict_logits_from_preprocessed_data(data)
+            return self.to_labels(logits, properties, probability_folder is not None)
+        sink = None
+        if probability_folder is not None:
+            sink = ProbabilityFile.of_case(
+                probability_folder, properties, self.plans_manager, self.label_manager
+            )
+        maker = LabelMaker(
+            operator, data.shape[1:], properties, self.label_manager,
+            half=self.nnunet_exact, probabilities=sink,
+        )  # fmt: skip
+        for piece in self._stream(data, maker.labels.nbytes, spill_folder):
+            maker.add(piece.z, piece.y, piece.fill)
+        return maker.labels.transpose(self.plans_manager.transpose_backward), sink
+
+    def _stream(
+        self, data: torch.Tensor, n_label_bytes: int, spill_folder: Path | None
+    ) -> Iterator[Piece]:
+        """Pieces of the logits, in the arithmetic asked for, within the memory allowed."""
+        configuration = self.configuration_manager
+        patch_size, exact = configuration.patch_size, self.nnunet_exact
+        self.network = self.network.to(self.device).eval()
+        n_folds = max(1, len(self.list_of_parameters or ()))
+        data, inside = pad_nd_image(data, patch_size, "constant", {"value": 0}, True, None)
+        windows = self._internal_get_sliding_window_slicers(data.shape[1:])
+        on_device = self.perform_everything_on_device and self.device.type != "cpu"
+        store = self.device if on_device else torch.device("cpu")
+        weight = window_weight(patch_size, self.use_gaussian and len(windows) > 1)
+        if exact:
+            weight = nnunet_weight(patch_size, self.use_gaussian, store)
+        n_channels = self.label_manager.num_segmentation_heads * (n_folds if exact else 1) + 1
+        dtype = torch.half if exact else torch.float32
+        fixed = resident_bytes() + n_label_bytes + 4 * PIECE_BYTES
+        limit = self.max_ram or available_bytes()
+        reset_peak()
+        before = resident_bytes()
+
+        def make_sums() -> BlockSums:
+            network = max(0, peak_bytes() - before)
+            grids = tuple(
+                WindowGrid(windows, data.shape[1:], whole_rows=w) for w in (True, False)
+            )
+            plan = plan_memory(
+                grids, n_channels * dtype.itemsize, limit=limit, fixed=fixed, network=network
+            )
+            self.on_plan(plan.sentence)
+            return BlockSums(
+                plan.grid, n_channels, dtype=dtype, device=store,
+                budget=plan.budget, spill_folder=spill_folder,
+            )  # fmt: skip
+
+        with contextlib.ExitStack() as stack:
+            use: Callable[[int], object] = lambda fold: None  # noqa: E731
+            if n_folds > 1:
+                if self._fold_weights is None:
+                    self._fold_weights = FoldWeights(self.network, self.list_of_parameters)
+                use = stack.enter_context(self._fold_weights.in_turn())
+            yield from stream_windows(
+                self._exact_tiles(use, n_folds) if exact else self._mean_tiles(use, n_folds),
+                data.to(store),
+                windows,
+                weight.to(store),
+                make_sums,
+                mean_of_half_sums if exact else mean_of_sums,
+                device=self.device,
+                inside=inside[1:],
+                max_batch=1 if exact else self._max_batch(),
+                progress=self.on_windows_done,
+            )
+
+    def _max_batch(self) -> int:
+        configuration = self.configuration_manager
+        return tiles_per_batch(configuration.patch_size, configuration.batch_size, self.device)
+
+    def _mean_tiles(self, use: Callable[[int], object], n_folds: int) -> Predict:
+        """The float32 mean of the folds and of mirrored passes."""
+        recipe = self.configuration_manager.configuration.get("recipe") or {}
+        axes = self.allowed_mirroring_axes if self.use_mirroring else None
+
+        def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+            total: torch.Tensor | None = None
+            with autocast(self.device, recipe.get("precision", "auto")):
+                for fold in range(n_folds):
+                    use(fold)
+                    found = predict_mirrored(self.network, tiles, axes, self._max_batch())
+                    total = found if total is None else total.add_(found)
+                    del found
+            assert total is not None
+            yield 0, total if n_folds == 1 else total.div_(n_folds)
+
+        return predict
+
+    def _exact_tiles(self, use: Callable[[int], object], n_folds: int) -> Predict:
+        """Each fold's logits as nnU-Net's own code predicts them, one after another."""
+        n_outputs = self.label_manager.num_segmentation_heads
+
+        def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+            for fold in range(n_folds):
+                use(fold)
+                with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+                    found = self._internal_maybe_mirror_and_predict(tiles)
+                yield fold * n_outputs, found
+
+        return predict
 
     @property
     def n_channels(self) -> int:
@@ -208,21 +368,33 @@ class UMambaPredictor(nnUNetPredictor):
                 check(case)
             return preprocessor.from_files(case.images, case.previous_stage)
 
-        def export(case: PredictionCase, prepared: PreparedCase, logits: torch.Tensor) -> None:
-            properties, manager = prepared.properties, self.plans_manager
-            result = self.to_labels(logits, properties, save_probabilities)
-            write_prediction(case.output, *result, properties, manager, case.file_ending)
+        def predict(case: PredictionCase, prepared: PreparedCase) -> Predicted:
+            folder = case.output.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            return self.predict_labels(
+                prepared.data, prepared.properties,
+                probability_folder=folder if save_probabilities else None, spill_folder=folder,
+            )  # fmt: skip
 
-        return run_pipeline(
-            cases,
-            lambda case: case.identifier,
-            prepare,
-            lambda _, prepared: self.predict_logits_from_preprocessed_data(prepared.data),
-            export,
-            on_done,
-            size=lambda prepared: prepared.data.nbytes,
-            most_ahead=available_memory() // 4,
-        )
+        def export(case: PredictionCase, prepared: PreparedCase, result: Predicted) -> None:
+            write_prediction(
+                case.output, *result, prepared.properties, self.plans_manager, case.file_ending
+            )
+
+        failures: list[CaseFailure] = []
+        # under a limit of memory, one case at a time
+        for group in [cases] if self.max_ram is None else [[case] for case in cases]:
+            failures += run_pipeline(
+                group,
+                lambda case: case.identifier,
+                prepare,
+                predict,
+                export,
+                on_done,
+                size=lambda prepared: prepared.data.nbytes,
+                most_ahead=available_memory() // 4,
+            )
+        return failures
 
 
 def predict_volume(
@@ -261,8 +433,7 @@ def predict_volume(
         )
     previous = None if previous_stage is None else previous_stage[None]
     case = predictor.preprocessor().from_array(image, {"spacing": list(spacing)}, previous)
-    logits = predictor.predict_logits_from_preprocessed_data(case.data)
-    return predictor.to_labels(logits, case.properties)[0]
+    return predictor.predict_labels(case.data, case.properties)[0]
 
 
 def default_device() -> torch.device:

@@ -73,6 +73,17 @@ def window_weight(patch_size: Sequence[int], use_gaussian: bool = True) -> torch
     return weight if len(patch) == 3 else weight[None]
 
 
+def nnunet_weight(
+    patch_size: Sequence[int], use_gaussian: bool, device: torch.device
+) -> torch.Tensor:
+    """nnU-Net's own weights of a tile (z, y, x), in half precision."""
+    patch = tuple(patch_size)
+    weight = torch.ones(patch, dtype=torch.half, device=device)
+    if use_gaussian:
+        weight = compute_gaussian(patch, 1.0 / 8, 10, device=device)
+    return weight if len(patch) == 3 else weight[None]
+
+
 def tiles_per_batch(patch_size: Sequence[int], training_batch: int, device: torch.device) -> int:
     """How many tiles, mirrored copies counted, go through the network together on this device."""
     if device.type != "cpu":

@@ -27,7 +27,7 @@ class LinearAxis:
 
     def part(self, start: int, stop: int, offset: int) -> LinearAxis:
         """The outputs start to stop, of an input that begins at `offset`."""
-        low, high = (np.ascontiguousarray(a[start:stop] - offset) for a in (self.low, self.high))
+        low, high = ((a[start:stop] - offset).astype(np.int32) for a in (self.low, self.high))
         return LinearAxis(low, high, np.ascontiguousarray(self.weight[:, start:stop]))
 
     @classmethod

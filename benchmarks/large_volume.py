@@ -1,0 +1,256 @@
+"""A 300x512x512 CT with 15 or 105 classes: everything around the network, ours beside stock.
+
+    python benchmarks/large_volume.py [--classes 15] [--planes 300] [--skip-stock] [--max-ram 4G]
+
+The network is cheap (a mean over 5x5x5 voxels and a pointwise perceptron), and its own time,
+measured where it is called, is subtracted. Both commands run with one thread per process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+import torch
+from torch import nn
+
+# Tiles of a CT model that were planned for 100 classes and a 12 GiB GPU; their logits for 105
+# classes take 236 MiB, those of 128x128x128 would take 840.
+PATCH = (64, 96, 96)
+SPACING, TARGET_SPACING = (1.5, 0.8, 0.8), (1.5, 1.5, 1.5)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class CheapNetwork(nn.Module):
+    """Logits that are smooth in space, for next to no time; counts the time of its calls."""
+
+    def __init__(
+        self, input_channels: int, num_classes: int, *, deep_supervision: bool = False
+    ) -> None:
+        super().__init__()
+        self.hidden = nn.Conv3d(input_channels, 8, 1)
+        self.head = nn.Conv3d(8, num_classes, 1)
+        self.spent = {"cpu_s": 0.0, "wall_s": 0.0, "calls": 0}
+        if "BENCHMARK_TIMES" in os.environ:
+            atexit.register(self._write)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start, wall = time.thread_time(), time.monotonic()
+        for dim in (2, 3, 4):
+            kernel, padding = [1, 1, 1], [0, 0, 0]
+            kernel[dim - 2], padding[dim - 2] = 5, 2
+            x = nn.functional.avg_pool3d(x, kernel, 1, padding, count_include_pad=False)
+        x = self.head(torch.sin(self.hidden(x)))
+        self.spent["cpu_s"] += time.thread_time() - start
+        self.spent["wall_s"] += time.monotonic() - wall
+        self.spent["calls"] += 1
+        return x
+
+    def _write(self) -> None:
+        if self.spent["calls"]:
+            Path(os.environ["BENCHMARK_TIMES"]).write_text(json.dumps(self.spent))
+
+
+def make_image(file: Path, shape: tuple[int, int, int]) -> None:
+    """A body with organs, int16 Hounsfield units, noise as of a scanner."""
+    random = np.random.default_rng(0)
+    y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape[1:]], indexing="ij")
+    body = (x / 0.85) ** 2 + (y / 0.6) ** 2 < 1
+    organs = random.uniform((-0.6, -0.4, 0, 0.08, -120), (0.6, 0.4, 1, 0.3, 400), (40, 5))
+    image = np.empty(shape, np.int16)
+    for i in range(shape[0]):
+        plane = np.where(body, 40.0, -1000.0)
+        for ox, oy, oz, radius, value in organs:
+            reach = radius**2 - (1.5 * (i / shape[0] - oz)) ** 2
+            if reach > 0:
+                plane[((x - ox) ** 2 + (y - oy) ** 2 < reach) & body] = value
+        image[i] = plane + random.normal(0, 12, plane.shape)
+    written = SimpleITK.GetImageFromArray(image)
+    written.SetSpacing(SPACING[::-1])
+    written.SetOrigin((-200.0, -180.0, 30.0))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(written, str(file))
+
+
+def make_model(folder: Path, n_classes: int) -> Path:
+    intensities = {"mean": 60.0, "std": 120.0, "percentile_00_5": -900.0, "percentile_99_5": 400.0}
+    resampling = {"is_seg": False, "order_z": 0, "force_separate_z": None}
+    name = "resample_data_or_seg_to_shape"
+    plans = {
+        "dataset_name": "Dataset999_Large", "plans_name": "large",
+        "image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager",
+        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {"0": intensities},
+        "configurations": {"3d_fullres": {
+            "data_identifier": "large_3d", "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": 2, "patch_size": list(PATCH), "spacing": list(TARGET_SPACING),
+            "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
+            "resampling_fn_data": name,
+            "resampling_fn_data_kwargs": resampling | {"order": 3},
+            "resampling_fn_seg": name,
+            "resampling_fn_seg_kwargs": resampling | {"is_seg": True, "order": 1},
+            "resampling_fn_probabilities": name,
+            "resampling_fn_probabilities_kwargs": resampling | {"order": 1},
+            "architecture": {
+                "network_class_name": "benchmarks.large_volume.CheapNetwork",
+                "arch_kwargs": {}, "_kw_requires_import": [],
+            },
+            "batch_dice": False,
+        }},
+    }  # fmt: skip
+    labels = {"background": 0} | {f"organ_{i}": i for i in range(1, n_classes)}
+    dataset = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 1,
+               "file_ending": ".nii.gz"}  # fmt: skip
+    torch.manual_seed(0)
+    network = CheapNetwork(1, n_classes)
+    nn.init.normal_(network.hidden.weight, std=2.0)
+    nn.init.normal_(network.head.weight, std=3.0)
+    (folder / "fold_0").mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    checkpoint = {
+        "network_weights": network.state_dict(), "trainer_name": "nnUNetTrainer",
+        "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": 0,
+                      "dataset_json": dataset, "device": torch.device("cpu")},
+        "inference_allowed_mirroring_axes": None,
+    }  # fmt: skip
+    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+    return folder
+
+
+def measure(words: list[str], folder: Path, limit: int | None = None) -> dict[str, float]:
+    """Runs a command: CPU and wall seconds, those of the network apart, and memory."""
+    times = folder / "times.json"
+    times.unlink(missing_ok=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "BENCHMARK_TIMES": str(times),
+        "nnUNet_raw": str(folder), "nnUNet_preprocessed": str(folder),
+        "nnUNet_results": str(folder),
+    }  # fmt: skip
+    before = (lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))) if limit else None
+    log = (folder / "log.txt").open("w")
+    start = time.monotonic()
+    process = subprocess.Popen(
+        words, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=before
+    )
+    peak = {"tree_pss": 0, "one_rss": 0}
+    watching = threading.Event()
+    watcher = threading.Thread(target=watch, args=(process.pid, peak, watching))
+    watcher.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.monotonic() - start
+    watching.set()
+    watcher.join()
+    if status:
+        raise SystemExit(f"{' '.join(words)}\nended with {status}:\n" + (folder / "log.txt").read_text()[-3000:])
+    network = json.loads(times.read_text())
+    cpu = usage.ru_utime + usage.ru_stime
+    return {
+        "cpu_s": cpu, "wall_s": wall,
+        "network_cpu_s": network["cpu_s"], "network_wall_s": network["wall_s"],
+        "outside_cpu_s": cpu - network["cpu_s"], "outside_wall_s": wall - network["wall_s"],
+        "peak_rss_mib": usage.ru_maxrss / 1024, "peak_tree_pss_mib": peak["tree_pss"] / 1024,
+    }  # fmt: skip
+
+
+def watch(root: int, peak: dict[str, int], stop: threading.Event) -> None:
+    """Records the largest sum of the PSS of a process and its descendants, in KiB."""
+    while not stop.wait(0.2):
+        children: dict[int, list[int]] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                except (OSError, IndexError):
+                    continue
+                children.setdefault(parent, []).append(int(entry.name))
+        waiting, total = [root], 0
+        while waiting:
+            pid = waiting.pop()
+            waiting += children.get(pid, [])
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += next(int(x.split()[1]) for x in lines if x.startswith("Pss:"))
+            except (OSError, StopIteration):
+                continue
+        peak["tree_pss"] = max(peak["tree_pss"], total)
+
+
+def difference(first: Path, second: Path) -> float:
+    a, b = (SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(f))) for f in (first, second))
+    return float(np.count_nonzero(a != b) / a.size)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classes", type=int, default=15)
+    parser.add_argument("--planes", type=int, default=300, help="of the image")
+    parser.add_argument("--max-ram", help="passed to umamba predict")
+    parser.add_argument("--enforce", type=float, help="GiB of data that the system allows umamba")
+    parser.add_argument("--skip-stock", action="store_true")
+    parser.add_argument("--skip-exact", action="store_true")
+    parser.add_argument("--work", type=Path, help="keep everything here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        return compare(args, args.work or Path(temporary))
+
+
+def compare(args: argparse.Namespace, work: Path) -> int:
+    shape = (args.planes, 512, 512)
+    images = work / f"images_{args.planes}"
+    if not images.exists():
+        make_image(images / "ct_0000.nii.gz", shape)
+    model = work / f"model_{args.classes}"
+    if not model.exists():
+        make_model(model, args.classes)
+    common = ["-i", str(images), "-m", str(model), "-f", "0", "-device", "cpu", "--disable_tta"]
+    ours = [sys.executable, "-m", "umamba.cli.main", "predict", *common, "-t", "1"]
+    if args.max_ram:
+        ours += ["--max-ram", args.max_ram]
+    stock = [str(Path(sys.executable).parent / "nnUNetv2_predict_from_modelfolder"), *common,
+             "-npp", "1", "-nps", "1", "--disable_progress_bar"]  # fmt: skip
+    limit = int(args.enforce * 2**30) if args.enforce else None
+    commands = {"umamba": ours}
+    if not args.skip_exact:
+        commands["umamba --nnunet-exact"] = [*ours, "--nnunet-exact"]
+    if not args.skip_stock:
+        commands["stock"] = stock
+    rows, labels = {}, {}
+    for name, words in commands.items():
+        output = work / f"{name.replace(' ', '')}_{args.classes}_{args.planes}"
+        mine = limit if name != "stock" else None
+        rows[name] = measure([*words, "-o", str(output)], work, mine)
+        labels[name] = output / "ct.nii.gz"
+        log = (work / "log.txt").read_text()
+        print("\n".join(x for x in log.splitlines() if "expected peak" in x))
+        print(name, {k: round(v, 1) for k, v in rows[name].items()}, flush=True)
+    volumes = math.prod(shape) * (2 + 1) / 2**20
+    print(f"\n{args.classes} classes, {shape}, image and label map {volumes:.0f} MiB\n")
+    print("| command | outside the network: CPU-s | wall s | network CPU-s | peak MiB above volumes |")
+    print("|---|---|---|---|---|")
+    for name, row in rows.items():
+        peak = max(row["peak_rss_mib"], row["peak_tree_pss_mib"]) - volumes
+        print(f"| {name} | {row['outside_cpu_s']:.1f} | {row['outside_wall_s']:.1f} "
+              f"| {row['network_cpu_s']:.1f} | {peak:.0f} |")  # fmt: skip
+    names = list(labels)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            share = difference(labels[first], labels[second])
+            print(f"labels of {first} and {second} differ in {share:.2e} of the voxels")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

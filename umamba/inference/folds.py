@@ -1,0 +1,42 @@
+"""The weights of several folds, which take turns in one network without being copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class FoldWeights:
+    """Keeps each fold's weights beside the network, in its layout and on its device."""
+
+    def __init__(self, network: nn.Module, parameters: Sequence[dict[str, torch.Tensor]]) -> None:
+        plain = getattr(network, "_orig_mod", network)
+        self._own: dict[str, torch.Tensor] = plain.state_dict(keep_vars=True)
+        with torch.inference_mode(False), torch.no_grad():
+            self._folds = [self._placed(weights) for weights in parameters]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[Callable[[int], None]]:
+        """Yields what puts the weights of fold number i in place; its own return at the end."""
+        before = {name: tensor.data for name, tensor in self._own.items()}
+        try:
+            yield lambda i: self._put(self._folds[i])
+        finally:
+            self._put(before)
+
+    def _put(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, tensor in self._own.items():
+            tensor.data = weights[name]
+
+    def _placed(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # some of nnU-Net's networks have several names for one tensor
+        made: dict[tuple[int, torch.Size], torch.Tensor] = {}
+        for name, own in self._own.items():
+            source = weights[name]
+            key = (source.data_ptr(), source.shape)
+            if key not in made:
+                made[key] = torch.empty_like(own.data).copy_(source)
+        return {name: made[weights[name].data_ptr(), weights[name].shape] for name in self._own}
