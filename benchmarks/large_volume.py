@@ -154,7 +154,9 @@ def measure(words: list[str], folder: Path, limit: int | None = None) -> dict[st
     watching.set()
     watcher.join()
     if status:
-        raise SystemExit(f"{' '.join(words)}\nended with {status}:\n" + (folder / "log.txt").read_text()[-3000:])
+        raise SystemExit(
+            f"{' '.join(words)}\nended with {status}:\n" + (folder / "log.txt").read_text()[-3000:]
+        )
     network = json.loads(times.read_text())
     cpu = usage.ru_utime + usage.ru_stime
     return {
@@ -167,7 +169,7 @@ def measure(words: list[str], folder: Path, limit: int | None = None) -> dict[st
 
 def watch(root: int, peak: dict[str, int], stop: threading.Event) -> None:
     """Records the largest sum of the PSS of a process and its descendants, in KiB."""
-    while not stop.wait(0.2):
+    while not stop.wait(1.0):
         children: dict[int, list[int]] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -238,7 +240,9 @@ def compare(args: argparse.Namespace, work: Path) -> int:
         print(name, {k: round(v, 1) for k, v in rows[name].items()}, flush=True)
     volumes = math.prod(shape) * (2 + 1) / 2**20
     print(f"\n{args.classes} classes, {shape}, image and label map {volumes:.0f} MiB\n")
-    print("| command | outside the network: CPU-s | wall s | network CPU-s | peak MiB above volumes |")
+    print(
+        "| command | outside the network: CPU-s | wall s | network CPU-s | peak MiB above volumes |"
+    )
     print("|---|---|---|---|---|")
     for name, row in rows.items():
         peak = max(row["peak_rss_mib"], row["peak_tree_pss_mib"]) - volumes

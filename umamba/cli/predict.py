@@ -59,6 +59,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--no_input_check", "--no-input-check", action="store_true",
         help="do not look for truncated or broken images, which nnU-Net's readers take for whole",
     )  # fmt: skip
+    add(
+        "--max-ram", metavar="SIZE",
+        help="memory that this process may take, such as 4G (what is available)",
+    )  # fmt: skip
     add("--disable_progress_bar", "--disable-progress-bar", action="store_true")
 
 
@@ -120,9 +124,12 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
 
     import torch
 
+    from umamba.inference.memory import parse_size
     from umamba.inference.model_folder import UnknownFoldError
     from umamba.inference.predictor import UMambaPredictor
 
+    with common.usage_errors(ValueError):
+        max_ram = parse_size(args.max_ram) if args.max_ram else None
     common.set_threads(args.threads)
     predictor = UMambaPredictor(
         tile_step_size=args.step_size,
@@ -131,6 +138,8 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
         device=torch.device(common.choose_device(args.device)) if args.device else None,
         nnunet_exact=args.nnunet_exact,
     )
+    predictor.max_ram = max_ram
+    predictor.on_plan = lambda sentence: print(sentence, file=sys.stderr)
     with common.usage_errors(UnknownFoldError):
         predictor.initialize_from_trained_model_folder(args.model, folds, args.checkpoint)
     return predictor

@@ -33,8 +33,8 @@ class Strip(NamedTuple):
 class WindowGrid:
     """How nnU-Net's windows, in their order, cut a volume (z, y, x) into blocks.
 
-    Cuts lie at the starts and ends of the windows along z and y; along x at the starts only, and
-    none with `whole_rows`.
+    Cuts lie at the starts and ends of the windows along z and y; along x at the starts and the
+    last ends only, and none with `whole_rows`.
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class WindowGrid:
         starts = [sorted({box[axis].start for box in self.boxes}) for axis in range(3)]
         ends = [{box[axis].stop for box in self.boxes} for axis in range(3)]
         assert math.prod(map(len, starts)) == len(windows), "windows are not those of nnU-Net"
-        inner: list[set[int]] = [set(starts[0]) | ends[0], set(starts[1]) | ends[1], set(starts[2])]
+        inner = [set(s) | e for s, e in zip(starts, ends, strict=True)]
+        # short rows are slow, but the last start alone would leave a block as wide as a window
+        inner[2] = set(starts[2]) | {e for e in ends[2] if e > starts[2][-1]}
         if whole_rows:
             inner[2] = set()
         self.cuts = [sorted(c | {0, n}) for c, n in zip(inner, self.shape, strict=True)]
@@ -58,7 +60,8 @@ class WindowGrid:
             range(bisect_right(cuts, s.start) - 1, bisect_right(cuts, s.stop - 1))
             for cuts, s in zip(self.cuts, box, strict=True)
         ]
-        return list(itertools.product(*ranges))
+        z, y, x = ranges
+        return list(itertools.product(z, y, x))
 
     def extent(self, block: Block) -> tuple[slice, ...]:
         return tuple(slice(c[i], c[i + 1]) for c, i in zip(self.cuts, block, strict=True))
@@ -153,7 +156,7 @@ class BlockSums:
             of_part = total[(slice(channel, channel + len(tile)), *in_block)]
             add_tile(of_part, part, weight[in_tile], first)
             if channel == 0:
-                of_weight = total[(-1, *in_block)]
+                of_weight = total[-1][in_block]
                 of_weight.copy_(weight[in_tile]) if first else of_weight.add_(weight[in_tile])
 
     def take(self, block: Block, window: int) -> torch.Tensor:
@@ -175,10 +178,10 @@ class BlockSums:
         shape = [s.stop - s.start for s in self.grid.extent(block)]
         n_bytes = self.n_channels * math.prod(shape) * self.dtype.itemsize
         if self.budget is not None:
-            others = [b for b in self._held if b not in keep]
-            others.sort(key=lambda b: self._next_use(b, window))
-            while others and self._n_held + n_bytes > self.budget:
-                self._spill(others.pop())
+            while self._n_held + n_bytes > self.budget and (
+                others := [b for b in self._held if b not in keep]
+            ):
+                self._spill(max(others, key=lambda b: self._next_use(b, window)))
         total = torch.empty((self.n_channels, *shape), dtype=self.dtype, device=self.device)
         if block in self._places:
             place = self._places.pop(block)
@@ -224,7 +227,7 @@ def _transfer(
     call: Callable[[int, list[memoryview], int], int], file: int, tensor: torch.Tensor, place: int
 ) -> None:
     """Reads or writes the whole tensor at `place`; one call may do only a part."""
-    memory = memoryview(tensor.numpy()).cast("B")
+    memory = tensor.numpy().data.cast("B")
     done = 0
     while done < len(memory):
         n = call(file, [memory[done:]], place + done)

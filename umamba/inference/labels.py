@@ -55,9 +55,7 @@ class LabelMaker:
         self.labels = np.zeros(
             tuple(properties["shape_before_cropping"]), dtype=label_dtype(label_manager)
         )
-        self._crop = tuple(
-            slice(int(a), int(b)) for a, b in properties["bbox_used_for_cropping"]
-        )
+        self._crop = tuple(slice(int(a), int(b)) for a, b in properties["bbox_used_for_cropping"])
         self._half = half
         self._probabilities = probabilities
         self._memory_limit = memory_limit

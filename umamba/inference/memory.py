@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -12,6 +14,7 @@ from umamba.inference.blocks import WindowGrid
 
 # What a plan leaves free: allocators round up and keep some of what was freed.
 RESERVE = 2**26
+M_MMAP_THRESHOLD = -3  # glibc's number of this option
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -60,8 +63,16 @@ def reset_peak() -> None:
         return
 
 
+def return_freed_memory() -> None:
+    """Gives what is freed back to the system at once, from now on; only glibc has a need for it."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**20)
+        library.malloc_trim(0)
+
+
 def available_bytes() -> int:
-    """What this process may have in all: what it has, and what the machine or its group has left."""
+    """What this process may have in all: what it has, and what its machine or group has left."""
     left = []
     try:
         lines = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
@@ -115,9 +126,7 @@ def plan_memory(
     )
 
 
-def _plan(
-    grid: WindowGrid, budget: int | None, peak: int, sums: int, limit: int
-) -> MemoryPlan:
+def _plan(grid: WindowGrid, budget: int | None, peak: int, sums: int, limit: int) -> MemoryPlan:
     how = f"{_gib(sums)} of sums in memory"
     if budget is not None:
         how = f"{_gib(budget)} of {_gib(sums)} of sums in memory, the others in a temporary file"

@@ -29,6 +29,7 @@ from umamba.inference.memory import (
     plan_memory,
     reset_peak,
     resident_bytes,
+    return_freed_memory,
 )
 from umamba.inference.model_folder import (
     Fold,
@@ -233,7 +234,8 @@ class UMambaPredictor(nnUNetPredictor):
         """Pieces of the logits, in the arithmetic asked for, within the memory allowed."""
         configuration = self.configuration_manager
         patch_size, exact = configuration.patch_size, self.nnunet_exact
-        self.network = self.network.to(self.device).eval()
+        network: Any = self.network
+        self.network = network.to(self.device).eval()
         n_folds = max(1, len(self.list_of_parameters or ()))
         data, inside = pad_nd_image(data, patch_size, "constant", {"value": 0}, True, None)
         windows = self._internal_get_sliding_window_slicers(data.shape[1:])
@@ -244,18 +246,19 @@ class UMambaPredictor(nnUNetPredictor):
             weight = nnunet_weight(patch_size, self.use_gaussian, store)
         n_channels = self.label_manager.num_segmentation_heads * (n_folds if exact else 1) + 1
         dtype = torch.half if exact else torch.float32
+        if self.max_ram is not None:
+            return_freed_memory()
         fixed = resident_bytes() + n_label_bytes + 4 * PIECE_BYTES
         limit = self.max_ram or available_bytes()
         reset_peak()
         before = resident_bytes()
 
         def make_sums() -> BlockSums:
-            network = max(0, peak_bytes() - before)
-            grids = tuple(
-                WindowGrid(windows, data.shape[1:], whole_rows=w) for w in (True, False)
-            )
+            of_network = max(0, peak_bytes() - before)
+            shape = data.shape[1:]
+            grids = WindowGrid(windows, shape, whole_rows=True), WindowGrid(windows, shape)
             plan = plan_memory(
-                grids, n_channels * dtype.itemsize, limit=limit, fixed=fixed, network=network
+                grids, n_channels * dtype.itemsize, limit=limit, fixed=fixed, network=of_network
             )
             self.on_plan(plan.sentence)
             return BlockSums(

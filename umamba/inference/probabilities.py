@@ -93,7 +93,7 @@ class ProbabilityFile:
 
 
 def _write_at(file: int, array: np.ndarray, place: int) -> None:
-    memory = memoryview(array).cast("B")
+    memory = array.data.cast("B")
     done = 0
     while done < len(memory):
         done += os.pwrite(file, memory[done:], place + done)

@@ -17,7 +17,7 @@ Predict = Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
 # Writes the logits of sums, whose last channel is that of the weights, to a second tensor.
 Combine = Callable[[torch.Tensor, torch.Tensor], object]
 # Finished logits are handed on in pieces of about so many bytes.
-PIECE_BYTES = 2**25
+PIECE_BYTES = 2**24
 
 
 class Piece(NamedTuple):

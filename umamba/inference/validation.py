@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from umamba.inference.export import write_prediction
 from umamba.inference.pipeline import run_pipeline
-from umamba.inference.predictor import UMambaPredictor
+from umamba.inference.predictor import Predicted, UMambaPredictor
 from umamba.inference.preprocessing import PreparedCase, with_previous_stage
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,26 @@ def predict_preprocessed_cases(
             array = with_previous_stage(array, np.asarray(previous[:]), predictor.label_manager)
         return PreparedCase(torch.from_numpy(array), properties)
 
-    def export(case: str, prepared: PreparedCase, logits: torch.Tensor) -> None:
+    def predict(case: str, prepared: PreparedCase) -> Predicted | torch.Tensor:
+        if next_stages:
+            # a following stage is resampled from the logits to another shape
+            return predictor.predict_logits_from_preprocessed_data(prepared.data)
+        return predictor.predict_labels(
+            prepared.data,
+            prepared.properties,
+            probability_folder=output_folder if save_probabilities else None,
+            spill_folder=output_folder if output_folder.is_dir() else None,
+        )
+
+    def export(case: str, prepared: PreparedCase, found: Predicted | torch.Tensor) -> None:
         properties = prepared.properties
-        result = predictor.to_labels(logits, properties, save_probabilities)
+        if isinstance(found, torch.Tensor):
+            result: Predicted = predictor.to_labels(found, properties, save_probabilities)
+            for name, (stage, target) in (next_stages or {}).items():
+                _write_for_next_stage(predictor, case, name, stage, target, found, properties)
+        else:
+            result = found
         write_prediction(outputs[case], *result, properties, plans_manager, ending)
-        for name, (stage_folder, target) in (next_stages or {}).items():
-            _write_for_next_stage(predictor, case, name, stage_folder, target, logits, properties)
 
     with (
         _prepared_for_inference(network),
@@ -88,7 +102,7 @@ def predict_preprocessed_cases(
             cases,
             lambda case: case,
             prepare,
-            lambda _, prepared: predictor.predict_logits_from_preprocessed_data(prepared.data),
+            predict,
             export,
             lambda _: bar.update(),
         )

@@ -93,7 +93,7 @@ def linear_argmax(
     assert data.dtype == torch.float32
     assert data.stride(3) == 1
     assert labels.strides[2] == labels.itemsize
-    pointers = [a.ctypes.data for axis in (z, y) for a in (axis.low, axis.high)]
+    pointers: list[int | None] = [a.ctypes.data for axis in (z, y) for a in (axis.low, axis.high)]
     pointers += [None, None] if x is None else [x.low.ctypes.data, x.high.ctypes.data]
     arguments = _LinearArgmax(
         data.shape[0], data.shape[3], *labels.shape, *data.stride()[:3],
