@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # loaders: with one more process than cores a step took twice as long; sleeping at once instead
     # costs a tenth on an idle machine. This many turns, some microseconds, do neither.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Large tensors in huge pages: half the time of a sliding window on a CPU is page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     parser = build_parser()
     args = parser.parse_args([word for word in words if word != "--debug"])
     if args.version:

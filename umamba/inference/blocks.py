@@ -148,10 +148,10 @@ class BlockSums:
             here = tuple(map(common, box, extent))
             in_tile = tuple(shifted(h, b.start) for h, b in zip(here, box, strict=True))
             in_block = tuple(shifted(h, e.start) for h, e in zip(here, extent, strict=True))
-            if first and here != extent:
-                if channel == 0:
-                    total.zero_()
-                first = False
+            if first and channel == 0:
+                # along z and y, windows cover their blocks: the cuts are made so
+                total[..., : in_block[2].start].zero_()
+                total[..., in_block[2].stop :].zero_()
             part = tile[(slice(None), *in_tile)]
             of_part = total[(slice(channel, channel + len(tile)), *in_block)]
             add_tile(of_part, part, weight[in_tile], first)

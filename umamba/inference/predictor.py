@@ -226,6 +226,7 @@ class UMambaPredictor(nnUNetPredictor):
         )  # fmt: skip
         for piece in self._stream(data, maker.labels.nbytes, spill_folder):
             maker.add(piece.z, piece.y, piece.fill)
+            del piece  # and with it sums, before the network runs again
         return maker.labels.transpose(self.plans_manager.transpose_backward), sink
 
     def _stream(
@@ -235,7 +236,7 @@ class UMambaPredictor(nnUNetPredictor):
         configuration = self.configuration_manager
         patch_size, exact = configuration.patch_size, self.nnunet_exact
         network: Any = self.network
-        self.network = network.to(self.device).eval()
+        network.to(self.device).eval()
         n_folds = max(1, len(self.list_of_parameters or ()))
         data, inside = pad_nd_image(data, patch_size, "constant", {"value": 0}, True, None)
         windows = self._internal_get_sliding_window_slicers(data.shape[1:])

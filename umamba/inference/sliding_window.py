@@ -6,12 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
 from umamba.inference.blocks import BlockSums, Window, WindowGrid
-from umamba.inference.streaming import mean_of_sums, stream_windows
+from umamba.inference.streaming import Piece, mean_of_sums, stream_windows
 
 # Legend: B tiles, C input channels, K classes or regions; a tile is (C, *patch_size).
 
@@ -19,7 +20,7 @@ GAUSSIAN_FLOOR = 1e-3
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 
-def accumulate_windows(
+def stream_logits(
     network: Network,
     data: torch.Tensor,
     windows: Sequence[Window],
@@ -31,8 +32,8 @@ def accumulate_windows(
     mirror_axes: Sequence[int] | None = None,
     max_batch: int = 1,
     progress: Callable[[float], object] = lambda share: None,
-) -> torch.Tensor:
-    """Logits (K, z, y, x) in float32 on the device of `data`, the weighted mean over the windows.
+) -> Iterator[Piece]:
+    """Pieces of the logits (K, z, y, x) of one network, the weighted mean over the windows.
 
     Args:
         network: maps (B, C, *patch_size) to logits (B, K, *patch_size).
@@ -50,8 +51,7 @@ def accumulate_windows(
     def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield 0, predict_mirrored(network, tiles, mirror_axes, max_batch)
 
-    logits = torch.empty((n_outputs, *data.shape[1:]), dtype=torch.float32, device=data.device)
-    for piece in stream_windows(
+    return stream_windows(
         predict,
         data,
         windows,
@@ -61,7 +61,15 @@ def accumulate_windows(
         device=device,
         max_batch=max_batch,
         progress=progress,
-    ):
+    )
+
+
+def accumulate_windows(
+    network: Network, data: torch.Tensor, windows: Sequence[Window], *, n_outputs: int, **how: Any
+) -> torch.Tensor:
+    """All logits (K, z, y, x) in float32 on the device of `data`; arguments of `stream_logits`."""
+    logits = torch.empty((n_outputs, *data.shape[1:]), dtype=torch.float32, device=data.device)
+    for piece in stream_logits(network, data, windows, n_outputs=n_outputs, **how):
         piece.fill(logits[:, piece.z, piece.y])
     return logits
 

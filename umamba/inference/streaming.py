@@ -44,7 +44,7 @@ def stream_windows(
     """Pieces of the weighted mean over the windows, as soon as no later window touches them.
 
     They come strip by strip of rows y, within a strip in the order of z; each is to be filled
-    before the next is asked for.
+    before the next is asked for, and let go of: it holds the sums of its rows.
 
     Args:
         data: (C, z, y, x), at least as large as the patch.
@@ -99,8 +99,11 @@ def _pieces(
         for start in range(wanted.start, wanted.stop, n_planes):
             z = slice(start, min(start + n_planes, wanted.stop))
             if y.start < y.stop:
-                fill = partial(_fill, taken, (z, y, area[2]), combine)
-                yield Piece(shifted(z, area[0].start), shifted(y, area[1].start), fill)
+                yield Piece(
+                    shifted(z, area[0].start),
+                    shifted(y, area[1].start),
+                    partial(_fill, taken, (z, y, area[2]), combine),
+                )
         del taken
 
 

@@ -1,0 +1,99 @@
+"""The sliding window alone, with a pointwise network, beside MONAI's on the same tiles.
+
+    python benchmarks/aggregation.py [--shape 144 192 192] [--patch 96 128 128] [--classes 15]
+
+Each runs in turn, `--repeats` times; CPU seconds of the process, the network's included in all.
+"streamed" hands finished logits on piece by piece, as predictions do; "whole" gathers them in one
+array, as MONAI does.  The error is against the network run on the whole volume.  Exit code 1 where
+streaming takes longer than MONAI, or is off by 1e-4 or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.inferers import sliding_window_inference
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
+from umamba.inference.sliding_window import accumulate_windows, stream_logits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=3, default=[144, 192, 192])
+    parser.add_argument("--patch", type=int, nargs=3, default=[96, 128, 128])
+    parser.add_argument("--classes", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, args.classes, 1).requires_grad_(False)
+    data = torch.randn(1, *args.shape)
+    starts = compute_steps_for_sliding_window(args.shape, args.patch, 0.5)
+    windows = [
+        (slice(None), *(slice(s, s + p) for s, p in zip(corner, args.patch, strict=True)))
+        for corner in itertools.product(*starts)
+    ]
+
+    cpu = torch.device("cpu")
+    settings: dict[str, Any] = {
+        "patch_size": args.patch, "n_outputs": args.classes, "device": cpu,
+    }  # fmt: skip
+
+    def streamed() -> None:
+        buffer = torch.empty(0)
+        for piece in stream_logits(network, data, windows, **settings):
+            shape = (args.classes, *(s.stop - s.start for s in piece[:2]), args.shape[2])
+            if buffer.numel() < math.prod(shape):
+                buffer = torch.empty(math.prod(shape))
+            piece.fill(buffer[: math.prod(shape)].view(shape))
+
+    def whole() -> torch.Tensor:
+        return accumulate_windows(network, data, windows, **settings)
+
+    def monai() -> torch.Tensor:
+        return sliding_window_inference(
+            data[None], args.patch, 1, network, overlap=0.5, mode="gaussian", sigma_scale=0.125
+        )[0]
+
+    with torch.inference_mode():
+        expected = network(data[None])[0]
+        seconds: dict[str, list[float]] = {"streamed": [], "whole": [], "MONAI": []}
+        errors = {"streamed": 0.0}
+        for piece in stream_logits(network, data, windows, **settings):
+            exact = expected[:, piece.z, piece.y]
+            found = torch.empty_like(exact)
+            piece.fill(found)
+            errors["streamed"] = max(errors["streamed"], float((found - exact).abs().max()))
+        for _ in range(args.repeats + 1):
+            for name, run in (("streamed", streamed), ("whole", whole), ("MONAI", monai)):
+                spent, found = timed(run)
+                seconds[name].append(spent)
+                if found is not None:
+                    errors[name] = float((found - expected).abs().max())
+                del found
+    best = {name: min(all_[1:]) for name, all_ in seconds.items()}
+    print(f"{args.shape}, {len(windows)} tiles {args.patch}, {args.classes} classes\n")
+    print("| | CPU-s, best | all | largest error |")
+    print("|---|---|---|---|")
+    for name, all_ in seconds.items():
+        listing = " ".join(f"{s:.2f}" for s in all_[1:])
+        print(f"| {name} | {best[name]:.2f} | {listing} | {errors[name]:.1e} |")
+    return int(best["streamed"] > best["MONAI"] or errors["streamed"] >= 1e-4)
+
+
+def timed(run: Callable[[], torch.Tensor | None]) -> tuple[float, torch.Tensor | None]:
+    start = time.process_time()
+    found = run()
+    return time.process_time() - start, found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
