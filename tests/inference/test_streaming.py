@@ -21,11 +21,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umamba.inference import labels as labels_file
+from umamba.inference import memory, streaming
 from umamba.inference import predictor as predictor_file
-from umamba.inference import streaming
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import find_images
-from umamba.inference.memory import MemoryPlan
 from umamba.inference.predictor import UMambaPredictor
 
 CPU = torch.device("cpu")
@@ -77,14 +76,14 @@ def divided(monkeypatch, n_bytes=400_000):
     made = []
 
     def small(grids, *_, **__):
-        return MemoryPlan(grids[1], n_bytes, 0, "small")
+        return memory.MemoryPlan(grids[1], n_bytes, 0, "small")
 
     class Watched(BlockSums):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(predictor_file, "plan_memory", small)
+    monkeypatch.setattr(memory, "plan_memory", small)
     monkeypatch.setattr(predictor_file, "BlockSums", Watched)
     return made
 

@@ -40,3 +40,11 @@ class FoldWeights:
             if key not in made:
                 made[key] = torch.empty_like(own.data).copy_(source)
         return {name: made[weights[name].data_ptr(), weights[name].shape] for name in self._own}
+
+
+def to_channels_last(network: nn.Module, n_spatial: int) -> None:
+    """Lays the weights of convolutions out channel by channel, last to first in memory."""
+    layout = torch.channels_last if n_spatial == 2 else torch.channels_last_3d
+    for parameter in network.parameters():
+        if parameter.ndim == n_spatial + 2:
+            parameter.data = parameter.data.contiguous(memory_format=layout)

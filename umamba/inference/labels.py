@@ -115,7 +115,7 @@ class LabelMaker:
                 y.part(wanted[1].start, wanted[1].stop, origin[1]),
                 x,
             )
-            linear_argmax(logits, axes, labels[wanted], round_half=self._half)
+            linear_argmax(logits, axes, torch.from_numpy(labels[wanted]), round_half=self._half)
             return
         extents = [w.stop - w.start for w in wanted]
         for rows, columns in output_blocks(extents, self.n_outputs, self._memory_limit):

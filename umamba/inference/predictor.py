@@ -16,21 +16,13 @@ from nnunetv2.inference.export_prediction import (
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
 
+from umamba.inference import memory
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import PredictionCase
 from umamba.inference.export import logits_to_labels, resampling_to_image, write_prediction
-from umamba.inference.folds import FoldWeights
+from umamba.inference.folds import FoldWeights, to_channels_last
 from umamba.inference.labels import LabelMaker
-from umamba.inference.memory import (
-    available_bytes,
-    peak_bytes,
-    plan_memory,
-    reset_peak,
-    resident_bytes,
-    return_freed_memory,
-)
 from umamba.inference.model_folder import (
     Fold,
     build_network,
@@ -137,7 +129,7 @@ class UMambaPredictor(nnUNetPredictor):
         self._loaded = parameters[0]
         if self.device.type == "cpu" and not self.nnunet_exact:
             # spares oneDNN reordering between convolutions: 13 % of the time of a plain U-Net
-            _to_channels_last(network, len(configuration_manager.patch_size))
+            to_channels_last(network, len(configuration_manager.patch_size))
         self.manual_initialization(
             network,
             plans_manager,
@@ -248,17 +240,17 @@ class UMambaPredictor(nnUNetPredictor):
         n_channels = self.label_manager.num_segmentation_heads * (n_folds if exact else 1) + 1
         dtype = torch.half if exact else torch.float32
         if self.max_ram is not None:
-            return_freed_memory()
-        fixed = resident_bytes() + n_label_bytes + 4 * PIECE_BYTES
-        limit = self.max_ram or available_bytes()
-        reset_peak()
-        before = resident_bytes()
+            memory.return_freed_memory()
+        fixed = memory.resident_bytes() + n_label_bytes + 4 * PIECE_BYTES
+        limit = self.max_ram or memory.available_bytes()
+        memory.reset_peak()
+        before = memory.resident_bytes()
 
         def make_sums() -> BlockSums:
-            of_network = max(0, peak_bytes() - before)
+            of_network = max(0, memory.peak_bytes() - before)
             shape = data.shape[1:]
             grids = WindowGrid(windows, shape, whole_rows=True), WindowGrid(windows, shape)
-            plan = plan_memory(
+            plan = memory.plan_memory(
                 grids, n_channels * dtype.itemsize, limit=limit, fixed=fixed, network=of_network
             )
             self.on_plan(plan.sentence)
@@ -445,10 +437,3 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _to_channels_last(network: nn.Module, n_spatial: int) -> None:
-    layout = torch.channels_last if n_spatial == 2 else torch.channels_last_3d
-    for parameter in network.parameters():
-        if parameter.ndim == n_spatial + 2:
-            parameter.data = parameter.data.contiguous(memory_format=layout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,32 +20,30 @@ class LinearAxis:
     low and high (n,) int32 are their positions, weight (2, n) float32 their weights.
     """
 
-    low: np.ndarray
-    high: np.ndarray
-    weight: np.ndarray
+    low: Tensor
+    high: Tensor
+    weight: Tensor
 
     def part(self, start: int, stop: int, offset: int) -> LinearAxis:
         """The outputs start to stop, of an input that begins at `offset`."""
-        low, high = ((a[start:stop] - offset).astype(np.int32) for a in (self.low, self.high))
-        return LinearAxis(low, high, np.ascontiguousarray(self.weight[:, start:stop]))
+        low, high = (positions[start:stop] - offset for positions in (self.low, self.high))
+        return LinearAxis(low, high, self.weight[:, start:stop].contiguous())
 
     @classmethod
     def from_matrix(cls, matrix: Tensor | None, n: int) -> LinearAxis | None:
         """The axis of an (n_out, n_in) operator, None for an identity; None for more than two."""
         if matrix is None:
-            position = np.arange(n, dtype=np.int32)
-            return cls(position, position, np.stack([np.ones(n), np.zeros(n)]).astype(np.float32))
-        values = matrix.numpy()
-        used = np.abs(values) > 1e-7
+            position = torch.arange(n, dtype=torch.int32)
+            return cls(position, position, torch.stack([torch.ones(n), torch.zeros(n)]))
+        used = (matrix.abs() > 1e-7).int()
         count = used.sum(1)
         if count.max() > 2 or count.min() < 1:
             return None
         low = used.argmax(1)
-        high = values.shape[1] - 1 - used[:, ::-1].argmax(1)
-        rows = np.arange(len(values))
-        second = np.where(high > low, values[rows, high], 0)
-        weight = np.stack([values[rows, low], second]).astype(np.float32)
-        return cls(low.astype(np.int32), high.astype(np.int32), weight)
+        high = matrix.shape[1] - 1 - used.flip(1).argmax(1)
+        first, second = (matrix.gather(1, at[:, None])[:, 0] for at in (low, high))
+        second = torch.where(high > low, second, 0.0)
+        return cls(low.int(), high.int(), torch.stack([first, second]).float())
 
 
 def add_tile(total: Tensor, tile: Tensor, weight: Tensor, first: bool = False) -> None:
@@ -77,7 +74,7 @@ def has_linear_argmax() -> bool:
 def linear_argmax(
     data: Tensor,
     axes: tuple[LinearAxis, LinearAxis, LinearAxis | None],
-    labels: np.ndarray,
+    labels: Tensor,
     *,
     round_half: bool = False,
 ) -> None:
@@ -91,16 +88,16 @@ def linear_argmax(
     """
     z, y, x = axes
     assert data.dtype == torch.float32
-    assert data.stride(3) == 1
-    assert labels.strides[2] == labels.itemsize
-    pointers: list[int | None] = [a.ctypes.data for axis in (z, y) for a in (axis.low, axis.high)]
-    pointers += [None, None] if x is None else [x.low.ctypes.data, x.high.ctypes.data]
+    assert data.stride(3) == labels.stride(2) == 1
+    positions = [p.data_ptr() for axis in (z, y) for p in (axis.low, axis.high)]
+    along_x: tuple[int | None, ...] = (None, None, None)
+    if x is not None:
+        along_x = (x.weight.data_ptr(), x.low.data_ptr(), x.high.data_ptr())
     arguments = _LinearArgmax(
-        data.shape[0], data.shape[3], *labels.shape, *data.stride()[:3],
-        labels.strides[0] // labels.itemsize, labels.strides[1] // labels.itemsize,
-        labels.itemsize, round_half, torch.get_num_threads(), data.data_ptr(),
-        z.weight.ctypes.data, y.weight.ctypes.data, None if x is None else x.weight.ctypes.data,
-        *pointers, labels.ctypes.data, None, 0,
+        data.shape[0], data.shape[3], *labels.shape, *data.stride()[:3], *labels.stride()[:2],
+        labels.element_size(), round_half, torch.get_num_threads(), data.data_ptr(),
+        z.weight.data_ptr(), y.weight.data_ptr(), along_x[0], *positions, *along_x[1:],
+        labels.data_ptr(), None, 0,
     )  # fmt: skip
     cpu._call("umamba_linear_argmax", arguments)
 
