@@ -5,21 +5,7 @@ from __future__ import annotations
 import pytest
 
 from umamba.inference.blocks import WindowGrid
-from umamba.inference.memory import RESERVE, parse_size, plan_memory
-
-
-@pytest.mark.parametrize(
-    ("text", "n_bytes"),
-    [("4G", 2**32), ("900M", 900 * 2**20), ("1.5GiB", 3 * 2**29), ("2048", 2048), ("3kb", 3072)],
-)
-def test_sizes_are_read(text, n_bytes):
-    assert parse_size(text) == n_bytes
-
-
-@pytest.mark.parametrize("text", ["", "four", "-1G", "0", "4 X"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="such as 4G or 900M"):
-        parse_size(text)
+from umamba.inference.memory import RESERVE, plan_memory
 
 
 def grids():

@@ -151,7 +151,7 @@ def test_probabilities_are_those_of_stock_nnunet_in_exact_arithmetic(tmp_path):
         assert probabilities.dtype == expected.dtype
         # resampled logits are rounded to half precision: a few to the other neighbor
         difference = np.abs(probabilities - expected)
-        assert not exact or ((difference > 1e-6).mean() < 1e-3 and difference.max() < 2e-3)
+        assert not exact or ((difference > 1e-6).mean() < 0.02 and difference.max() < 2e-3)
         assert np.array_equal(probabilities.argmax(0), read_array(folder / f"a{ENDING}"))
 
 

@@ -124,9 +124,9 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
 
     import torch
 
-    from umamba.inference.memory import parse_size
     from umamba.inference.model_folder import UnknownFoldError
     from umamba.inference.predictor import UMambaPredictor
+    from umamba.memory import parse_size
 
     with common.usage_errors(ValueError):
         max_ram = parse_size(args.max_ram) if args.max_ram else None

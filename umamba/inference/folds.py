@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
+
+from umamba.inference.streaming import Predict
 
 
 class FoldWeights:
@@ -48,3 +51,17 @@ def to_channels_last(network: nn.Module, n_spatial: int) -> None:
     for parameter in network.parameters():
         if parameter.ndim == n_spatial + 2:
             parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def exact_tiles(predictor: nnUNetPredictor, use: Callable[[int], object], n_folds: int) -> Predict:
+    """Each fold's logits as nnU-Net's own code predicts them, one after another."""
+    n_outputs, kind = predictor.label_manager.num_segmentation_heads, predictor.device.type
+
+    def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        for fold in range(n_folds):
+            use(fold)
+            with torch.autocast(kind, enabled=kind == "cuda"):
+                found = predictor._internal_maybe_mirror_and_predict(tiles)
+            yield fold * n_outputs, found
+
+    return predict

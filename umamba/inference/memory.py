@@ -15,7 +15,6 @@ from umamba.inference.blocks import WindowGrid
 # What a plan leaves free: allocators round up and keep some of what was freed.
 RESERVE = 2**26
 M_MMAP_THRESHOLD = -3  # glibc's number of this option
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,6 @@ class MemoryPlan:
     budget: int | None
     expected_peak: int
     sentence: str
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 4G, 900M or 1.5GiB. Raises ValueError with the cure."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise ValueError(f"{text} is not a size of memory; give one such as 4G or 900M")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def resident_bytes() -> int:
@@ -69,24 +60,6 @@ def return_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, 2**20)
         library.malloc_trim(0)
-
-
-def available_bytes() -> int:
-    """What this process may have in all: what it has, and what its machine or group has left."""
-    left = []
-    try:
-        lines = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
-        left.append(int(lines["MemAvailable"]) * 1024)
-    except (OSError, KeyError):
-        left.append(2**62)
-    group = Path("/sys/fs/cgroup")
-    try:
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            left.append(int(most) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return resident_bytes() + max(0, min(left))
 
 
 def plan_memory(

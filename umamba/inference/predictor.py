@@ -21,7 +21,7 @@ from umamba.inference import memory
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import PredictionCase
 from umamba.inference.export import logits_to_labels, resampling_to_image, write_prediction
-from umamba.inference.folds import FoldWeights, to_channels_last
+from umamba.inference.folds import FoldWeights, exact_tiles, to_channels_last
 from umamba.inference.labels import LabelMaker
 from umamba.inference.model_folder import (
     Fold,
@@ -242,7 +242,7 @@ class UMambaPredictor(nnUNetPredictor):
         if self.max_ram is not None:
             memory.return_freed_memory()
         fixed = memory.resident_bytes() + n_label_bytes + 4 * PIECE_BYTES
-        limit = self.max_ram or memory.available_bytes()
+        limit = self.max_ram or memory.resident_bytes() + available_memory()
         memory.reset_peak()
         before = memory.resident_bytes()
 
@@ -266,7 +266,7 @@ class UMambaPredictor(nnUNetPredictor):
                     self._fold_weights = FoldWeights(self.network, self.list_of_parameters)
                 use = stack.enter_context(self._fold_weights.in_turn())
             yield from stream_windows(
-                self._exact_tiles(use, n_folds) if exact else self._mean_tiles(use, n_folds),
+                exact_tiles(self, use, n_folds) if exact else self._mean_tiles(use, n_folds),
                 data.to(store),
                 windows,
                 weight.to(store),
@@ -297,19 +297,6 @@ class UMambaPredictor(nnUNetPredictor):
                     del found
             assert total is not None
             yield 0, total if n_folds == 1 else total.div_(n_folds)
-
-        return predict
-
-    def _exact_tiles(self, use: Callable[[int], object], n_folds: int) -> Predict:
-        """Each fold's logits as nnU-Net's own code predicts them, one after another."""
-        n_outputs = self.label_manager.num_segmentation_heads
-
-        def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-            for fold in range(n_folds):
-                use(fold)
-                with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-                    found = self._internal_maybe_mirror_and_predict(tiles)
-                yield fold * n_outputs, found
 
         return predict
 
@@ -377,20 +364,17 @@ class UMambaPredictor(nnUNetPredictor):
                 case.output, *result, prepared.properties, self.plans_manager, case.file_ending
             )
 
-        failures: list[CaseFailure] = []
-        # under a limit of memory, one case at a time
-        for group in [cases] if self.max_ram is None else [[case] for case in cases]:
-            failures += run_pipeline(
-                group,
-                lambda case: case.identifier,
-                prepare,
-                predict,
-                export,
-                on_done,
-                size=lambda prepared: prepared.data.nbytes,
-                most_ahead=available_memory() // 4,
-            )
-        return failures
+        return run_pipeline(
+            cases,
+            lambda case: case.identifier,
+            prepare,
+            predict,
+            export,
+            on_done,
+            size=lambda prepared: prepared.data.nbytes,
+            # under a limit of memory, one case at a time
+            most_ahead=available_memory() // 4 if self.max_ram is None else -1,
+        )
 
 
 def predict_volume(
