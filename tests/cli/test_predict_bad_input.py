@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from umamba.cli.main import main
 from umamba.inference import pipeline
+from umamba.inference import predictor as predictor_file
 from umamba.inference.predictor import UMambaPredictor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
@@ -124,8 +124,8 @@ def test_the_one_bad_case_of_a_thousand_is_named_and_the_others_are_done(
     model = make_model_folder(tmp_path / "m", plans)
     monkeypatch.setattr(
         UMambaPredictor,
-        "predict_logits_from_preprocessed_data",
-        lambda self, data: torch.zeros(3, *data.shape[1:]),
+        "predict_labels",
+        lambda self, data, properties, **_: (np.zeros((4, 4, 4), np.uint8), None),
     )
     images = write_cases(tmp_path / "images", {"a": (4, 4, 4)}, spacing=(1.0, 1.0, 1.0))
     content = (images / "a_0000.nii.gz").read_bytes()
@@ -151,13 +151,13 @@ def test_names_with_spaces_and_other_letters_are_kept(model, tmp_path, out):
 def test_an_image_removed_while_the_others_are_predicted_is_named(
     model, images, out, capsys, monkeypatch
 ):
-    predict_logits = UMambaPredictor.predict_logits_from_preprocessed_data
+    predict_labels = UMambaPredictor.predict_labels
 
-    def remove_last(self, data):
+    def remove_last(self, *case, **folders):
         (images / "d_0000.nii.gz").unlink(missing_ok=True)
-        return predict_logits(self, data)
+        return predict_labels(self, *case, **folders)
 
-    monkeypatch.setattr(UMambaPredictor, "predict_logits_from_preprocessed_data", remove_last)
+    monkeypatch.setattr(UMambaPredictor, "predict_labels", remove_last)
     assert predict(model, images, out) == 3
     assert predicted(out) == {"a", "b", "c"}
     assert "d_0000.nii.gz: does not exist" in sentences(capsys)
@@ -167,14 +167,14 @@ def test_a_case_that_is_too_large_for_the_memory_fails_alone(
     model, images, out, capsys, monkeypatch
 ):
     write_cases(images, {"b": (7, 12, 13)})
-    predict_logits = UMambaPredictor.predict_logits_from_preprocessed_data
+    predict_labels = UMambaPredictor.predict_labels
 
-    def allocate(self, data):
+    def allocate(self, data, properties, **folders):
         if data.shape[1] > 8:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9")
-        return predict_logits(self, data)
+        return predict_labels(self, data, properties, **folders)
 
-    monkeypatch.setattr(UMambaPredictor, "predict_logits_from_preprocessed_data", allocate)
+    monkeypatch.setattr(UMambaPredictor, "predict_labels", allocate)
     assert predict(model, images, out) == 3
     assert predicted(out) == {"a", "c", "d"}
     assert "b: it needs more memory than is left: end other programs" in sentences(capsys)
@@ -183,15 +183,15 @@ def test_a_case_that_is_too_large_for_the_memory_fails_alone(
 def test_an_exception_while_a_case_is_exported_fails_it_alone(
     model, images, out, capsys, monkeypatch
 ):
-    to_labels, calls = UMambaPredictor.to_labels, []
+    write, calls = predictor_file.write_prediction, []
 
-    def fail_once(self, *arguments):
+    def fail_once(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise IndexError("list index out of range")
-        return to_labels(self, *arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(UMambaPredictor, "to_labels", fail_once)
+    monkeypatch.setattr(predictor_file, "write_prediction", fail_once)
     assert predict(model, images, out) == 3
     assert predicted(out) == {"a", "c", "d"}
     assert "b: IndexError: list index out of range" in sentences(capsys)

@@ -139,7 +139,14 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
         nnunet_exact=args.nnunet_exact,
     )
     predictor.max_ram = max_ram
-    predictor.on_plan = lambda sentence: print(sentence, file=sys.stderr)
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        if sentence not in said and (max_ram or "temporary" in sentence or "holds" in sentence):
+            said.add(sentence)
+            print(sentence)
+
+    predictor.on_plan = say
     with common.usage_errors(UnknownFoldError):
         predictor.initialize_from_trained_model_folder(args.model, folds, args.checkpoint)
     return predictor
