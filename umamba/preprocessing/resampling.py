@@ -1,18 +1,26 @@
-"""nnU-Net's spline resampling as one matrix per axis, applied to the part that is asked for."""
+"""nnU-Net's spline resampling as one matrix per axis, applied to the part that is asked for.
+
+Takes numpy arrays and torch tensors on any device; torch is not imported here, so that worker
+processes need not.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
-from scipy.ndimage import map_coordinates
-from skimage.transform import resize
+
+from umamba.preprocessing.geometry import find_separate_axis
+
+if TYPE_CHECKING:
+    import torch
+
+    Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 # Legend: C channels; z, y, x extents before, Z, Y, X extents after resampling.
 
@@ -49,9 +57,8 @@ def separable_resampling(
     if function_name != FUNCTION or options["is_seg"] or len(options) > len(DEFAULTS):
         return None
     _, order, order_z, force, threshold = options.values()
-    separate, axis = determine_do_sep_z_and_axis(force, current_spacing, new_spacing, threshold)
-    through_plane = int(axis) if separate else None
-    matrices: list[torch.Tensor | None] = []
+    through_plane = find_separate_axis(force, current_spacing, new_spacing, threshold)
+    matrices: list[np.ndarray | None] = []
     for i, (n_in, n_out) in enumerate(zip(map(int, shape), map(int, new_shape), strict=True)):
         through = i == through_plane
         axis_order = order_z if through else order
@@ -67,7 +74,7 @@ class SeparableResampling:
 
     new_shape: tuple[int, ...]
     # one (n_out, n_in) operator per axis, None for an axis that keeps its extent
-    matrices: tuple[torch.Tensor | None, ...] = (None, None, None)
+    matrices: tuple[np.ndarray | None, ...] = (None, None, None)
     separate_axis: int | None = None
     clip: bool = False
 
@@ -75,20 +82,22 @@ class SeparableResampling:
     def is_identity(self) -> bool:
         return all(matrix is None for matrix in self.matrices)
 
-    def clip_bounds(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def clip_bounds(self, data: Array) -> tuple[Array, Array] | None:
         """Smallest and largest input per channel (per slice where slices are resampled alone)."""
         if not self.clip or self.is_identity:
             return None
-        axes = [a + 1 for a in range(3) if a != self.separate_axis]
-        return torch.amin(data, axes, keepdim=True), torch.amax(data, axes, keepdim=True)
+        axes = tuple(a + 1 for a in range(3) if a != self.separate_axis)
+        if isinstance(data, np.ndarray):
+            return data.min(axes, keepdims=True), data.max(axes, keepdims=True)
+        return data.amin(axes, keepdim=True), data.amax(axes, keepdim=True)
 
     def block(
         self,
-        data: torch.Tensor,
+        data: Array,
         rows: slice,
         columns: slice,
-        bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        bounds: tuple[Array, Array] | None = None,
+    ) -> Array:
         """The resampled data (C, Z', Y', X) at `rows` of axis z and `columns` of axis y."""
         wanted = [(rows.start, rows.stop), (columns.start, columns.stop), (0, self.new_shape[2])]
         needed = [
@@ -96,7 +105,7 @@ class SeparableResampling:
             for matrix, (start, stop) in zip(self.matrices, wanted, strict=True)
         ]
 
-        def resample(part: torch.Tensor, axis: int) -> torch.Tensor:
+        def resample(part: Array, axis: int) -> Array:
             matrix = self.matrices[axis]
             if matrix is None:
                 return part
@@ -111,16 +120,16 @@ class SeparableResampling:
         if bounds is not None:
             low, high = bounds
             if separate is not None:
-                start, stop = needed[separate]
-                low, high = (b.narrow(separate + 1, start, stop - start) for b in bounds)
-            result = torch.clamp(result, low, high)
+                part = (slice(None),) * (separate + 1) + (slice(*needed[separate]),)
+                low, high = low[part], high[part]
+            result = result.clip(low, high)
         return result if separate is None else resample(result, separate)
 
-    def whole(self, data: torch.Tensor, memory_limit: int = MEMORY_LIMIT) -> torch.Tensor:
+    def whole(self, data: Array, memory_limit: int = MEMORY_LIMIT) -> Array:
         """All of the resampled data (C, Z, Y, X), with little more memory than the result."""
         if self.is_identity:
             return data
-        result = data.new_empty((data.shape[0], *self.new_shape))
+        result = _empty_like(data, (data.shape[0], *self.new_shape))
         bounds = self.clip_bounds(data)
         for rows, columns in output_blocks(self.new_shape, data.shape[0], memory_limit):
             result[:, rows, columns] = self.block(data, rows, columns, bounds)
@@ -145,8 +154,11 @@ def output_blocks(
 
 
 @lru_cache(maxsize=32)
-def axis_matrix(n_in: int, n_out: int, order: int, through_plane: bool) -> torch.Tensor:
+def axis_matrix(n_in: int, n_out: int, order: int, through_plane: bool) -> np.ndarray:
     """The (n_out, n_in) operator of one axis: unit vectors, resampled with nnU-Net's own calls."""
+    from scipy.ndimage import map_coordinates
+    from skimage.transform import resize
+
     unit = np.eye(n_in)
     if through_plane:
         positions = float(n_in) / n_out * (np.arange(n_out) + 0.5) - 0.5
@@ -155,35 +167,48 @@ def axis_matrix(n_in: int, n_out: int, order: int, through_plane: bool) -> torch
         columns = [
             resize(u, (n_out,), order, mode="edge", anti_aliasing=False, clip=False) for u in unit
         ]
-    return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
+    return np.stack(columns, axis=1).astype(np.float32)
 
 
-def used_columns(rows: torch.Tensor) -> tuple[int, int]:
+def used_columns(rows: np.ndarray) -> tuple[int, int]:
     """The range of input positions that these rows of a matrix depend on."""
-    used = (rows.abs() > NEGLIGIBLE_WEIGHT).any(0).nonzero()
+    used = np.flatnonzero((np.abs(rows) > NEGLIGIBLE_WEIGHT).any(0))
     return int(used[0]), int(used[-1]) + 1
 
 
 def apply_matrix(
-    matrix: torch.Tensor, data: torch.Tensor, axis: int, start: int, stop: int, offset: int
-) -> torch.Tensor:
+    matrix: np.ndarray, data: Array, axis: int, start: int, stop: int, offset: int
+) -> Array:
     """Outputs start..stop along `axis` of data (C, z, y, x), whose first input is `offset`.
 
     The rows are taken in bands, each with the columns that it uses: the rest of it is zeros.
     """
     extent = list(data.shape)
     extent[axis] = stop - start
-    out = data.new_empty(extent)
+    out = _empty_like(data, extent)
     n_before = math.prod(extent[:axis])
     source = data.reshape(n_before, data.shape[axis], -1)
-    target = out.view(n_before, stop - start, -1)
+    target = out.reshape(n_before, stop - start, -1)
     for first in range(start, stop, ROWS_PER_BAND):
         last = min(first + ROWS_PER_BAND, stop)
         a, b = used_columns(matrix[first:last])
-        weights = matrix[first:last, a:b].contiguous()
+        weights = _beside(data, np.ascontiguousarray(matrix[first:last, a:b]))
         rows, columns = slice(first - start, last - start), slice(a - offset, b - offset)
         if axis == data.ndim - 1:
-            torch.mm(source[:, columns, 0], weights.T, out=target[:, rows, 0])
+            target[:, rows, 0] = source[:, columns, 0] @ weights.T
         else:
-            target[:, rows] = torch.matmul(weights, source[:, columns])
+            target[:, rows] = weights @ source[:, columns]
     return out
+
+
+def _empty_like(data: Array, shape: Sequence[int]) -> Array:
+    if isinstance(data, np.ndarray):
+        return np.empty(shape, data.dtype)
+    return data.new_empty(tuple(shape))
+
+
+def _beside(data: Array, weights: np.ndarray) -> Array:
+    """The weights as what `data` is, where it is."""
+    if isinstance(data, np.ndarray):
+        return weights
+    return sys.modules["torch"].as_tensor(weights, dtype=data.dtype, device=data.device)
