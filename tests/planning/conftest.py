@@ -11,7 +11,7 @@ import pytest
 import SimpleITK
 import torch
 
-from umamba.planning import preprocess
+from umamba.planning import fingerprint
 
 FINGERPRINTS: dict[str, dict[str, Any]] = {
     "isotropic_ct": {"shape": (220, 260, 250), "spacing": (1.0, 0.9, 0.9), "cases": 60},
@@ -40,7 +40,7 @@ def stock_lists_files_in_threads(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(preprocess, "SAMPLED_VOXELS", 5_000)
+    monkeypatch.setattr(fingerprint, "SAMPLED_VOXELS", 5_000)
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import pickle
+import shutil
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import SimpleITK
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
     DatasetFingerprintExtractor,
 )
@@ -17,16 +19,18 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from skimage.io import imsave
 
-from umamba.planning import preprocess
+from umamba.data.images import read_image
+from umamba.planning import fingerprint, preprocess
+from umamba.planning.cases import default_workers, list_cases
+from umamba.planning.fingerprint import fingerprint_dataset
 from umamba.planning.planner import plan_dataset
 from umamba.planning.plans import load_plans, plans_file
 from umamba.planning.preprocess import (
-    default_workers,
-    fingerprint_dataset,
     folder_is_current,
-    list_cases,
     preprocess_dataset,
+    why_not_current,
 )
+from umamba.preprocessing.case_store import CaseStore
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,7 @@ def few_samples_in_stock(monkeypatch):
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        self.num_foreground_voxels_for_intensitystats = preprocess.SAMPLED_VOXELS
+        self.num_foreground_voxels_for_intensitystats = fingerprint.SAMPLED_VOXELS
 
     monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", init)
 
@@ -60,16 +64,24 @@ def run(dataset: str, *configurations: str) -> dict[str, Path]:
     )
 
 
-def touch_count(monkeypatch) -> list[str]:
+def touch_count(monkeypatch, fails: str | None = None) -> list[str]:
+    """The cases that are preprocessed from now on; the one named `fails` is not."""
     done: list[str] = []
-    original = DefaultPreprocessor.run_case_save
+    original = preprocess.preprocess_and_save
 
-    def run_case_save(self, output, *args):
-        done.append(Path(output).name)
-        original(self, output, *args)
+    def preprocess_and_save(images, label, settings, classes, targets, kept):
+        name = Path(targets[0]).name
+        if name == fails:
+            raise RuntimeError("cannot read")
+        done.append(name)
+        original(images, label, settings, classes, targets, kept)
 
-    monkeypatch.setattr(DefaultPreprocessor, "run_case_save", run_case_save)
+    monkeypatch.setattr(preprocess, "preprocess_and_save", preprocess_and_save)
     return done
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_fingerprint_equals_that_of_stock_nnunet(sphere_dataset, stock_in_threads):
@@ -131,8 +143,9 @@ def test_preprocessed_cases_equal_those_of_stock_nnunet(
     stock = dataset_class(str(folder))
     for name in names:
         data, seg, _, properties = stock.load_case(name)
-        np.testing.assert_array_equal(kept[name][0], data[...])
+        np.testing.assert_allclose(kept[name][0], data[...], atol=1e-5)
         np.testing.assert_array_equal(kept[name][1], seg[...])
+        assert kept[name][2].keys() == properties.keys()
         assert pickle.dumps(kept[name][2]) == pickle.dumps(properties)
 
 
@@ -155,42 +168,115 @@ def test_a_whole_folder_is_not_made_again_whatever_network_asks(planned, monkeyp
     assert done == []
 
 
-def test_a_folder_that_lacks_a_file_or_holds_an_empty_one_is_made_again(planned, monkeypatch):
+def test_of_a_folder_that_lacks_a_file_or_holds_a_short_one_those_cases_are_made_again(
+    planned, monkeypatch
+):
     folder = run(planned)["3d_fullres"]
     plans = load_plans(plans_file(planned, "umamba_bot"))
-    assert folder_is_current(planned, plans, "3d_fullres")
-    (folder / "case_1_seg.b2nd").write_bytes(b"")
-    assert not folder_is_current(planned, plans, "3d_fullres")
+    assert why_not_current(planned, plans, "3d_fullres") is None
+    whole = files_of(folder)
+    (folder / "case_1_seg.b2nd").write_bytes(whole["case_1_seg.b2nd"][:-1])
+    (folder / "case_4.pkl").unlink()
+    assert "lacks files of 2 cases" in str(why_not_current(planned, plans, "3d_fullres"))
     done = touch_count(monkeypatch)
     run(planned)
-    assert len(done) == 5
-    assert folder_is_current(planned, plans, "3d_fullres")
+    assert sorted(done) == ["case_1", "case_4"]
+    assert files_of(folder) == whole
 
 
-def test_a_changed_image_makes_the_folder_again(planned, nnunet_folders, monkeypatch):
-    run(planned)
-    image = nnunet_folders / "raw" / planned / "imagesTr" / "case_3_0000.nii.gz"
-    image.write_bytes(image.read_bytes() + b"\0")
-    done = touch_count(monkeypatch)
-    run(planned)
-    assert len(done) == 5
-
-
-def test_a_failure_half_way_leaves_no_folder_that_training_could_take(
+def test_a_changed_image_is_preprocessed_again_and_a_dropped_case_removed(
     planned, nnunet_folders, monkeypatch
 ):
-    original = DefaultPreprocessor.run_case_save
+    folder = run(planned)["3d_fullres"]
+    raw = nnunet_folders / "raw" / planned
+    image = raw / "imagesTr" / "case_3_0000.nii.gz"
+    image.write_bytes(image.read_bytes() + b"\0")
+    (raw / "imagesTr" / "case_0_0000.nii.gz").unlink()
+    plans = load_plans(plans_file(planned, "umamba_bot"))
+    reason = str(why_not_current(planned, plans, "3d_fullres"))
+    assert "made of other files than there are now (case_0, case_3)" in reason
+    done = touch_count(monkeypatch)
+    run(planned)
+    assert done == ["case_3"]
+    assert {path.name.split(".")[0] for path in folder.glob("*.pkl")} == {
+        f"case_{i}" for i in (1, 2, 3, 4)
+    }
+    assert folder_is_current(planned, plans, "3d_fullres")
 
-    def fail(self, output, *args):
-        if Path(output).name == "case_3":
-            raise RuntimeError("cannot read")
-        original(self, output, *args)
 
-    monkeypatch.setattr(DefaultPreprocessor, "run_case_save", fail)
-    with pytest.raises(ValueError, match=r"case_3.*cannot read"):
-        run(planned)
-    left = [p.name for p in (nnunet_folders / "preprocessed" / planned).iterdir() if p.is_dir()]
-    assert left == []
+def test_other_plans_make_the_folder_again(planned, monkeypatch):
+    run(planned)
+    path = plans_file(planned, "umamba_bot")
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.5, 1.1, 1.1]
+    path.write_text(json.dumps(plans))
+    assert "other plans" in str(why_not_current(planned, plans, "3d_fullres"))
+    done = touch_count(monkeypatch)
+    run(planned)
+    assert len(done) == 5
+
+
+def test_what_a_failure_left_is_no_folder_to_train_from_and_is_gone_on_with(
+    planned, nnunet_folders, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        touch_count(patch, fails="case_3")
+        with pytest.raises(ValueError, match=r"case_3.*cannot read"):
+            run(planned, "2d", "3d_fullres")
+    home = nnunet_folders / "preprocessed" / planned
+    assert [p.name for p in home.iterdir() if p.is_dir() and not p.name.startswith(".")] == []
+    plans = load_plans(plans_file(planned, "umamba_bot"))
+    reason = str(why_not_current(planned, plans, "3d_fullres"))
+    assert "is half made" in reason
+    assert " of 5 cases)" in reason
+    n_whole = int(reason.split("half made (")[1].split()[0])
+    (home / ".nnUNetPlans_3d_fullres.partial" / ".case_3.77.b2nd").write_bytes(b"half")
+    done = touch_count(monkeypatch)
+    folders = run(planned, "2d", "3d_fullres")
+    assert len(done) == 5 - n_whole
+    assert len(files_of(folders["3d_fullres"])) == 15
+    assert folder_is_current(planned, plans, "3d_fullres")
+
+
+def test_a_kept_case_is_not_read_again_and_gives_the_same(planned, monkeypatch):
+    folder = run(planned)["3d_fullres"]
+    expected = files_of(folder)
+    fingerprint_json = fingerprint_dataset(planned, progress=False)
+    _, cases = preprocess.read_dataset(planned)
+    store = CaseStore()
+    for name, case in cases.items():
+        label = read_image(Path(case["label"]))
+        store.keep(name, [read_image(Path(image)) for image in case["images"]], label)
+    shutil.rmtree(folder)
+    (folder.parent / "dataset_fingerprint.json").unlink()
+    monkeypatch.setattr(SimpleITK, "ReadImage", None)
+    assert fingerprint_dataset(planned, progress=False, store=store) == fingerprint_json
+    preprocess_dataset(planned, "umamba_bot", ["3d_fullres"], progress=False, store=store)
+    assert files_of(folder) == expected
+
+
+def test_nnunets_own_code_makes_the_folder_where_asked(planned, monkeypatch):
+    ours = run(planned)["3d_fullres"]
+    plain = files_of(ours)
+    done = touch_count(monkeypatch)
+    preprocess_dataset(planned, "umamba_bot", ["3d_fullres"], progress=False, stock=True)
+    theirs = files_of(ours)
+    assert theirs.keys() == plain.keys()
+    assert {name: theirs[name] for name in theirs if name.endswith(".pkl")} == {
+        name: plain[name] for name in plain if name.endswith(".pkl")
+    }
+    assert folder_is_current(planned, load_plans(plans_file(planned, "umamba_bot")), "3d_fullres")
+    run(planned)
+    assert done == []
+
+
+def test_the_folder_can_be_trusted_without_the_raw_data(planned, nnunet_folders):
+    folder = run(planned)["3d_fullres"]
+    plans = load_plans(plans_file(planned, "umamba_bot"))
+    shutil.rmtree(nnunet_folders / "raw" / planned)
+    assert folder_is_current(planned, plans, "3d_fullres")
+    (folder / "case_1.pkl").unlink()
+    assert not folder_is_current(planned, plans, "3d_fullres")
 
 
 def test_a_stock_folder_that_agrees_is_used_and_one_that_does_not_is_refused(

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from umamba.planning.fingerprint import fingerprint_dataset
 from umamba.planning.planner import plan_dataset
 from umamba.planning.plans import replan
-from umamba.planning.preprocess import fingerprint_dataset, preprocess_dataset
+from umamba.planning.preprocess import preprocess_dataset
 
 NAME = "Dataset703_Blobs"
 

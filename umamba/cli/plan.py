@@ -74,13 +74,11 @@ def plan(
     device: str | None,
 ) -> int:
     """Audits, plans and preprocesses a dataset; the command's exit code. `device`: for --check."""
+    from umamba.planning.cases import default_workers
+    from umamba.planning.fingerprint import fingerprint_dataset
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import plans_file, save_plans
-    from umamba.planning.preprocess import (
-        default_workers,
-        fingerprint_dataset,
-        preprocess_dataset,
-    )
+    from umamba.planning.preprocess import preprocess_dataset
 
     if not args.no_audit:
         common.refuse_faults(dataset, workspace)

@@ -91,9 +91,10 @@ def make_plans(
 ) -> tuple[dict, str]:
     """Plans (or reads the plans of the same request), preprocesses, and fits a time budget."""
     from umamba.planning.budget import fit_to_time
+    from umamba.planning.fingerprint import fingerprint_dataset
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import get_configuration, load_plans, save_plans
-    from umamba.planning.preprocess import fingerprint_dataset, preprocess_dataset
+    from umamba.planning.preprocess import preprocess_dataset
 
     asked = ("minutes", "epochs", "memory", "configuration", "seed")
     request = {

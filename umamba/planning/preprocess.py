@@ -1,23 +1,25 @@
-"""nnU-Net's fingerprint and preprocessing, case by case in this process, resumable and stamped."""
+"""Preprocessing of a dataset: nnU-Net's folders, made case by case, resumable and stamped.
 
-import contextlib
-import copy
-import functools
-import io
-import multiprocessing
+A folder is made under a hidden name and gets its own when it is whole. Its stamp, a file beside it,
+says for which plans and which files of which cases it is made; a killed run is gone on with.
+"""
+
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 from umamba.files import replacing, write_json
+from umamba.planning.cases import (
+    Cases,
+    Store,
+    case_digests,
+    count_threads,
+    run_cases,
+)
+from umamba.planning.cases import read_dataset as read_dataset
 from umamba.planning.plans import (
     STOCK_PLANS,
     Plans,
@@ -29,45 +31,11 @@ from umamba.planning.plans import (
     preprocessing_part,
     read_json,
 )
+from umamba.preprocessing.case import CaseSettings
+from umamba.preprocessing.saving import SUFFIXES as SUFFIXES
+from umamba.preprocessing.saving import preprocess_and_save
 
-Cases = dict[str, dict[str, Any]]
-
-SAMPLED_VOXELS = 10e7  # foreground of all cases together, drawn for the intensity statistics
-SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
-CASE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, IndexError)
-
-
-def fingerprint_dataset(
-    dataset_name: str, n_workers: int = 1, progress: bool = True
-) -> dict[str, Any]:
-    """Writes nnU-Net's dataset_fingerprint.json and returns it; kept where the cases are the same.
-
-    Values equal those of nnU-Net's extractor: the same function reads each case, the same numbers
-    of foreground voxels are drawn with the same seed. One worker is this process itself, which is
-    faster for small data.
-    """
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
-        DatasetFingerprintExtractor,
-    )
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    dataset_json, cases = read_dataset(dataset_name)
-    target = preprocessed_folder(dataset_name) / "dataset_fingerprint.json"
-    stamp = digest(case_facts(cases))
-    if target.is_file():
-        known = read_json(target)
-        if known.get("cases_digest") == stamp:
-            return known
-    example = next(iter(cases.values()))["images"][0]
-    with contextlib.redirect_stdout(io.StringIO()):
-        reader = determine_reader_writer_from_dataset_json(dataset_json, example)
-    n_samples = int(SAMPLED_VOXELS // len(cases))
-    jobs = {n: (case["images"], case["label"], reader, n_samples) for n, case in cases.items()}
-    analyze = DatasetFingerprintExtractor.analyze_case
-    results = run_cases(analyze, jobs, n_workers, "Fingerprint", progress)
-    fingerprint = _summarize([results[name] for name in cases]) | {"cases_digest": stamp}
-    write_json(target, fingerprint)
-    return fingerprint
+OURS, STOCK = "umamba", "nnunetv2"  # whose code made a folder
 
 
 def preprocess_dataset(
@@ -76,210 +44,209 @@ def preprocess_dataset(
     configurations: Sequence[str],
     n_workers: int = 1,
     progress: bool = True,
+    *,
+    stock: bool = False,
+    store: Store | None = None,
 ) -> dict[str, Path]:
-    """Preprocesses the cases with nnU-Net's own preprocessor; returns the folder per configuration.
+    """Preprocesses the cases of all configurations at once; returns the folder per configuration.
 
-    Each folder is written under a temporary name and renamed when it is whole. A folder that is
-    whole and stamped with the same plan and the same cases is kept; one of ours that does not
-    match is made anew; one that stock nnU-Net made is used if its plans agree and it is whole.
+    A folder that is whole and stamped with the same plans and cases is kept. Of one of ours that
+    is not, or that a killed run left, the cases that are whole and unchanged are kept. One that
+    stock nnU-Net made is used if its plans agree and it is whole.
+    stock: nnU-Net's own code makes everything; else it makes only what is not known here.
+    store: cases that have been read already, for one worker.
     Raises ValueError where a case cannot be preprocessed or somebody else's folder is in the way.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     dataset_json, cases = read_dataset(dataset_name)
     home = preprocessed_folder(dataset_name)
     write_json(home / "dataset.json", dataset_json)
     plans = load_plans(plans_file(dataset_name, plans_name))
-    manager = PlansManager(plans)
     folders: dict[str, Path] = {}
+    tasks: list[_Task] = []
     for name in configurations:
-        folder = home / get_configuration(plans, name)["data_identifier"]
-        stamp = _stamp(plans, name, dataset_json, cases)
-        if folder not in folders.values() and not _may_be_used(folder, plans, name, stamp, cases):
-            settings = manager.get_configuration(name)
-            preprocess = settings.preprocessor_class(verbose=False).run_case_save
-            with _replacing(folder, stamp) as new:
-                jobs = {
-                    n: (str(new / n), c["images"], c["label"], manager, settings, dataset_json)
-                    for n, c in cases.items()
-                }
-                run_cases(preprocess, jobs, n_workers, f"Preprocess {name}", progress)
-        folders[name] = folder
+        configuration = get_configuration(plans, name)
+        folders[name] = folder = home / configuration["data_identifier"]
+        if any(task.folder == folder for task in tasks):
+            continue
+        settings = None if stock else CaseSettings.from_plans(plans, configuration)
+        stamp = _stamp(plans, name, dataset_json, cases, STOCK if settings is None else OURS)
+        if not _may_be_used(folder, plans, name, stamp, strict=stock):
+            task = _Task(name, folder, settings, _begin(folder, stamp))
+            tasks.append(task)
+    _run(tasks, plans, dataset_json, cases, n_workers, progress, store)
+    for task in tasks:
+        _finish(task.folder, cases)
     _copy_references(cases, home / "gt_segmentations", dataset_json["file_ending"])
     return folders
 
 
 def folder_is_current(dataset_name: str, plans: Plans, configuration: str) -> bool:
     """Returns whether the configuration's preprocessed folder is whole and made for these plans."""
-    dataset_json, cases = read_dataset(dataset_name)
-    identifier = get_configuration(plans, configuration)["data_identifier"]
-    folder = preprocessed_folder(dataset_name) / identifier
-    stamp = _stamp(plans, configuration, dataset_json, cases)
-    return _is_whole(folder, cases) and _read_stamp(folder) == stamp
+    return why_not_current(dataset_name, plans, configuration) is None
 
 
-def default_workers(dataset_name: str) -> int:
-    """Returns 1 for data that one process reads in about a minute, else up to the cores."""
-    _, cases = read_dataset(dataset_name)
-    n_bytes = sum(size for facts in case_facts(cases).values() for _, size, _ in facts)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, 8, n_bytes // 200_000_000))
+def why_not_current(dataset_name: str, plans: Plans, configuration: str) -> str | None:
+    """Returns None where the configuration's folder is whole and made for these plans and cases.
 
-
-def read_dataset(dataset_name: str) -> tuple[dict[str, Any], Cases]:
-    """Returns dataset.json and the cases of a dataset under nnUNet_raw."""
-    from nnunetv2.paths import nnUNet_raw
-
-    folder = Path(nnUNet_raw) / dataset_name
-    path = folder / "dataset.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: nnU-Net's description of the dataset")
-    dataset_json = read_json(path)
-    return dataset_json, list_cases(folder, dataset_json)
-
-
-def list_cases(raw_folder: Path, dataset_json: Mapping[str, Any]) -> Cases:
-    """Returns per identifier its image files (one per channel) and its label file, as strings.
-
-    The same as nnU-Net's own listing, which forks a pool and compares each case with every file.
+    Else one sentence that says what is wrong with it, and the cure. Reads no case; where the raw
+    dataset is not there (any more), the cases are taken to be those of the stamp.
     """
-    if "dataset" in dataset_json:
-        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-        return get_filenames_of_train_images_and_targets(
-            str(raw_folder), copy.deepcopy(dict(dataset_json))
-        )
-    ending = dataset_json["file_ending"]
-    image_name = re.compile(rf"(.*)_\d{{4}}{re.escape(ending)}")
-    images: dict[str, list[str]] = {}
-    for path in sorted((raw_folder / "imagesTr").iterdir()):
-        if match := image_name.fullmatch(path.name):
-            images.setdefault(match[1], []).append(str(path))
-    if not images:
-        raise ValueError(
-            f"{raw_folder / 'imagesTr'} holds no image called <case>_0000{ending}: check the "
-            "names and the file_ending in dataset.json"
-        )
-    return {
-        case: {"images": files, "label": str(raw_folder / "labelsTr" / f"{case}{ending}")}
-        for case, files in sorted(images.items())
-    }
-
-
-def case_facts(cases: Cases) -> dict[str, list[tuple[str, int, int]]]:
-    """Returns name, size and time of change of every file of every case."""
-    facts = {}
-    for name, case in cases.items():
-        files = [Path(file) for file in (*case["images"], case["label"])]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"case {name} has no file {file}: add it or drop the case")
-        facts[name] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return facts
-
-
-def run_cases(
-    function: Callable[..., Any],
-    jobs: Mapping[str, Sequence[Any]],
-    n_workers: int,
-    title: str,
-    progress: bool,
-) -> dict[str, Any]:
-    """Returns function(*job) per case; a case that fails raises ValueError with its name."""
-    results = _results(function, jobs, n_workers)
-    hidden = None if progress else True
-    return dict(tqdm(results, title, len(jobs), unit="case", disable=hidden))
-
-
-def _results(
-    function: Callable[..., Any], jobs: Mapping[str, Sequence[Any]], n_workers: int
-) -> Iterator[tuple[str, Any]]:
-    if n_workers <= 1:
-        for name, job in jobs.items():
-            yield name, _result(name, functools.partial(function, *job))
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, mp_context=context) as pool:
-        futures = {pool.submit(function, *job): name for name, job in jobs.items()}
+    home = preprocessed_folder(dataset_name)
+    folder = home / get_configuration(plans, configuration)["data_identifier"]
+    cure = "run `umamba plan` (with the same options) once more"
+    found = _read_stamp(folder)
+    if not folder.is_dir():
+        half = _partial(folder)
+        if found is None or not half.is_dir():
+            return f"{folder} is not there: {cure}"
+        n_whole = len(_whole_cases(half) & found["cases"].keys())
+        return f"{folder} is half made ({n_whole} of {len(found['cases'])} cases): {cure}"
+    try:
+        dataset_json, cases = read_dataset(dataset_name)
+    except FileNotFoundError:
+        dataset_json, cases = read_json(home / "dataset.json"), {}
+    stamp = _stamp(plans, configuration, dataset_json, cases, OURS)
+    if found is None:
         try:
-            for future in as_completed(futures):
-                yield futures[future], _result(futures[future], future.result)
-        except ValueError:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            _may_be_used(folder, plans, configuration, stamp, strict=False)
+        except ValueError as error:
+            return str(error)
+        return None
+    if found["plans"] != stamp["plans"]:
+        return f"{folder} was made for other plans: {cure}"
+    now = stamp["cases"] if cases else found["cases"]
+    if changed := sorted({n for n, _ in now.items() ^ found["cases"].items()}):
+        return f"{folder} was made of other files than there are now ({_few(changed)}): {cure}"
+    if torn := sorted(found["cases"].keys() - _whole_cases(folder, found.get("sizes"))):
+        return f"{folder} lacks files of {len(torn)} cases, or they are cut short: {cure}"
+    return None
 
 
-def _result(name: str, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process was killed, most likely for want of memory: use fewer (-np 1)"
-        ) from error
-    except CASE_ERRORS as error:
-        raise ValueError(
-            f"case {name} cannot be read and preprocessed ({type(error).__name__}: {error}): "
-            "`umamba audit` lists the faults of all files"
-        ) from error
+@dataclass(frozen=True)
+class _Task:
+    """A folder to be made; settings is None where nnU-Net's code does it; done: its cases."""
+
+    configuration: str
+    folder: Path
+    settings: CaseSettings | None
+    done: set[str]
 
 
-def _summarize(results: Sequence[tuple]) -> dict[str, Any]:
-    """Puts the cases' results together as nnU-Net's extractor does."""
-    shapes, spacings, intensities, _, relative_sizes = zip(*results, strict=True)
-    properties: dict[str, dict[str, float]] = {}
-    for channel in range(len(intensities[0])):
-        # Taken out of the cases: the samples of all cases are large, twice them is too much.
-        values = np.concatenate([case.pop(0) for case in intensities])
-        if values.size == 0:
-            raise ValueError("no case has a labelled voxel: there is nothing to learn")
-        mean, std = float(np.mean(values)), float(np.std(values))
-        low, median, high = np.percentile(values, (0.5, 50.0, 99.5), overwrite_input=True)
-        properties[str(channel)] = {
-            "mean": mean,
-            "median": float(median),
-            "std": std,
-            "min": float(np.min(values)),
-            "max": float(np.max(values)),
-            "percentile_99_5": float(high),
-            "percentile_00_5": float(low),
-        }
-    return {
-        "spacings": [[float(mm) for mm in spacing] for spacing in spacings],
-        "shapes_after_crop": [[int(n) for n in shape] for shape in shapes],
-        "foreground_intensity_properties_per_channel": properties,
-        "median_relative_size_after_cropping": float(np.median(relative_sizes)),
-    }
+def _run(
+    tasks: Sequence[_Task],
+    plans: Plans,
+    dataset_json: dict[str, Any],
+    cases: Cases,
+    n_workers: int,
+    progress: bool,
+    store: Store | None,
+) -> None:
+    """Preprocesses what is not done: by our code for all configurations at once, by nnU-Net's."""
+    if not tasks:
+        return
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(plans)
+    classes = _classes(manager.get_label_manager(dataset_json))
+    kept = store.get if store is not None and n_workers <= 1 else lambda name: None
+    jobs = {}
+    for name, case in cases.items():
+        todo = [task for task in tasks if task.settings is not None and name not in task.done]
+        if todo:
+            settings = [task.settings for task in todo if task.settings is not None]
+            targets = [str(_partial(task.folder) / name) for task in todo]
+            files = (case["images"], case["label"])
+            jobs[name] = (*files, settings, classes, targets, kept(name))
+    if jobs:
+        names = ", ".join(task.configuration for task in tasks if task.settings is not None)
+        n_threads = count_threads(cases)
+        run_cases(preprocess_and_save, jobs, n_workers, f"Preprocess {names}", progress, n_threads)
+    for task in tasks:
+        if task.settings is None:
+            own = manager.get_configuration(task.configuration)
+            stock = own.preprocessor_class(verbose=False)
+            stock_jobs = {
+                name: (
+                    *(stock, str(_partial(task.folder)), name, case["images"], case["label"]),
+                    *(manager, own, dataset_json),
+                )
+                for name, case in cases.items()
+                if name not in task.done
+            }
+            title = f"Preprocess {task.configuration} (nnU-Net's code)"
+            run_cases(_run_stock, stock_jobs, n_workers, title, progress)
 
 
-@contextlib.contextmanager
-def _replacing(folder: Path, stamp: Mapping[str, str]) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder`, with its stamp, when all went well."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(_stamp_file(folder), stamp)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _run_stock(preprocessor: Any, folder: str, name: str, *arguments: Any) -> None:
+    """Runs nnU-Net's preprocessor under a hidden name, then gives the files theirs."""
+    hidden = os.path.join(folder, f".{name}")
+    preprocessor.run_case_save(hidden, *arguments)
+    for suffix in SUFFIXES:
+        os.replace(hidden + suffix, os.path.join(folder, name + suffix))
+
+
+def _classes(label_manager: Any) -> list[int | tuple[int, ...]]:
+    """Returns of what nnU-Net draws foreground locations."""
+    regions = label_manager.foreground_regions if label_manager.has_regions else None
+    classes = list(regions if regions is not None else label_manager.foreground_labels)
+    if label_manager.has_ignore_label:
+        classes.append([-1, *label_manager.all_labels])
+    return [tuple(map(int, c)) if isinstance(c, list | tuple) else int(c) for c in classes]
+
+
+def _begin(folder: Path, stamp: dict[str, Any]) -> set[str]:
+    """Makes the hidden folder, with the cases in it that need not be made; returns those.
+
+    Killed at any point, the stamp says the truth of what lies in the hidden folder.
+    """
+    half, found = _partial(folder), _read_stamp(folder)
+    same = found is not None and all(found[key] == stamp[key] for key in ("plans", "made_by"))
+    if folder.is_dir():
+        shutil.rmtree(half, ignore_errors=True)
+        os.replace(folder, half)
+    done = set()
+    if found is not None and same and half.is_dir():
+        unchanged = {n for n, d in stamp["cases"].items() if found["cases"].get(n) == d}
+        done = _whole_cases(half, found.get("sizes")) & unchanged
+        expected = {name + suffix for name in done for suffix in SUFFIXES}
+        for entry in list(os.scandir(half)):
+            if entry.name not in expected:
+                os.unlink(entry.path)
+    else:
+        shutil.rmtree(half, ignore_errors=True)
+    write_json(_stamp_file(folder), stamp)
+    half.mkdir(parents=True, exist_ok=True)
+    return done
+
+
+def _finish(folder: Path, cases: Iterable[str]) -> None:
+    """Gives a folder that is whole its name; the sizes of its files go into the stamp before."""
+    half, stamp = _partial(folder), _read_stamp(folder)
+    sizes = _sizes(half)
+    assert stamp is not None and _whole_cases(half) == set(cases)
+    write_json(_stamp_file(folder), stamp | {"sizes": sizes})
+    os.replace(half, folder)
 
 
 def _may_be_used(
-    folder: Path, plans: Plans, name: str, stamp: Mapping[str, str], cases: Cases
+    folder: Path, plans: Plans, name: str, stamp: Mapping[str, Any], *, strict: bool
 ) -> bool:
-    """Whether the folder serves as it is; ValueError where it is neither ours nor fitting."""
+    """Whether the folder serves as it is; ValueError where it is neither ours nor fitting.
+
+    strict: only one that the same code made.
+    """
     if not folder.is_dir():
         return False
     found = _read_stamp(folder)
     if found is not None:
-        return found == stamp and _is_whole(folder, cases)
-    stock = folder.parent / f"{STOCK_PLANS}.json"
-    if folder.name == f"{STOCK_PLANS}_{name}" and stock.is_file() and _is_whole(folder, cases):
-        theirs = load_plans(stock)
-        if name in theirs["configurations"]:
-            parts = [preprocessing_part(each, name) for each in (plans, theirs)]
+        keys = ("plans", "cases", "made_by") if strict else ("plans", "cases")
+        fits = all(found[key] == stamp[key] for key in keys)
+        return fits and stamp["cases"].keys() <= _whole_cases(folder, found.get("sizes"))
+    theirs = folder.parent / f"{STOCK_PLANS}.json"
+    if folder.name == f"{STOCK_PLANS}_{name}" and theirs.is_file():
+        stock_plans = load_plans(theirs)
+        if name in stock_plans["configurations"] and _whole_cases(folder) == set(stamp["cases"]):
+            parts = [preprocessing_part(each, name) for each in (plans, stock_plans)]
             if all(parts[0][key] == parts[1][key] for key in parts[0] if key != "intensities"):
                 return True
     raise ValueError(
@@ -289,11 +256,11 @@ def _may_be_used(
 
 
 def _stamp(
-    plans: Plans, name: str, dataset_json: Mapping[str, Any], cases: Cases
-) -> dict[str, str]:
+    plans: Plans, name: str, dataset_json: Mapping[str, Any], cases: Cases, made_by: str
+) -> dict[str, Any]:
     labels = {key: dataset_json.get(key) for key in ("labels", "regions_class_order")}
     decisive = [preprocessing_part(plans, name), labels]
-    return {"plans": digest(decisive), "cases": digest(case_facts(cases))}
+    return {"plans": digest(decisive), "made_by": made_by, "cases": case_digests(cases)}
 
 
 def _stamp_file(folder: Path) -> Path:
@@ -301,17 +268,33 @@ def _stamp_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.stamp.json")
 
 
-def _read_stamp(folder: Path) -> dict[str, str] | None:
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _read_stamp(folder: Path) -> dict[str, Any] | None:
+    """The stamp, None where there is none of this form."""
     path = _stamp_file(folder)
-    return read_json(path) if path.is_file() else None
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found.get("cases"), dict) else None
 
 
-def _is_whole(folder: Path, cases: Iterable[str]) -> bool:
-    if not folder.is_dir():
-        return False
-    there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size > 0}
-    expected = {name + suffix for name in cases for suffix in SUFFIXES}
-    return expected <= there and {name for name in there if name.endswith(".b2nd")} <= expected
+def _sizes(folder: Path) -> dict[str, int]:
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+
+
+def _whole_cases(folder: Path, sizes: Mapping[str, int] | None = None) -> set[str]:
+    """The cases of which all files are there: of the given sizes, else not empty."""
+    there = _sizes(folder)
+    good = {name for name, size in there.items() if size > 0}
+    if sizes is not None:
+        good = {name for name in good if there[name] == sizes.get(name)}
+    cases = {name.removesuffix(SUFFIXES[-1]) for name in good if name.endswith(SUFFIXES[-1])}
+    return {name for name in cases if all(name + suffix in good for suffix in SUFFIXES)}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _copy_references(cases: Cases, target: Path, ending: str) -> None:

@@ -1,4 +1,4 @@
-"""nnU-Net's rules of a case's shape: which axis is resampled alone, how many voxels there will be."""
+"""nnU-Net's rules of a case's shape: which axis is resampled alone, how many voxels result."""
 
 from __future__ import annotations
 
@@ -34,6 +34,5 @@ def shape_at_spacing(
 ) -> tuple[int, ...]:
     """Return the voxels per axis of an image of `shape` at another spacing (mm)."""
     return tuple(
-        int(round(old / new * n))
-        for old, new, n in zip(spacing, new_spacing, shape, strict=True)
+        round(old / new * n) for old, new, n in zip(spacing, new_spacing, shape, strict=True)
     )

@@ -18,15 +18,8 @@ from typing import Any
 import numpy as np
 
 from umamba.preprocessing.geometry import find_separate_axis
+from umamba.preprocessing.resampling import DEFAULTS, FUNCTION
 
-FUNCTION = "resample_data_or_seg_to_shape"
-DEFAULTS: dict[str, Any] = {
-    "is_seg": False,
-    "order": 3,
-    "order_z": 0,
-    "force_separate_z": False,
-    "separate_z_anisotropy_threshold": 3,
-}
 MIXED = np.iinfo(np.int16).min  # no label: the neighbours differ
 SURE = 0.5 + 1e-6  # a share of the weights that no other label can reach
 

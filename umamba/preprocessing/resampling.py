@@ -53,9 +53,9 @@ def separable_resampling(
     `function_name` and `kwargs` are those of the plans, for probabilities or for the data;
     shapes (z, y, x) and spacings in mm, as nnU-Net hands them over.
     """
-    options = DEFAULTS | kwargs
-    if function_name != FUNCTION or options["is_seg"] or len(options) > len(DEFAULTS):
+    if not is_separable(function_name, kwargs):
         return None
+    options = DEFAULTS | kwargs
     _, order, order_z, force, threshold = options.values()
     through_plane = find_separate_axis(force, current_spacing, new_spacing, threshold)
     matrices: list[np.ndarray | None] = []
@@ -66,6 +66,13 @@ def separable_resampling(
     # skimage clips to the range of its input; order 0 and 1 cannot leave it
     clip = order > 1
     return SeparableResampling(tuple(map(int, new_shape)), tuple(matrices), through_plane, clip)
+
+
+def is_separable(function_name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether the plans' resampling of data or probabilities is the one that is done here."""
+    options = DEFAULTS | kwargs
+    known = function_name == FUNCTION and len(options) == len(DEFAULTS)
+    return known and not options["is_seg"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class SeparableResampling:
     ) -> Array:
         """The resampled data (C, Z', Y', X) at `rows` of axis z and `columns` of axis y."""
         wanted = [(rows.start, rows.stop), (columns.start, columns.stop), (0, self.new_shape[2])]
-        needed = [
+        needed: list[tuple[int, int]] = [
             (start, stop) if matrix is None else used_columns(matrix[start:stop])
             for matrix, (start, stop) in zip(self.matrices, wanted, strict=True)
         ]
@@ -112,7 +119,8 @@ class SeparableResampling:
             return apply_matrix(matrix, part, axis + 1, *wanted[axis], needed[axis][0])
 
         # In plane first, then clip, then along the separate axis: nnU-Net's order of the steps.
-        result = data[(slice(None), *(slice(*n) for n in needed))]
+        inside: tuple[Any, ...] = (slice(None), *(slice(*n) for n in needed))
+        result = data[inside]
         separate = self.separate_axis
         for axis in range(3):
             if axis != separate:
@@ -120,8 +128,8 @@ class SeparableResampling:
         if bounds is not None:
             low, high = bounds
             if separate is not None:
-                part = (slice(None),) * (separate + 1) + (slice(*needed[separate]),)
-                low, high = low[part], high[part]
+                kept = (slice(None),) * (separate + 1) + (slice(*needed[separate]),)
+                low, high = low[kept], high[kept]
             result = result.clip(low, high)
         return result if separate is None else resample(result, separate)
 

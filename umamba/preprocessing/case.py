@@ -1,0 +1,169 @@
+"""The arithmetic of one case: transpose, crop, normalize, resample, draw foreground locations.
+
+Equal to nnU-Net's DefaultPreprocessor: data to 1e-5, labels and locations exactly. Imports no
+torch. Several configurations of the same plans share what is the same for them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from umamba.preprocessing.cropping import crop, nonzero_box, outside_of_body
+from umamba.preprocessing.geometry import shape_at_spacing
+from umamba.preprocessing.label_resampling import is_fused, resample_labels
+from umamba.preprocessing.locations import ClassOrRegion, draw_locations
+from umamba.preprocessing.normalization import SCHEMES, normalize
+from umamba.preprocessing.reading import ReadCase, as_labels
+from umamba.preprocessing.resampling import is_separable, separable_resampling
+
+
+@dataclass(frozen=True, eq=False)
+class CaseSettings:
+    """What the plans say about a case, for one configuration; plain values, cheap to send."""
+
+    reader: str
+    transpose_forward: tuple[int, ...]
+    spacing: tuple[float, ...]
+    patch_size: tuple[int, ...]
+    schemes: tuple[str, ...]
+    use_mask: tuple[bool, ...]
+    intensities: Mapping[str, Any]
+    data_function: str
+    data_options: dict[str, Any]
+    label_function: str
+    label_options: dict[str, Any]
+
+    @classmethod
+    def from_plans(
+        cls, plans: Mapping[str, Any], configuration: Mapping[str, Any]
+    ) -> CaseSettings | None:
+        """Return the settings; None for what is not done here, so that nnU-Net's code runs."""
+        settings = cls(
+            plans["image_reader_writer"],
+            tuple(plans["transpose_forward"]),
+            tuple(configuration["spacing"]),
+            tuple(configuration["patch_size"]),
+            tuple(configuration["normalization_schemes"]),
+            tuple(configuration["use_mask_for_norm"]),
+            plans["foreground_intensity_properties_per_channel"],
+            configuration["resampling_fn_data"],
+            configuration["resampling_fn_data_kwargs"],
+            configuration["resampling_fn_seg"],
+            configuration["resampling_fn_seg_kwargs"],
+        )
+        known = (
+            configuration["preprocessor_name"] == "DefaultPreprocessor"
+            and all(scheme in SCHEMES for scheme in settings.schemes)
+            and is_separable(settings.data_function, settings.data_options)
+            and is_fused(settings.label_function, settings.label_options)
+        )
+        return settings if known else None
+
+    @property
+    def normalization(self) -> tuple[Any, ...]:
+        """What decides the normalized image."""
+        return self.schemes, self.use_mask
+
+    def target(
+        self, shape: Sequence[int], spacing: Sequence[float]
+    ) -> tuple[tuple[int, ...], list[float]]:
+        """Return shape and spacing (z, y, x) of a transposed and cropped image after resampling."""
+        # a 2d configuration leaves the distance of the slices as it is
+        wanted = [*spacing[: 3 - len(self.spacing)], *self.spacing]
+        return shape_at_spacing(shape, spacing, wanted), wanted
+
+
+@dataclass
+class PreprocessedCase:
+    """data (C, z, y, x) float32, labels (z, y, x) int16 or None, and nnU-Net's properties."""
+
+    data: np.ndarray
+    labels: np.ndarray | None
+    properties: dict[str, Any]
+
+
+def preprocess_case(
+    case: ReadCase,
+    all_settings: Sequence[CaseSettings],
+    classes: Sequence[ClassOrRegion] | None,
+) -> list[PreprocessedCase]:
+    """Return the case as each configuration takes it; results may share arrays.
+
+    The image of `case` is used up: it is normalized in place. all_settings: of one plans file.
+    classes: of which to draw locations (None: of none).
+    """
+    first = all_settings[0]
+    axes = first.transpose_forward
+    image = case.image.transpose([0, *[axis + 1 for axis in axes]])
+    spacing = [case.properties["spacing"][axis] for axis in axes]
+    properties = case.properties | {"shape_before_cropping": image.shape[1:]}
+    box = nonzero_box(image)
+    image = crop(image, box)
+    properties["bbox_used_for_cropping"] = box
+    properties["shape_after_cropping_and_before_resampling"] = image.shape[1:]
+    outside = None
+    if case.labels is not None or any(any(s.use_mask) for s in all_settings):
+        outside = outside_of_body(image)
+    labels = None
+    if case.labels is not None:
+        labels = as_labels(crop(case.labels.transpose(axes), box))
+        if outside is not None:
+            labels[(labels == 0) & outside] = -1
+    inside = None
+    if any(any(s.use_mask) for s in all_settings):
+        inside = _inside(labels, outside, image.shape[1:])
+
+    normalized: dict[Any, np.ndarray] = {}
+    resampled: dict[Any, np.ndarray] = {}
+    drawn: dict[Any, tuple[np.ndarray | None, dict[Any, Any] | None]] = {}
+    n_normalizations = len({s.normalization for s in all_settings})
+    results = []
+    for settings in all_settings:
+        key = settings.normalization
+        if key not in normalized:
+            own = image.copy() if n_normalizations > 1 else image
+            for index, channel in enumerate(own):
+                mask = inside if settings.use_mask[index] else None
+                scheme, facts = settings.schemes[index], settings.intensities[str(index)]
+                normalize(channel, scheme, mask, facts)
+            normalized[key] = own
+        shape, wanted = settings.target(image.shape[1:], spacing)
+        steps = (shape, tuple(wanted), repr(settings.data_options), repr(settings.label_options))
+        if (key, steps) not in resampled:
+            operator = separable_resampling(
+                settings.data_function,
+                settings.data_options,
+                image.shape[1:],
+                shape,
+                spacing,
+                wanted,
+            )
+            assert operator is not None
+            resampled[key, steps] = operator.whole(normalized[key])
+        if steps not in drawn:
+            there = labels
+            if there is not None:
+                there = resample_labels(there, shape, settings.label_options, spacing, wanted)
+            locations = None if classes is None or there is None else draw_locations(there, classes)
+            drawn[steps] = there, locations
+        found, locations = drawn[steps]
+        own_properties = copy.copy(properties)
+        if locations is not None:
+            own_properties["class_locations"] = locations
+        results.append(PreprocessedCase(resampled[key, steps], found, own_properties))
+    return results
+
+
+def _inside(
+    labels: np.ndarray | None, outside: np.ndarray | None, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """Where nnU-Net normalizes under a mask: at labels of 0 and more; None is everywhere."""
+    if labels is not None:
+        inside = labels >= 0
+        return None if inside.all() else inside
+    return None if outside is None else ~outside

@@ -1,0 +1,98 @@
+"""Writes preprocessed cases in nnU-Net's format, each file whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+
+from umamba.files import replacing
+from umamba.preprocessing.case import CaseSettings, PreprocessedCase, preprocess_case
+from umamba.preprocessing.locations import ClassOrRegion
+from umamba.preprocessing.reading import Kept, read_case
+
+SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+"""Of the files of a case, in the order in which they are written: with the last it is whole."""
+
+LEVEL, CODEC = 5, blosc2.Codec.LZ4HC
+TRIAL = 2**15  # voxels of the middle of an image that choose its filter
+MANY = 2**22  # bytes from which compression is worth threads
+
+
+def preprocess_and_save(
+    images: Sequence[str],
+    label: str,
+    settings: Sequence[CaseSettings],
+    classes: Sequence[ClassOrRegion],
+    targets: Sequence[str],
+    kept: Kept | None = None,
+) -> None:
+    """Read a case, preprocess it for each configuration and save it under its target.
+
+    targets: per configuration the path of the files without their suffix. kept: what has been
+    read of the case already. Runs in a worker process too, which then imports no torch.
+    """
+    case = read_case(images, label, settings[0].reader, kept)
+    save_cases(preprocess_case(case, settings, classes), settings, targets)
+
+
+def save_cases(
+    results: Sequence[PreprocessedCase],
+    settings: Sequence[CaseSettings],
+    targets: Sequence[str],
+) -> None:
+    """Save a case per configuration as nnU-Net does; what is the same bytes is written once."""
+    filters: dict[int, blosc2.Filter] = {}
+    written: dict[Any, Path] = {}
+    for result, own, target in zip(results, settings, targets, strict=True):
+        assert result.labels is not None
+        for array, suffix in ((result.data, SUFFIXES[0]), (result.labels, SUFFIXES[1])):
+            path = Path(target + suffix)
+            whole = array if array.ndim == 4 else array[None]
+            blocks, chunks = comp_blosc2_params(whole.shape, own.patch_size, whole.itemsize)
+            key = (id(array), blocks, chunks)
+            with replacing(path) as temporary:
+                if key not in written or not _link(written[key], temporary):
+                    if id(array) not in filters:
+                        filters[id(array)] = choose_filter(whole)
+                    content = _compress(whole, blocks, chunks, filters[id(array)])
+                    temporary.write_bytes(content.to_cframe())
+            written.setdefault(key, path)
+        with replacing(Path(target + SUFFIXES[2])) as temporary:
+            temporary.write_bytes(pickle.dumps(result.properties))
+
+
+def choose_filter(array: np.ndarray) -> blosc2.Filter:
+    """Return which of nnU-Net's two filters makes the middle of (C, z, y, x) smaller."""
+    middle = array[len(array) // 2]
+    start, depth = middle.shape[0] // 2, max(1, TRIAL // (middle.shape[1] * middle.shape[2]))
+    part = middle[start : start + depth].reshape(-1)[:TRIAL]
+    sizes = {
+        each: _compress(part, part.shape, part.shape, each).schunk.cbytes
+        for each in (blosc2.Filter.NOFILTER, blosc2.Filter.SHUFFLE)
+    }
+    return min(sizes, key=lambda each: sizes[each])
+
+
+def _compress(
+    array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], chosen: blosc2.Filter
+) -> blosc2.NDArray:
+    n_threads = 4 if array.nbytes > MANY else 1
+    parameters = {"codec": CODEC, "clevel": LEVEL, "filters": [chosen], "nthreads": n_threads}
+    whole = np.ascontiguousarray(array)
+    return blosc2.asarray(whole, chunks=tuple(chunks), blocks=tuple(blocks), cparams=parameters)
+
+
+def _link(existing: Path, new: Path) -> bool:
+    """Whether a hard link could be made."""
+    with contextlib.suppress(OSError):
+        os.link(existing, new)
+        return True
+    return False
