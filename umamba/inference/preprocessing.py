@@ -1,4 +1,4 @@
-"""Prepares a case for prediction with nnU-Net's preprocessor, without its needless steps."""
+"""Prepares a case for prediction as nnU-Net does, without its needless steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from nnunetv2.utilities.label_handling.label_handling import (
 )
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from umamba.preprocessing.resampling import separable_resampling
+from umamba.preprocessing.case import CaseSettings, preprocess_case
+from umamba.preprocessing.reading import ReadCase, read_case
 
 
 @dataclass
@@ -32,7 +33,8 @@ class CasePreprocessor:
     def __init__(
         self, plans_manager: PlansManager, configuration: dict, dataset_json: dict, exact: bool
     ) -> None:
-        manager = _PredictionConfiguration(configuration, exact)
+        """exact: nnU-Net's own code does it, as it does what is not known here."""
+        manager = _PredictionConfiguration(configuration)
         if manager.preprocessor_class is None:
             raise ValueError(
                 f"plans.json names the preprocessor {manager.preprocessor_name}, which nnunetv2 "
@@ -40,28 +42,41 @@ class CasePreprocessor:
             )
         self.preprocessor = manager.preprocessor_class(verbose=False)
         self.label_manager = plans_manager.get_label_manager(dataset_json)
+        self.settings = (
+            None if exact else CaseSettings.from_plans(plans_manager.plans, configuration)
+        )
         self._plans = (plans_manager, manager, dataset_json)
 
     def from_files(self, images: Sequence[Path], previous_stage: Path | None) -> PreparedCase:
         """Reads and prepares; in a cascade, `previous_stage` is the label map before."""
         previous = None if previous_stage is None else str(previous_stage)
         files = [str(image) for image in images]
+        if self.settings is not None:
+            return self._prepare(read_case(files, previous, self.settings.reader), self.settings)
         data, seg, found = self.preprocessor.run_case(files, previous, *self._plans)
-        return self._prepared(data, seg, found, previous_stage is not None)
+        return self._prepared(data, None if previous is None else seg[0], found)
 
     def from_array(
         self, image: np.ndarray, properties: dict[str, Any], previous_stage: np.ndarray | None
     ) -> PreparedCase:
         """Prepares (C, z, y, x); needs "spacing" in properties; previous_stage (1, z, y, x)."""
+        if self.settings is not None:
+            previous = None if previous_stage is None else previous_stage[0]
+            case = ReadCase(np.array(image, np.float32), previous, dict(properties))
+            return self._prepare(case, self.settings)
         arguments = (image, previous_stage, dict(properties))
         data, seg, found = self.preprocessor.run_case_npy(*arguments, *self._plans)
-        return self._prepared(data, seg, found, previous_stage is not None)
+        return self._prepared(data, None if previous_stage is None else seg[0], found)
+
+    def _prepare(self, case: ReadCase, settings: CaseSettings) -> PreparedCase:
+        (done,) = preprocess_case(case, [settings], None)
+        return self._prepared(done.data, done.labels, done.properties)
 
     def _prepared(
-        self, data: np.ndarray, seg: np.ndarray, properties: dict[str, Any], cascaded: bool
+        self, data: np.ndarray, previous: np.ndarray | None, properties: dict[str, Any]
     ) -> PreparedCase:
-        if cascaded:
-            data = with_previous_stage(data, seg[0], self.label_manager)
+        if previous is not None:
+            data = with_previous_stage(data, previous, self.label_manager)
         return PreparedCase(torch.from_numpy(data).float().contiguous(), properties)
 
 
@@ -74,25 +89,7 @@ def with_previous_stage(
 
 
 class _PredictionConfiguration(ConfigurationManager):
-    """The plans' configuration, with resampling fit for prediction."""
-
-    def __init__(self, configuration: dict, exact: bool) -> None:
-        super().__init__(configuration)
-        self._exact = exact
-
-    @property
-    def resampling_fn_data(self) -> Callable[..., Any]:
-        stock = super().resampling_fn_data
-        name = self.configuration["resampling_fn_data"]
-        kwargs = self.configuration["resampling_fn_data_kwargs"]
-
-        def resample(data: np.ndarray, *shape_and_spacings: Any) -> Any:
-            operator = separable_resampling(name, kwargs, data.shape[1:], *shape_and_spacings)
-            if operator is None:
-                return stock(data, *shape_and_spacings)
-            return operator.whole(torch.from_numpy(np.ascontiguousarray(data))).numpy()
-
-        return stock if self._exact else resample
+    """The plans' configuration, for nnU-Net's own preprocessor."""
 
     @property
     def resampling_fn_seg(self) -> Callable[..., Any]:

@@ -43,6 +43,8 @@ class CaseSettings:
         cls, plans: Mapping[str, Any], configuration: Mapping[str, Any]
     ) -> CaseSettings | None:
         """Return the settings; None for what is not done here, so that nnU-Net's code runs."""
+        if "foreground_intensity_properties_per_channel" not in plans:
+            return None  # plans of an early nnU-Net, whose other words its own code knows
         settings = cls(
             plans["image_reader_writer"],
             tuple(plans["transpose_forward"]),
