@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "WEIGHTS",
         "help": "start from ImageNet weights: their name or file (the network's own)",
     },
+    "--stock": {"action": "store_true", "help": "fingerprint, preprocess with nnU-Net's own code"},
     "--restart": {"action": "store_true", "help": "begin anew where results exist"},
 }
 """Options of several commands, by their flags."""

@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shared = (
         "dataset --network --recipe --pretrained --recompute -p --memory --network-arg -device -np"
     )
-    shared += " --sampling --workspace"
+    shared += " --sampling --stock --workspace"
     add = common.add_command(subparsers, "plan", run, __doc__, shared).add_argument
     add(
         "-c", "--configuration", nargs="+", metavar="CONFIG",
@@ -79,12 +79,14 @@ def plan(
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import plans_file, save_plans
     from umamba.planning.preprocess import preprocess_dataset
+    from umamba.preprocessing.case_store import CaseStore
 
-    if not args.no_audit:
-        common.refuse_faults(dataset, workspace)
-    common.check_recipe(recipe, dataset)
     n_workers = args.np or default_workers(dataset.name)
-    fingerprint_dataset(dataset.name, n_workers)
+    store = CaseStore() if n_workers == 1 and not args.stock else None
+    if not args.no_audit:
+        common.refuse_faults(dataset, workspace, store and store.keep)
+    common.check_recipe(recipe, dataset)
+    fingerprint_dataset(dataset.name, n_workers, stock=args.stock, store=store)
     name = default_plans_name(entry.name, network_args, recipe.get("name"))
     name = args.plans_name or name + option_suffix(args)
     plans = plan_dataset(
@@ -105,7 +107,9 @@ def plan(
     if device and not check(plans, names, dataset.dataset_json, device):
         return 1
     if not args.no_preprocess:
-        folders = preprocess_dataset(dataset.name, plans_name, names, n_workers)
+        folders = preprocess_dataset(
+            dataset.name, plans_name, names, n_workers, stock=args.stock, store=store
+        )
         for folder in dict.fromkeys(folders.values()):
             print(f"preprocessed: {folder}")
     save_plans(common.settle_sampling(plans, names, args))

@@ -25,11 +25,12 @@ from umamba.lock import holding
 if TYPE_CHECKING:
     from umamba.data.dataset import RawDataset
     from umamba.data.workspace import Workspace
+    from umamba.preprocessing.case_store import CaseStore
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shared = "dataset --network --recipe --pretrained --recompute -p -f --memory --network-arg -np"
-    shared += " --sampling --workspace --restart -device -num_gpus -t"
+    shared += " --sampling --stock --workspace --restart -device -num_gpus -t"
     add = common.add_command(subparsers, "run", run, __doc__, shared).add_argument
     add("-c", "--configuration", help="default: 3d_fullres, or 2d for 2D data")
     add("--minutes", type=float, help="wall time of this whole command")
@@ -60,12 +61,17 @@ def run(args: argparse.Namespace) -> int:
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
+    from umamba.preprocessing.case_store import CaseStore
+
+    store = None if args.stock else CaseStore()
     with holding(workspace.preprocessed / dataset.name, "planning"):
-        common.refuse_faults(dataset, workspace)
+        keep = None if store is None else store.keep
+        common.refuse_faults(dataset, workspace, keep)
         common.check_recipe(recipe, dataset)
         plans, configuration = make_plans(
-            args, entry.name, network_args, recipe, dataset, workspace, fold, device, started
+            args, entry.name, network_args, recipe, dataset, workspace, fold, device, started, store
         )
+    store = None  # its memory is wanted for training
     print(describe_configuration(plans, configuration))
     print("training")
     folder = train(plans, dataset.dataset_json, configuration, fold, device, args)
@@ -88,9 +94,11 @@ def make_plans(
     fold: int | str,
     device: str,
     started: float,
+    store: CaseStore | None,
 ) -> tuple[dict, str]:
     """Plans (or reads the plans of the same request), preprocesses, and fits a time budget."""
     from umamba.planning.budget import fit_to_time
+    from umamba.planning.cases import default_workers
     from umamba.planning.fingerprint import fingerprint_dataset
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import get_configuration, load_plans, save_plans
@@ -109,14 +117,15 @@ def make_plans(
     name = args.plans_name or default_plans_name(network, network_args, named.get("name")) + suffix
     file = workspace.preprocessed / dataset.name / f"{name}.json"
     results = workspace.results / dataset.name
-    n_workers = args.np or 1
-    fingerprint_dataset(dataset.name, n_workers)
+    how: dict = {"n_workers": args.np or default_workers(dataset.name)}
+    how |= {"stock": args.stock, "store": store}
+    fingerprint_dataset(dataset.name, **how)
     if file.is_file() and not args.restart:
         plans = load_plans(file)
         facts = plans.get("umamba", {})
         if facts.get("request") == request:
             print(f"plans:   {file} (from an earlier run)")
-            preprocess_dataset(dataset.name, name, [facts["configuration"]], n_workers)
+            preprocess_dataset(dataset.name, name, [facts["configuration"]], **how)
             return plans, facts["configuration"]
         if any(results.glob(f"*__{name}__*/fold_*/checkpoint_*.pth")):
             raise UsageError(
@@ -141,7 +150,7 @@ def make_plans(
     common.tell_pretrained(plans, [configuration])
     if args.minutes is None and args.epochs is None and device == "cpu":
         refuse_endless(plans, configuration, args)
-    preprocess_dataset(dataset.name, name, [configuration], n_workers)
+    preprocess_dataset(dataset.name, name, [configuration], **how)
     if args.minutes is not None:
         print(f"measuring training steps to fit {args.minutes:g} minutes")
         plans = fit_to_time(

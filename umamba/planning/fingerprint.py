@@ -14,18 +14,25 @@ from umamba.planning.cases import (
     run_cases,
 )
 from umamba.planning.plans import digest, preprocessed_folder, read_json
-from umamba.preprocessing.statistics import analyze_case, summarize
+from umamba.preprocessing.reading import Kept
+from umamba.preprocessing.statistics import CaseStatistics, analyze_case, summarize
 
 SAMPLED_VOXELS = 10e7  # foreground of all cases together, drawn for the intensity statistics
 
 
 def fingerprint_dataset(
-    dataset_name: str, n_workers: int = 1, progress: bool = True, store: Store | None = None
+    dataset_name: str,
+    n_workers: int = 1,
+    progress: bool = True,
+    *,
+    stock: bool = False,
+    store: Store | None = None,
 ) -> dict[str, Any]:
     """Writes nnU-Net's dataset_fingerprint.json and returns it; kept where the cases are the same.
 
     Values equal those of nnU-Net's extractor: the same foreground voxels are drawn. One worker is
     this process itself, which is faster for small data, and takes cases that are in the store.
+    stock: nnU-Net's own code reads the cases and draws.
     """
     dataset_json, cases = read_dataset(dataset_name)
     target = preprocessed_folder(dataset_name) / "dataset_fingerprint.json"
@@ -42,10 +49,26 @@ def fingerprint_dataset(
         for name, case in cases.items()
     }
     n_threads = count_threads(cases)
-    results = run_cases(analyze_case, jobs, n_workers, "Fingerprint", progress, n_threads)
+    analyze = analyze_stock if stock else analyze_case
+    results = run_cases(analyze, jobs, n_workers, "Fingerprint", progress, n_threads)
     fingerprint = summarize([results[name] for name in cases]) | {"cases_digest": stamp}
     write_json(target, fingerprint)
     return fingerprint
+
+
+def analyze_stock(
+    images: list[str], label: str, reader: str, n_samples: int, _: Kept | None
+) -> CaseStatistics:
+    """Does what `analyze_case` does with nnU-Net's own function."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
+        DatasetFingerprintExtractor,
+    )
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    reader_class = recursive_find_reader_writer_by_name(reader)
+    analyze = DatasetFingerprintExtractor.analyze_case
+    shape, spacing, drawn, _, relative = analyze(images, label, reader_class, n_samples)
+    return CaseStatistics(shape, spacing, drawn, [None] * len(drawn), relative)
 
 
 def find_reader(dataset_json: dict[str, Any], cases: Cases) -> str:
