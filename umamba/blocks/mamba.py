@@ -127,6 +127,7 @@ def spread_dt_bias(
     n: int, dt_min: float = DT_MIN, dt_max: float = DT_MAX, dt_floor: float = DT_FLOOR
 ) -> Tensor:
     """n biases whose softplus is log-uniform in [dt_min, dt_max], and at least dt_floor."""
-    exponent = torch.rand(n) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+    # not torch.rand: the same numbers, but on the meta device it imports all of torch._dynamo
+    exponent = torch.empty(n).uniform_() * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
     dt = exponent.exp().clamp(min=dt_floor)
     return dt + torch.log(-torch.expm1(-dt))
