@@ -84,7 +84,7 @@ def plan(
     n_workers = args.np or default_workers(dataset.name)
     store = CaseStore() if n_workers == 1 and not args.stock else None
     if not args.no_audit:
-        common.refuse_faults(dataset, workspace, store and store.keep)
+        common.refuse_faults(dataset, workspace, None if store is None else store.keep)
     common.check_recipe(recipe, dataset)
     fingerprint_dataset(dataset.name, n_workers, stock=args.stock, store=store)
     name = default_plans_name(entry.name, network_args, recipe.get("name"))

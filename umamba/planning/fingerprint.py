@@ -4,6 +4,8 @@ import contextlib
 import io
 from typing import Any
 
+import numpy as np
+
 from umamba.files import write_json
 from umamba.planning.cases import (
     Cases,
@@ -51,7 +53,8 @@ def fingerprint_dataset(
     n_threads = count_threads(cases)
     analyze = analyze_stock if stock else analyze_case
     results = run_cases(analyze, jobs, n_workers, "Fingerprint", progress, n_threads)
-    fingerprint = summarize([results[name] for name in cases]) | {"cases_digest": stamp}
+    fingerprint = summarize([results[name] for name in cases], n_samples)
+    fingerprint |= {"cases_digest": stamp}
     write_json(target, fingerprint)
     return fingerprint
 
@@ -68,7 +71,7 @@ def analyze_stock(
     reader_class = recursive_find_reader_writer_by_name(reader)
     analyze = DatasetFingerprintExtractor.analyze_case
     shape, spacing, drawn, _, relative = analyze(images, label, reader_class, n_samples)
-    return CaseStatistics(shape, spacing, drawn, [None] * len(drawn), relative)
+    return CaseStatistics(shape, spacing, [np.asarray(d) for d in drawn], True, relative)
 
 
 def find_reader(dataset_json: dict[str, Any], cases: Cases) -> str:

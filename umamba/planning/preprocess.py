@@ -200,6 +200,8 @@ def _begin(folder: Path, stamp: dict[str, Any]) -> set[str]:
     Killed at any point, the stamp says the truth of what lies in the hidden folder.
     """
     half, found = _partial(folder), _read_stamp(folder)
+    for left_over in folder.parent.glob(f".{_stamp_file(folder).name}.*"):
+        left_over.unlink()
     same = found is not None and all(found[key] == stamp[key] for key in ("plans", "made_by"))
     if folder.is_dir():
         shutil.rmtree(half, ignore_errors=True)

@@ -11,9 +11,12 @@ import numpy as np
 class Content(Protocol):
     """A file as the audit decoded it: (channels, z, y, x), before slope and intercept."""
 
-    array: np.ndarray
-    slope: float
-    intercept: float
+    @property
+    def array(self) -> np.ndarray: ...
+    @property
+    def slope(self) -> float: ...
+    @property
+    def intercept(self) -> float: ...
 
 
 class Kept(NamedTuple):

@@ -14,66 +14,89 @@ SEED = 1234
 
 
 class CaseStatistics(NamedTuple):
-    """shape after cropping and spacing (z, y, x); per channel the drawn intensities.
+    """shape after cropping and spacing (z, y, x); per channel the foreground's intensities.
 
-    distinct: per channel the intensities without repetition of a voxel, and how often each was
-    drawn; None where that is not shorter.
+    values: where is_drawn, the voxels that nnU-Net draws; else, which is shorter, all of them.
     """
 
     shape: tuple[int, ...]
     spacing: list[float]
-    drawn: list[np.ndarray]
-    distinct: list[tuple[np.ndarray, np.ndarray] | None]
+    values: list[np.ndarray]
+    is_drawn: bool
     relative_size: float
 
 
 def analyze_case(
     images: Sequence[str], label: str, reader: str, n_samples: int, kept: Kept | None = None
 ) -> CaseStatistics:
-    """Read a case and draw `n_samples` of its foreground voxels, those that nnU-Net draws."""
+    """Read a case and take the intensities of its foreground, of `n_samples` voxels at most."""
     image, labels, properties = read_case(images, label, reader, kept)
     if np.isnan(image).any():
         raise ValueError("the image holds NaN")
     assert labels is not None
     box = nonzero_box(image)
-    image_shape, image = image.shape[1:], crop(image, box)
+    relative_size = np.prod([stop - start for start, stop in box]) / np.prod(image.shape[1:])
+    image = crop(image, box)
     foreground = crop(labels, box) > 0
-    random = np.random.RandomState(SEED)
-    drawn: list[np.ndarray] = []
-    distinct: list[tuple[np.ndarray, np.ndarray] | None] = []
-    for channel in image:
-        values = channel[foreground]
-        if not len(values):
-            drawn.append(np.empty(0))  # float64, as numpy makes of nnU-Net's empty list
-            distinct.append(None)
-            continue
-        chosen = random.randint(0, len(values), size=n_samples)
-        drawn.append(values[chosen])
-        few = 4 * len(values) < n_samples
-        counts = np.bincount(chosen, minlength=len(values)) if few else None
-        distinct.append(None if counts is None else (values, counts))
-    relative = np.prod(image.shape[1:]) / np.prod(image_shape)
-    spacing = properties["spacing"]
-    return CaseStatistics(image.shape[1:], spacing, drawn, distinct, float(relative))
+    values = [channel[foreground] for channel in image]
+    is_drawn = 4 * len(values[0]) > n_samples
+    if is_drawn:
+        draw = Draw(n_samples)
+        values = [each[draw.places(len(each))] for each in values]
+    return CaseStatistics(
+        image.shape[1:], properties["spacing"], values, is_drawn, float(relative_size)
+    )
 
 
-def summarize(cases: Sequence[CaseStatistics]) -> dict[str, Any]:
-    """Return the fingerprint as nnU-Net puts it together; empties the cases of what they drew."""
+class Draw:
+    """nnU-Net's draw of voxels of a case, with repetition: one stream for all its channels."""
+
+    def __init__(self, n_samples: int) -> None:
+        self._random, self._n_samples = np.random.RandomState(SEED), n_samples
+
+    def places(self, n_voxels: int) -> np.ndarray:
+        """Return the indices of the next channel's voxels."""
+        return self._random.randint(0, n_voxels, size=self._n_samples)
+
+
+def summarize(cases: Sequence[CaseStatistics], n_samples: int) -> dict[str, Any]:
+    """Return the fingerprint as nnU-Net puts it together, `n_samples` voxels of each case.
+
+    Takes the intensities out of the cases: those of all together are large.
+    """
     properties: dict[str, dict[str, float]] = {}
-    for channel in range(len(cases[0].drawn)):
-        # Taken out of the cases: the samples of all cases are large, twice them is too much.
-        values = np.concatenate([case.drawn.pop(0) for case in cases])
-        if values.size == 0:
+    draws = [Draw(n_samples) for _ in cases]
+    for channel in range(len(cases[0].values)):
+        pieces: list[tuple[np.ndarray, Draw | None]] = []
+        distinct = []
+        empty = any(not len(case.values[0]) for case in cases)
+        for case, stream in zip(cases, draws, strict=True):
+            own = case.values.pop(0)
+            pieces.append((own, stream if len(own) and not case.is_drawn else None))
+        n_values = sum(len(own) if draw is None else n_samples for own, draw in pieces)
+        if n_values == 0:
             raise ValueError("no case has a labelled voxel: there is nothing to learn")
-        mean, std = float(np.mean(values)), float(np.std(values))
-        distinct = [case.distinct[channel] for case in cases]
-        low, median, high = percentiles(values, distinct, (0.5, 50.0, 99.5))
+        # float64 is what numpy makes of nnU-Net's empty list for a case without foreground
+        values = np.empty(n_values, np.float64 if empty else np.float32)
+        end = 0
+        for own, draw in pieces:
+            start, end = end, end + (len(own) if draw is None else n_samples)
+            if draw is None:
+                values[start:end] = own
+            else:
+                places = draw.places(len(own))
+                values[start:end] = own[places]
+                distinct.append((own, np.bincount(places, minlength=len(own))))
+        is_known = sum(n_samples for _ in distinct) == n_values
+        low, median, high = percentiles(values, distinct if is_known else None, (0.5, 50.0, 99.5))
+        lowest, highest = float(values.min()), float(values.max())
+        mean, std = mean_and_std(values)
         properties[str(channel)] = {
             "mean": mean,
             "median": median,
             "std": std,
-            "min": float(np.min(values)),
-            "max": float(np.max(values)),
+            "min": lowest,
+            "max": highest,
             "percentile_99_5": high,
             "percentile_00_5": low,
         }
@@ -87,21 +110,28 @@ def summarize(cases: Sequence[CaseStatistics]) -> dict[str, Any]:
     }
 
 
+def mean_and_std(values: np.ndarray) -> tuple[float, float]:
+    """Return np.mean and np.std, to the last bit; `values` are used up, a copy is too large."""
+    mean = np.mean(values)
+    values -= mean
+    np.multiply(values, values, out=values)
+    return float(mean), float(np.sqrt(np.mean(values)))
+
+
 def percentiles(
     values: np.ndarray,
-    distinct: Sequence[tuple[np.ndarray, np.ndarray] | None],
+    distinct: Sequence[tuple[np.ndarray, np.ndarray]] | None,
     wanted: Sequence[float],
 ) -> list[float]:
-    """Return np.percentile(values, wanted); by counts of the distinct values where they are known.
+    """Return np.percentile(values, wanted), by the distinct values and their counts if known.
 
-    values is reordered. The hundred million values of nnU-Net's fingerprint are few that repeat.
+    The hundred million values of nnU-Net's fingerprint are often few that repeat.
     """
-    if any(each is None for each in distinct):
-        return [float(p) for p in np.percentile(values, wanted, overwrite_input=True)]
-    pairs = [each for each in distinct if each is not None]
-    known = np.concatenate([value for value, _ in pairs])
+    if distinct is None:
+        return [float(p) for p in np.percentile(values, wanted)]
+    known = np.concatenate([value for value, _ in distinct])
     order = np.argsort(known)
-    ends = np.cumsum(np.concatenate([count for _, count in pairs])[order])
+    ends = np.cumsum(np.concatenate([count for _, count in distinct])[order])
     results = []
     for percent in wanted:
         place = (len(values) - 1) * (percent / 100)
