@@ -1,0 +1,110 @@
+"""A case read here, from its files or from what the audit read, is what nnU-Net's reader gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from skimage.io import imsave
+
+from umamba.data.images import read_image
+from umamba.preprocessing.case_store import CaseStore
+from umamba.preprocessing.reading import Kept, read_case
+
+SHAPE = (7, 6, 5)  # x, y, z
+AFFINE = np.array([[-0.7, 0, 0, 3], [0, 0.9, 0, -4], [0, 0, 2.5, 7], [0, 0, 0, 1.0]])
+
+
+def write(path: Path, dtype: str, scaling: tuple[float, float] | None, shape=SHAPE) -> str:
+    values = np.random.default_rng(4).integers(0, 200, shape).astype(dtype)
+    if values.dtype.kind == "f":
+        values += np.random.default_rng(5).random(shape).astype(dtype)
+    image = nibabel.Nifti1Image(values, AFFINE)
+    image.header.set_data_dtype(dtype)
+    image.to_filename(path)
+    if scaling is not None:
+        content = bytearray(path.read_bytes())
+        content[112:120] = np.array(scaling, "<f4").tobytes()
+        path.write_bytes(content)
+    return str(path)
+
+
+def assert_read_alike(ours, files, label, reader) -> None:
+    image, properties = reader().read_images(files)
+    np.testing.assert_array_equal(ours.image, image)
+    assert ours.image.dtype == image.dtype == np.float32
+    assert repr(ours.properties) == repr(properties)
+    if label is not None:
+        np.testing.assert_array_equal(ours.labels, reader().read_seg(label)[0][0])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "scaling"),
+    [
+        ("uint8", None),
+        ("int16", None),
+        ("int16", (1.7, -1024.3)),
+        ("uint8", (0.1, 0.0)),
+        ("float32", None),
+        ("float32", (0.3, 2.7)),
+        ("float64", None),
+        (">i2", (2.0, 1.0)),
+    ],
+)
+def test_nifti_is_read_as_simpleitk_reads_it(tmp_path, dtype, scaling, kept):
+    files = [write(tmp_path / f"a_000{i}.nii", dtype, scaling) for i in range(2)]
+    label = write(tmp_path / "a.nii", "uint8", None)
+    known = None
+    if kept:
+        known = Kept([read_image(Path(file)) for file in files], read_image(Path(label)))
+    ours = read_case(files, label, "SimpleITKIO", known)
+    assert_read_alike(ours, files, label, SimpleITKIO)
+
+
+def test_a_flat_nifti_is_read_as_simpleitk_reads_it(tmp_path):
+    files = [write(tmp_path / "a.nii", "int16", None, (7, 6))]
+    assert_read_alike(read_case(files, files[0], "SimpleITKIO"), files, files[0], SimpleITKIO)
+
+
+def test_other_readers_are_nnunets_own(tmp_path):
+    nifti = [write(tmp_path / "a.nii", "int16", (2.0, 1.0))]
+    ours = read_case(nifti, nifti[0], "NibabelIO")
+    assert_read_alike(ours, nifti, nifti[0], NibabelIO)
+    picture = str(tmp_path / "a.png")
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 8, 3), dtype=np.uint8)
+    imsave(picture, pixels, check_contrast=False)
+    ours = read_case([picture], None, "NaturalImage2DIO")
+    assert_read_alike(ours, [picture], None, NaturalImage2DIO)
+
+
+def test_a_label_of_another_shape_is_an_error(tmp_path):
+    image = write(tmp_path / "a.nii", "int16", None)
+    label = write(tmp_path / "b.nii", "uint8", None, (7, 6, 4))
+    with pytest.raises(ValueError, match="label is 4 x 6 x 7 voxels, the image 5 x 6 x 7"):
+        read_case([image], label, "SimpleITKIO")
+
+
+def test_channels_that_do_not_fit_are_left_to_nnunet_to_refuse(tmp_path):
+    files = [write(tmp_path / "a.nii", "int16", None), write(tmp_path / "b.nii", "int16", None)]
+    other = SimpleITK.ReadImage(files[1])
+    other.SetSpacing((9.0, 9.0, 9.0))
+    SimpleITK.WriteImage(other, files[1])
+    with pytest.raises(RuntimeError):
+        read_case(files, None, "SimpleITKIO")
+
+
+def test_a_store_keeps_what_fits(tmp_path):
+    content = read_image(Path(write(tmp_path / "a.nii", "int16", None)))
+    n_bytes = content.array.nbytes
+    store = CaseStore(most_bytes=5 * n_bytes)
+    for name in ("a", "b", "c"):
+        store.keep(name, [content], content)
+    store.keep("d", [content], None)
+    assert [name for name in "abcd" if store.get(name)] == ["a", "b", "d"]
