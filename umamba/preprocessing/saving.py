@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Else it starts and ends threads for each chunk of a file: 40 times the CPU time of writing it.
+os.environ.setdefault("BLOSC_NTHREADS", "1")
+
 import blosc2
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
@@ -22,8 +25,7 @@ SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """Of the files of a case, in the order in which they are written: with the last it is whole."""
 
 LEVEL, CODEC = 5, blosc2.Codec.LZ4HC
-TRIAL = 2**15  # voxels of the middle of an image that choose its filter
-MANY = 2**22  # bytes from which compression is worth threads
+TRIAL = 2**13  # voxels of the middle of an image that choose its filter
 
 
 def preprocess_and_save(
@@ -75,7 +77,7 @@ def choose_filter(array: np.ndarray) -> blosc2.Filter:
     start, depth = middle.shape[0] // 2, max(1, TRIAL // (middle.shape[1] * middle.shape[2]))
     part = middle[start : start + depth].reshape(-1)[:TRIAL]
     sizes = {
-        each: _compress(part, part.shape, part.shape, each).schunk.cbytes
+        each: len(blosc2.compress2(part, **_parameters(each), typesize=part.itemsize))
         for each in (blosc2.Filter.NOFILTER, blosc2.Filter.SHUFFLE)
     }
     return min(sizes, key=lambda each: sizes[each])
@@ -84,10 +86,13 @@ def choose_filter(array: np.ndarray) -> blosc2.Filter:
 def _compress(
     array: np.ndarray, blocks: Sequence[int], chunks: Sequence[int], chosen: blosc2.Filter
 ) -> blosc2.NDArray:
-    n_threads = 4 if array.nbytes > MANY else 1
-    parameters = {"codec": CODEC, "clevel": LEVEL, "filters": [chosen], "nthreads": n_threads}
     whole = np.ascontiguousarray(array)
-    return blosc2.asarray(whole, chunks=tuple(chunks), blocks=tuple(blocks), cparams=parameters)
+    shapes = {"chunks": tuple(chunks), "blocks": tuple(blocks)}
+    return blosc2.asarray(whole, **shapes, cparams=_parameters(chosen))
+
+
+def _parameters(chosen: blosc2.Filter) -> dict[str, Any]:
+    return {"codec": CODEC, "clevel": LEVEL, "filters": [chosen], "nthreads": 1}
 
 
 def _link(existing: Path, new: Path) -> bool:
