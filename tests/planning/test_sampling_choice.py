@@ -8,10 +8,11 @@ import pytest
 
 from umamba.cli import plan as plan_command
 from umamba.planning import sampling
+from umamba.planning.fingerprint import fingerprint_dataset
 from umamba.planning.hit_rates import HitRates
 from umamba.planning.planner import plan_dataset
 from umamba.planning.plans import get_configuration
-from umamba.planning.preprocess import fingerprint_dataset, preprocess_dataset
+from umamba.planning.preprocess import preprocess_dataset
 from umamba.planning.sampling import class_weights, settle_sampling
 from umamba.report.sampling import describe_sampling
 from umamba.training.recipe import Recipe
