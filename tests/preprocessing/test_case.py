@@ -13,7 +13,7 @@ import SimpleITK
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from umamba.planning.preprocess import _classes
+from umamba.planning.preprocess import location_classes
 from umamba.preprocessing.case import CaseSettings, preprocess_case
 from umamba.preprocessing.reading import read_case
 
@@ -148,7 +148,7 @@ def test_a_case_equals_that_of_nnunet(tmp_path, name):
 
     settings = CaseSettings.from_plans(plans, plans["configurations"]["it"])
     assert settings is not None
-    classes = _classes(manager.get_label_manager(dataset_json))
+    classes = location_classes(manager.get_label_manager(dataset_json))
     (ours,) = preprocess_case(read_case(files, label, "SimpleITKIO"), [settings], classes)
     assert ours.data.dtype == np.float32
     np.testing.assert_allclose(ours.data, data, atol=1e-5 * max(1, np.abs(data).max()))

@@ -81,11 +81,11 @@ def plan(
     from umamba.planning.preprocess import preprocess_dataset
     from umamba.preprocessing.case_store import CaseStore
 
-    n_workers = args.np or default_workers(dataset.name)
-    store = CaseStore() if n_workers == 1 and not args.stock else None
+    store = None if args.stock else CaseStore()
     if not args.no_audit:
         common.refuse_faults(dataset, workspace, None if store is None else store.keep)
     common.check_recipe(recipe, dataset)
+    n_workers = args.np or default_workers(dataset.name)
     fingerprint_dataset(dataset.name, n_workers, stock=args.stock, store=store)
     name = default_plans_name(entry.name, network_args, recipe.get("name"))
     name = args.plans_name or name + option_suffix(args)

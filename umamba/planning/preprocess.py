@@ -147,7 +147,7 @@ def _run(
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plans)
-    classes = _classes(manager.get_label_manager(dataset_json))
+    classes = location_classes(manager.get_label_manager(dataset_json))
     kept = store.get if store is not None and n_workers <= 1 else lambda name: None
     jobs = {}
     for name, case in cases.items():
@@ -185,7 +185,7 @@ def _run_stock(preprocessor: Any, folder: str, name: str, *arguments: Any) -> No
         os.replace(hidden + suffix, os.path.join(folder, name + suffix))
 
 
-def _classes(label_manager: Any) -> list[int | tuple[int, ...]]:
+def location_classes(label_manager: Any) -> list[int | tuple[int, ...]]:
     """Returns of what nnU-Net draws foreground locations."""
     regions = label_manager.foreground_regions if label_manager.has_regions else None
     classes = list(regions if regions is not None else label_manager.foreground_labels)
