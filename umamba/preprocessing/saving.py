@@ -75,7 +75,7 @@ def choose_filter(array: np.ndarray) -> blosc2.Filter:
     """Return which of nnU-Net's two filters makes the middle of (C, z, y, x) smaller."""
     middle = array[len(array) // 2]
     start, depth = middle.shape[0] // 2, max(1, TRIAL // (middle.shape[1] * middle.shape[2]))
-    part = middle[start : start + depth].reshape(-1)[:TRIAL]
+    part = np.ascontiguousarray(middle[start : start + depth]).reshape(-1)[:TRIAL]
     sizes = {
         each: len(blosc2.compress2(part, **_parameters(each), typesize=part.itemsize))
         for each in (blosc2.Filter.NOFILTER, blosc2.Filter.SHUFFLE)
