@@ -97,7 +97,7 @@ class LabelMaker:
         if not plain or self._probabilities is not None or not has_linear_argmax():
             return None
         z, y, x = (
-            LinearAxis.from_matrix(m, n)
+            LinearAxis.from_matrix(None if m is None else torch.from_numpy(m), n)
             for m, n in zip(self.operator.matrices, self.shape, strict=True)
         )
         if z is None or y is None or x is None:
@@ -140,11 +140,11 @@ class LabelMaker:
 class _Progress:
     """Which outputs of an axis are complete when its inputs have arrived up to a position."""
 
-    def __init__(self, matrix: torch.Tensor | None, n_in: int) -> None:
+    def __init__(self, matrix: np.ndarray | None, n_in: int) -> None:
         if matrix is None:
             first, last = np.arange(n_in), np.arange(n_in) + 1
         else:
-            used = matrix.abs().numpy() > NEGLIGIBLE_WEIGHT
+            used = np.abs(matrix) > NEGLIGIBLE_WEIGHT
             first, last = used.argmax(1), n_in - used[:, ::-1].argmax(1)
         needed = np.maximum.accumulate(last)
         # outputs that are complete when inputs 0 ... i - 1 are there
