@@ -335,3 +335,12 @@ def test_too_little_memory_for_any_patch_is_said_in_the_reasons(fingerprinted):
         fingerprinted("flat"), network_args=wide, gpu_memory_target_in_gb=0.5, configurations=["2d"]
     )["configurations"]["2d"]
     assert any("more than there is" in reason for reason in part["planning"]["reasons"])
+
+
+def test_planning_forks_no_worker(fingerprinted, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a fork in a process with threads may hang")
+
+    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", refuse)
+    spacing = [1.0, 1.0, 1.0]
+    assert plan(fingerprinted("isotropic_ct"), overwrite_target_spacing=spacing)["configurations"]

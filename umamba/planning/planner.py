@@ -39,7 +39,12 @@ from umamba.planning.reasons import (
     step_reason,
     upstream_reasons,
 )
-from umamba.planning.stock import as_json, count_features, name_own_data
+from umamba.planning.stock import (
+    as_json,
+    count_features,
+    listing_without_workers,
+    name_own_data,
+)
 from umamba.planning.topology import (
     CONFIGURATIONS,
     check_configurations,
@@ -145,12 +150,13 @@ class UMambaPlanner(ExperimentPlanner):
             self.entry.name, self.network_args, self.recipe.get("name")
         )
         spacing = overwrite_target_spacing
-        super().__init__(
-            dataset_name_or_id,
-            plans_name=name,
-            overwrite_target_spacing=None if spacing is None else [float(mm) for mm in spacing],
-            **stock,
-        )
+        with listing_without_workers():
+            super().__init__(
+                dataset_name_or_id,
+                plans_name=name,
+                overwrite_target_spacing=None if spacing is None else [float(mm) for mm in spacing],
+                **stock,
+            )
         self.plans_path = plans_file(self.dataset_name, name)
         planned = self._existing_plans().get("umamba", {})
         asked, self.memory_from = gpu_memory_target_in_gb, "as asked for"

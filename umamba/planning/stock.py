@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from umamba.planning.cases import Cases, list_cases
 from umamba.planning.footprint import conv_features
 from umamba.planning.plans import Plans, preprocessing_part
 
@@ -36,7 +39,7 @@ def count_features(
 
 def name_own_data(plans: Plans, plans_identifier: str) -> None:
     """Gives a folder of its own to every configuration whose data are not the stock plan's."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), listing_without_workers():
         stock = as_json(_StockPlanner(plans["dataset_name"]).plan_experiment())
     for name, configuration in plans["configurations"].items():
         if "inherits_from" in configuration:
@@ -44,6 +47,25 @@ def name_own_data(plans: Plans, plans_identifier: str) -> None:
         ours, there = preprocessing_part(plans, name), name in stock["configurations"]
         if not there or ours != preprocessing_part(stock, name):
             configuration["data_identifier"] = f"{plans_identifier}_{name}"
+
+
+@contextlib.contextmanager
+def listing_without_workers() -> Iterator[None]:
+    """Lets nnU-Net's planners, made within this context, list the cases by themselves.
+
+    They fork a pool for it, which may hang for ever in a process that has threads.
+    """
+
+    def list_here(raw_folder: str, dataset_json: Mapping[str, Any]) -> Cases:
+        return list_cases(Path(raw_folder), dataset_json)
+
+    module = vars(sys.modules[ExperimentPlanner.__module__])
+    name = "get_filenames_of_train_images_and_targets"
+    stock, module[name] = module[name], list_here
+    try:
+        yield
+    finally:
+        module[name] = stock
 
 
 def as_json(plans: Plans) -> Plans:
