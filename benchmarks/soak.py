@@ -32,6 +32,7 @@ import SimpleITK
 import torch
 
 TIMES = ("elapsed_s", "epoch_s")
+N_EPOCHS = 110  # checkpoints are saved at epochs 50 and 100, and every two minutes
 DATASET = "Dataset900_Demo"
 ORPHAN_SECONDS = 10.0
 
@@ -49,7 +50,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
-        prepare(work, args.cases)
+        prepare(work, args.cases, N_EPOCHS if "train" in args.parts else 5)
         moments = random.Random(args.seed)
         rows = {part: soak(work, part, args.kills, moments) for part in args.parts}
     print("| part | kills | runs to the end | orphans | half-written files | differences |")
@@ -62,7 +63,7 @@ def main() -> int:
     return int(any(row[key] for row in rows.values() for key in bad))
 
 
-def prepare(work: Path, n_cases: int) -> None:
+def prepare(work: Path, n_cases: int, n_epochs: int) -> None:
     """The dataset, and a workspace that is planned and preprocessed, its schedule short."""
     from umamba.data.synthetic import make_demo_dataset
     from umamba.planning.plans import load_plans, replan, save_plans
@@ -70,7 +71,7 @@ def prepare(work: Path, n_cases: int) -> None:
     make_demo_dataset(work / DATASET, n_train=n_cases, n_test=n_cases)
     run_to_end(work, command(work, "preprocess", work / "planned"))
     (file,) = (work / "planned").glob("preprocessed/*/umamba_bot.json")
-    recipe = {"seed": 0, "num_epochs": 5, "num_iterations_per_epoch": 4}
+    recipe = {"seed": 0, "num_epochs": n_epochs, "num_iterations_per_epoch": 4}
     recipe |= {"num_val_iterations_per_epoch": 1}
     small = {"patch_size": [16, 32, 32], "batch_size": 2, "features_per_stage": [4, 8, 8]}
     save_plans(replan(load_plans(file), "3d_fullres", recipe=recipe, **small), file)
@@ -137,10 +138,10 @@ def command(work: Path, part: str, folder: Path) -> list[str]:
             work / DATASET,
             "3d_fullres",
             "0",
-            "--workspace",
-            folder,
             "-device",
             "cpu",
+            "--workspace",
+            folder,
         ]
     else:
         words = ["plan", work / DATASET, "-c", "3d_fullres", "--memory", "2", "--workspace", folder]
@@ -198,12 +199,16 @@ def preprocessed(folder: Path) -> dict[str, Any]:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Progress but for times, and the final weights."""
+    """Progress and curves but for times, the final weights and the optimizer's state."""
     (fold,) = folder.glob("results/*/*/fold_0")
     lines = [json.loads(line) for line in (fold / "progress.jsonl").read_text().splitlines()]
     content = torch.load(fold / "checkpoint_final.pth", weights_only=False)
-    weights = {key: value.numpy() for key, value in content["network_weights"].items()}
-    return {"progress": [{k: v for k, v in r.items() if k not in TIMES} for r in lines], **weights}
+    found = {key: value.numpy() for key, value in content["network_weights"].items()}
+    for number, moments in content["optimizer_state"]["state"].items():
+        found |= {f"{number} {key}": np.asarray(value) for key, value in moments.items()}
+    curves = {k: repr(v) for k, v in content["logging"].items() if "timestamps" not in k}
+    progress = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return found | {"progress": progress, "curves": curves}
 
 
 def predicted(folder: Path) -> dict[str, Any]:
