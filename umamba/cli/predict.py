@@ -63,6 +63,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--max-ram", metavar="SIZE",
         help="memory that this process may take, such as 4G (what is available)",
     )  # fmt: skip
+    add(
+        "--max-vram", metavar="SIZE",
+        help="memory of the GPU that this process may take (what is free)",
+    )  # fmt: skip
+    add(
+        "--skip-empty", action="store_true",
+        help="take tiles without any part of the body for background, without the network",
+    )  # fmt: skip
     add("--disable_progress_bar", "--disable-progress-bar", action="store_true")
 
 
@@ -128,21 +136,23 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
     from umamba.inference.predictor import UMambaPredictor
     from umamba.memory import parse_size
 
-    with common.usage_errors(ValueError):
-        max_ram = parse_size(args.max_ram) if args.max_ram else None
     common.set_threads(args.threads)
-    predictor = UMambaPredictor(
-        tile_step_size=args.step_size,
-        use_mirroring=not args.disable_tta,
-        perform_everything_on_device=not args.not_on_device,
-        device=torch.device(common.choose_device(args.device)) if args.device else None,
-        nnunet_exact=args.nnunet_exact,
-    )
-    predictor.max_ram = max_ram
+    with common.usage_errors(ValueError):
+        max_ram, max_vram = (parse_size(s) if s else None for s in (args.max_ram, args.max_vram))
+        predictor = UMambaPredictor(
+            tile_step_size=args.step_size,
+            use_mirroring=not args.disable_tta,
+            perform_everything_on_device=not args.not_on_device,
+            device=torch.device(common.choose_device(args.device)) if args.device else None,
+            nnunet_exact=args.nnunet_exact,
+            skip_empty=args.skip_empty,
+        )
+        predictor.limit_memory(max_ram, max_vram)
     said: set[str] = set()
 
     def say(sentence: str) -> None:
-        if sentence not in said and (max_ram or "temporary" in sentence or "holds" in sentence):
+        asked = max_ram or max_vram or "skips" in sentence
+        if sentence not in said and (asked or "temporary" in sentence or "holds" in sentence):
             said.add(sentence)
             print(sentence)
 

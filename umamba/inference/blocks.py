@@ -8,7 +8,7 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -34,12 +34,18 @@ class WindowGrid:
     """How nnU-Net's windows, in their order, cut a volume (z, y, x) into blocks.
 
     Cuts lie at the starts and ends of the windows along z and y; along x at the starts and the
-    last ends only, and none with `whole_rows`.
+    last ends only, and none with `whole_rows`. Nothing is added for windows that are `skipped`.
     """
 
     def __init__(
-        self, windows: Sequence[Window], shape: Sequence[int], *, whole_rows: bool = False
+        self,
+        windows: Sequence[Window],
+        shape: Sequence[int],
+        *,
+        whole_rows: bool = False,
+        skipped: Collection[int] = (),
     ) -> None:
+        self.skipped = frozenset(skipped)
         self.shape = tuple(map(int, shape))
         self.boxes = [_box(window) for window in windows]
         starts = [sorted({box[axis].start for box in self.boxes}) for axis in range(3)]
@@ -75,7 +81,7 @@ class WindowGrid:
         most = least = n_held = 0
         strips = {s.window: s for s in self.strips}
         for i, box in enumerate(self.boxes):
-            touched = self.blocks(box)
+            touched = [] if i in self.skipped else self.blocks(box)
             n_held += sum(self.size(b) for b in touched if b not in held)
             held.update(touched)
             most = max(most, n_held)
@@ -83,7 +89,9 @@ class WindowGrid:
             if i in strips:
                 done = self.blocks((strips[i].z, strips[i].y, slice(0, self.shape[2])))
                 least = max(least, *map(self.size, done))
-                n_held -= sum(map(self.size, done))
+                # those of skipped windows alone are made when they are taken
+                most = max(most, n_held + sum(self.size(b) for b in done if b not in held))
+                n_held -= sum(self.size(b) for b in done if b in held)
                 held.difference_update(done)
         return most, least
 
@@ -99,7 +107,7 @@ class WindowGrid:
     def _find_uses(self) -> dict[Block, list[int]]:
         uses: dict[Block, list[int]] = defaultdict(list)
         for i, box in enumerate(self.boxes):
-            for block in self.blocks(box):
+            for block in () if i in self.skipped else self.blocks(box):
                 uses[block].append(i)
         return dict(uses)
 
@@ -107,7 +115,8 @@ class WindowGrid:
 class BlockSums:
     """Weighted sums (C, z, y, x) of tiles; those beyond `budget` bytes wait in a file.
 
-    The file has no name, so nothing remains of it however the process ends.
+    The file has no name, so nothing remains of it however the process ends.  Voxels that only
+    skipped windows cover get the logits `background`.
     """
 
     def __init__(
@@ -119,6 +128,7 @@ class BlockSums:
         device: torch.device | None = None,
         budget: int | None = None,
         spill_folder: Path | None = None,
+        background: Sequence[float] = (),
     ) -> None:
         self.grid = grid
         self.n_channels = n_channels
@@ -127,6 +137,7 @@ class BlockSums:
         self.budget = budget
         self.n_spilled = 0  # bytes written in all
         self._spill_folder = spill_folder
+        self._background = background
         self._file: IO[bytes] | None = None
         self._free_places: dict[int, list[int]] = defaultdict(list)
         self._end = 0
@@ -164,6 +175,12 @@ class BlockSums:
         total = self._resident(block, window, [block])
         del self._held[block]
         self._n_held -= total.nbytes
+        if self.grid.skipped:
+            if block not in self.grid.uses:
+                total[-1].zero_()
+            uncovered = total[-1] == 0
+            for channel, value in zip(total, (*self._background, 1.0), strict=True):
+                channel.masked_fill_(uncovered, value)
         return total
 
     def close(self) -> None:

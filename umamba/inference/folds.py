@@ -9,7 +9,9 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
+from umamba.inference.sliding_window import predict_mirrored, tiles_per_batch
 from umamba.inference.streaming import Predict
+from umamba.networks.precision import autocast
 
 
 class FoldWeights:
@@ -63,5 +65,26 @@ def exact_tiles(predictor: nnUNetPredictor, use: Callable[[int], object], n_fold
             with torch.autocast(kind, enabled=kind == "cuda"):
                 found = predictor._internal_maybe_mirror_and_predict(tiles)
             yield fold * n_outputs, found
+
+    return predict
+
+
+def mean_tiles(predictor: nnUNetPredictor, use: Callable[[int], object], n_folds: int) -> Predict:
+    """The float32 mean of the folds and of mirrored passes."""
+    manager = predictor.configuration_manager
+    recipe = manager.configuration.get("recipe") or {}
+    axes = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
+    max_batch = tiles_per_batch(manager.patch_size, manager.batch_size, predictor.device)
+
+    def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        total: torch.Tensor | None = None
+        with autocast(predictor.device, recipe.get("precision", "auto")):
+            for fold in range(n_folds):
+                use(fold)
+                found = predict_mirrored(predictor.network, tiles, axes, max_batch)
+                total = found if total is None else total.add_(found)
+                del found
+        assert total is not None
+        yield 0, total if n_folds == 1 else total.div_(n_folds)
 
     return predict

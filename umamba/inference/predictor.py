@@ -20,8 +20,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from umamba.inference import memory
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import PredictionCase
+from umamba.inference.empty import background_logits, find_empty_windows
 from umamba.inference.export import logits_to_labels, resampling_to_image, write_prediction
-from umamba.inference.folds import FoldWeights, exact_tiles, to_channels_last
+from umamba.inference.folds import FoldWeights, exact_tiles, mean_tiles, to_channels_last
 from umamba.inference.labels import LabelMaker
 from umamba.inference.model_folder import (
     Fold,
@@ -38,14 +39,12 @@ from umamba.inference.probabilities import ProbabilityFile
 from umamba.inference.sliding_window import (
     accumulate_windows,
     nnunet_weight,
-    predict_mirrored,
     tiles_per_batch,
     window_weight,
 )
 from umamba.inference.streaming import (
     PIECE_BYTES,
     Piece,
-    Predict,
     mean_of_half_sums,
     mean_of_sums,
     stream_windows,
@@ -62,7 +61,8 @@ class UMambaPredictor(nnUNetPredictor):
     Windows, mirroring, preprocessing and file formats are nnU-Net's.  Sums over windows, mirrored
     passes and folds are float32, where nnU-Net's are half precision; with `nnunet_exact` every step
     is nnU-Net's own arithmetic, and the labels equal its own voxel for voxel.  On a GPU the network
-    runs in the precision of the recipe in the plans, without a recipe in "auto".
+    runs in the precision of the recipe in the plans, without a recipe in "auto".  With `skip_empty`
+    tiles that cannot hold foreground are background without it.
     """
 
     def __init__(
@@ -77,7 +77,10 @@ class UMambaPredictor(nnUNetPredictor):
         allow_tqdm: bool = False,
         *,
         nnunet_exact: bool = False,
+        skip_empty: bool = False,
     ) -> None:
+        if nnunet_exact and skip_empty:
+            raise ValueError("--nnunet-exact computes every tile; leave out --skip-empty")
         # nnU-Net prints a line for every device but CUDA
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
@@ -85,9 +88,11 @@ class UMambaPredictor(nnUNetPredictor):
                 device or default_device(), verbose, verbose_preprocessing, allow_tqdm,
             )  # fmt: skip
         self.nnunet_exact = nnunet_exact
+        self.skip_empty = skip_empty
         self.folds: tuple[Fold, ...] = ()
         self.on_windows_done: Callable[[float], object] = lambda share: None
         self.max_ram: int | None = None
+        self.max_vram: int | None = None
         self.on_plan: Callable[[str], object] = lambda sentence: None
         self._loaded: dict[str, torch.Tensor] | None = None
         self._fold_weights: FoldWeights | None = None
@@ -139,6 +144,12 @@ class UMambaPredictor(nnUNetPredictor):
             checkpoint.get("trainer_name", ""),
             checkpoint.get("inference_allowed_mirroring_axes"),
         )
+
+    def limit_memory(self, max_ram: int | None = None, max_vram: int | None = None) -> None:
+        """Bytes that this process may take; ValueError for a limit of a GPU that is not used."""
+        if max_vram is not None:
+            memory.limit_device(self.device, max_vram)
+        self.max_ram, self.max_vram = max_ram, max_vram
 
     @torch.inference_mode()
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
@@ -232,31 +243,40 @@ class UMambaPredictor(nnUNetPredictor):
         n_folds = max(1, len(self.list_of_parameters or ()))
         data, inside = pad_nd_image(data, patch_size, "constant", {"value": 0}, True, None)
         windows = self._internal_get_sliding_window_slicers(data.shape[1:])
-        on_device = self.perform_everything_on_device and self.device.type != "cpu"
-        store = self.device if on_device else torch.device("cpu")
+        skipped: frozenset[int] = frozenset()
+        if self.skip_empty:
+            skipped = find_empty_windows(data, windows, inside[1:], self.n_channels)
+            self.on_plan(f"skips {len(skipped)} of {len(windows)} tiles: they are empty")
+        on_device = self.perform_everything_on_device
         weight = window_weight(patch_size, self.use_gaussian and len(windows) > 1)
         if exact:
-            weight = nnunet_weight(patch_size, self.use_gaussian, store)
+            weight = nnunet_weight(patch_size, self.use_gaussian, self.device)
         n_channels = self.label_manager.num_segmentation_heads * (n_folds if exact else 1) + 1
         dtype = torch.half if exact else torch.float32
         if self.max_ram is not None:
             memory.return_freed_memory()
         fixed = memory.resident_bytes() + n_label_bytes + 4 * PIECE_BYTES
         limit = self.max_ram or memory.resident_bytes() + available_memory()
-        memory.reset_peak()
+        memory.reset_peak(self.device)
         before = memory.resident_bytes()
 
         def make_sums() -> BlockSums:
             of_network = max(0, memory.peak_bytes() - before)
             shape = data.shape[1:]
-            grids = WindowGrid(windows, shape, whole_rows=True), WindowGrid(windows, shape)
             plan = memory.plan_memory(
-                grids, n_channels * dtype.itemsize, limit=limit, fixed=fixed, network=of_network
-            )
+                (
+                    WindowGrid(windows, shape, whole_rows=True, skipped=skipped),
+                    WindowGrid(windows, shape, skipped=skipped),
+                ),
+                n_channels * dtype.itemsize, limit=limit, fixed=fixed, network=of_network,
+                device=memory.device_memory(self.device, self.max_vram) if on_device else None,
+            )  # fmt: skip
             self.on_plan(plan.sentence)
             return BlockSums(
-                plan.grid, n_channels, dtype=dtype, device=store,
+                plan.grid, n_channels, dtype=dtype,
+                device=self.device if plan.on_device else torch.device("cpu"),
                 budget=plan.budget, spill_folder=spill_folder,
+                background=background_logits(self.label_manager),
             )  # fmt: skip
 
         with contextlib.ExitStack() as stack:
@@ -266,39 +286,22 @@ class UMambaPredictor(nnUNetPredictor):
                     self._fold_weights = FoldWeights(self.network, self.list_of_parameters)
                 use = stack.enter_context(self._fold_weights.in_turn())
             yield from stream_windows(
-                exact_tiles(self, use, n_folds) if exact else self._mean_tiles(use, n_folds),
-                data.to(store),
+                (exact_tiles if exact else mean_tiles)(self, use, n_folds),
+                data.cpu(),
                 windows,
-                weight.to(store),
+                weight,
                 make_sums,
                 mean_of_half_sums if exact else mean_of_sums,
                 device=self.device,
                 inside=inside[1:],
                 max_batch=1 if exact else self._max_batch(),
+                skipped=skipped,
                 progress=self.on_windows_done,
             )
 
     def _max_batch(self) -> int:
         configuration = self.configuration_manager
         return tiles_per_batch(configuration.patch_size, configuration.batch_size, self.device)
-
-    def _mean_tiles(self, use: Callable[[int], object], n_folds: int) -> Predict:
-        """The float32 mean of the folds and of mirrored passes."""
-        recipe = self.configuration_manager.configuration.get("recipe") or {}
-        axes = self.allowed_mirroring_axes if self.use_mirroring else None
-
-        def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-            total: torch.Tensor | None = None
-            with autocast(self.device, recipe.get("precision", "auto")):
-                for fold in range(n_folds):
-                    use(fold)
-                    found = predict_mirrored(self.network, tiles, axes, self._max_batch())
-                    total = found if total is None else total.add_(found)
-                    del found
-            assert total is not None
-            yield 0, total if n_folds == 1 else total.div_(n_folds)
-
-        return predict
 
     @property
     def n_channels(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ def stream_windows(
     device: torch.device,
     inside: Sequence[slice] | None = None,
     max_batch: int = 1,
+    skipped: Collection[int] = (),
     progress: Callable[[float], object] = lambda share: None,
 ) -> Iterator[Piece]:
     """Pieces of the weighted mean over the windows, as soon as no later window touches them.
@@ -47,39 +49,76 @@ def stream_windows(
     before the next is asked for, and let go of: it holds the sums of its rows.
 
     Args:
-        data: (C, z, y, x), at least as large as the patch.
+        data: (C, z, y, x), at least as large as the patch; on the CPU or on `device`.
         windows: nnU-Net's slicers into `data`, in its order.
         weight: (z, y, x) of the patch; that of a 2-D network has one plane.
-        make_sums: called after the first prediction, when the memory of the network is known.
+        make_sums: called after the first prediction, when the memory of the network is known;
+            its grid skips the same windows.
         device: where the network computes; tiles are moved there one batch at a time.
         inside: the part of `data` that is wanted: without the padding.
         max_batch: tiles that go through the network together.
+        skipped: numbers of the windows that do not.
         progress: called with the share of the windows just done, 1 in total.
     """
     area = tuple(inside or (slice(0, n) for n in data.shape[1:]))
-    sums: BlockSums | None = None
-    strips: list[Strip] = []
+    wanted = [i for i in range(len(windows)) if i not in skipped]
+    chunks = [wanted[i : i + max_batch] for i in range(0, len(wanted), max_batch)]
+    batches = _copied_ahead(data, windows, chunks, device)
+    sums = None if chunks else make_sums()
+    done = n_strips = 0
     try:
-        for first in range(0, len(windows), max_batch):
-            chunk = windows[first : first + max_batch]
-            tiles = torch.stack([data[w] for w in chunk]).to(device)
-            for channel, predicted in predict(tiles):
+        for chunk, following in itertools.zip_longest(chunks or [[]], chunks[1:]):
+            parts = predict(next(batches)) if chunk else iter(())
+            for channel, predicted in parts:
                 if sums is None:
                     sums = make_sums()
-                    strips = sums.grid.strips[::-1]
-                for i, tile in enumerate(predicted.to(sums.device)):
+                    weight = weight.to(sums.device)
+                for i, tile in zip(chunk, predicted.to(sums.device), strict=True):
                     volume = tile if tile.ndim == 4 else tile[:, None]
-                    sums.add(first + i, channel, volume, weight)
+                    sums.add(i, channel, volume, weight)
                     del tile, volume
                 del predicted
             assert sums is not None
-            progress(len(chunk) / len(windows))
-            last = first + len(chunk) - 1
-            while strips and strips[-1].window <= last:
-                yield from _pieces(sums, strips.pop(), last, area, combine)
+            # what is skipped after a chunk is done with it
+            end = following[0] if following else len(windows)
+            progress((end - done) / len(windows))
+            done = end
+            strips = sums.grid.strips
+            while n_strips < len(strips) and strips[n_strips].window < end:
+                yield from _pieces(sums, strips[n_strips], end - 1, area, combine)
+                n_strips += 1
     finally:
         if sums is not None:
             sums.close()
+
+
+def _copied_ahead(
+    data: torch.Tensor,
+    windows: Sequence[Window],
+    chunks: Sequence[Sequence[int]],
+    device: torch.device,
+) -> Iterator[torch.Tensor]:
+    """Tiles (B, C, *patch) of each chunk on the device; on a GPU the next ones are under way."""
+    if device.type != "cuda" or data.device == device:
+        for chunk in chunks:
+            yield torch.stack([data[windows[i]] for i in chunk]).to(device)
+        return
+    copying = torch.cuda.Stream(device)
+
+    def copy(chunk: Sequence[int]) -> torch.Tensor:
+        tiles = torch.stack([data[windows[i]] for i in chunk]).pin_memory()
+        with torch.cuda.stream(copying):
+            return tiles.to(device, non_blocking=True)
+
+    upcoming = map(copy, chunks)
+    following = next(upcoming, None)
+    while following is not None:
+        tiles, computing = following, torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        tiles.record_stream(computing)
+        following = next(upcoming, None)
+        yield tiles
+        del tiles
 
 
 def _pieces(
