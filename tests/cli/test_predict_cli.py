@@ -171,8 +171,10 @@ def test_a_color_picture_needs_no_channel_number(tmp_path):
         (["-chk", "checkpoint_best.pth"], r"checkpoint_best\.pth.*checkpoint_final\.pth"),
         (["-step_size", "1.5"], "-step_size"),
         (["-num_parts", "2", "-part_id", "2"], "-part_id must be 0 to 1"),
+        (["--skip-empty", "--nnunet-exact"], "leave out --skip-empty"),
+        (["-device", "cpu", "--max-vram", "4G"], "--max-vram is for GPUs"),
     ],
-    ids=["fold", "fold name", "checkpoint", "step", "part"],
+    ids=["fold", "fold name", "checkpoint", "step", "part", "skip and exact", "no GPU"],
 )
 def test_wrong_names_and_numbers_are_usage_errors(model, images, tmp_path, words, match):
     with pytest.raises(UsageError, match=match):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from umamba.inference.blocks import WindowGrid
-from umamba.inference.memory import RESERVE, plan_memory
+from umamba.inference.memory import RESERVE, DeviceMemory, limit_device, plan_memory
 
 
 def grids():
@@ -38,3 +39,52 @@ def test_the_plan_takes_the_quickest_way_that_fits(which, divided, spilled):
 def test_an_impossible_limit_names_the_need():
     with pytest.raises(ValueError, match=r"needs at least .* GiB of memory .* but 1\.00 GiB"):
         plan_memory(grids(), 2**30, limit=2**30, fixed=2**29, network=0)
+
+
+PER_VOXEL = 2**20
+
+
+def plan_on(device, limit=2**40):
+    return plan_memory(
+        grids(), PER_VOXEL, limit=limit, fixed=2**32, network=2**30, device=device
+    )  # fmt: skip
+
+
+def test_sums_are_on_the_gpu_if_they_fit_beside_the_network_and_else_on_the_cpu():
+    used = 3 * 2**30
+    enough = used + grids()[0].peak()[0] * PER_VOXEL + RESERVE
+    fits, falls_back = (plan_on(DeviceMemory(enough - less, used)) for less in (0, 1))
+    assert fits.on_device
+    assert fits.budget is None
+    assert fits.expected_peak == 2**32 + 2**30
+    assert "of sums on the GPU" in fits.sentence
+    assert not falls_back.on_device
+    assert falls_back.expected_peak == fits.expected_peak + grids()[0].peak()[0] * PER_VOXEL
+    assert "sums are on the CPU" in falls_back.sentence
+    assert not plan_on(None).on_device
+
+
+def test_a_gpu_too_small_for_one_tile_is_refused():
+    with pytest.raises(ValueError, match=r"takes 3\.00 GiB of the GPU.* raise --max-vram"):
+        plan_on(DeviceMemory(2**31, 3 * 2**30))
+
+
+def test_the_limit_of_memory_holds_with_sums_on_the_gpu():
+    with pytest.raises(ValueError, match="raise --max-ram"):
+        plan_on(DeviceMemory(2**40, 0), limit=2**32)
+
+
+def test_what_skipped_windows_would_hold_is_not_counted():
+    whole, _ = grids()
+    windows = [
+        (slice(None), slice(z, z + 4), slice(y, y + 4), slice(x, x + 4))
+        for z in range(0, 9, 2) for y in range(0, 9, 2) for x in range(0, 9, 2)
+    ]  # fmt: skip
+    few = WindowGrid(windows, (12, 12, 12), whole_rows=True, skipped=range(3, len(windows)))
+    assert few.peak()[0] < whole.peak()[0]
+    assert few.strips == whole.strips
+
+
+def test_a_limit_of_a_gpu_without_one_is_refused():
+    with pytest.raises(ValueError, match="--max-vram is for GPUs, but this run computes on cpu"):
+        limit_device(torch.device("cpu"), 2**33)

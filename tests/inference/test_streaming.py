@@ -26,6 +26,7 @@ from umamba.inference import predictor as predictor_file
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import find_images
 from umamba.inference.predictor import UMambaPredictor
+from umamba.inference.sliding_window import predict_mirrored, window_weight
 
 CPU = torch.device("cpu")
 
@@ -260,3 +261,47 @@ def test_a_case_on_file_takes_the_limit_and_gives_the_same_labels(tmp_path):
         assert predictor.predict_cases([case]) == []
         found.append(read_array(case.output))
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("limit", [0, 2**40], ids=["on the CPU", "on the device"])
+@pytest.mark.parametrize("name", ["isotropic", "two folds", "2d"])
+def test_where_the_sums_are_changes_nothing(tmp_path, monkeypatch, name, limit):
+    predictor, case = prepare(tmp_path, name)
+    expected, _ = predictor.predict_labels(case.data, case.properties)
+    predictor.perform_everything_on_device = True  # nnU-Net turns it off for CPUs
+    pretended = memory.DeviceMemory(limit, 0)
+    monkeypatch.setattr(memory, "device_memory", lambda device, max_vram: pretended)
+    said = []
+    predictor.on_plan = said.append
+    found, _ = predictor.predict_labels(case.data, case.properties)
+    assert np.array_equal(found, expected)
+    assert ("of sums on the GPU" in said[0]) == bool(limit)
+
+
+@pytest.mark.parametrize("way", ["in memory", "spilled"])
+def test_skipped_windows_leave_the_mean_over_the_others(tmp_path, monkeypatch, way):
+    predictor, case = prepare(tmp_path, "isotropic", skip_empty=True)
+    if way == "spilled":
+        divided(monkeypatch, 1)
+    n = len(predictor._internal_get_sliding_window_slicers(case.data.shape[1:]))
+    skipped = frozenset(range(n // 3)) | {n - 2, n - 1}
+    monkeypatch.setattr(predictor_file, "find_empty_windows", lambda *_: skipped)
+    found = torch.full((3, *case.data.shape[1:]), torch.nan)
+    with torch.inference_mode():
+        for piece in predictor._stream(case.data, 0, tmp_path):
+            piece.fill(found[:, piece.z, piece.y])
+    windows = predictor._internal_get_sliding_window_slicers(case.data.shape[1:])
+    sums = torch.zeros(4, *case.data.shape[1:])
+    weight = window_weight(predictor.configuration_manager.patch_size)
+    axes = predictor.allowed_mirroring_axes
+    for i, window in enumerate(windows):
+        if i not in skipped:
+            with torch.inference_mode():
+                tile = predict_mirrored(predictor.network, case.data[window][None], axes)[0]
+            sums[:3][window] += tile * weight
+            sums[3][window[1:]] += weight
+    expected = sums[:3] / sums[3]
+    uncovered = sums[3] == 0
+    assert uncovered.any()
+    expected[:, uncovered] = torch.tensor([10.0, -10.0, -10.0])[:, None]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

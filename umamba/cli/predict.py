@@ -131,6 +131,7 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
     folds = [common.parse_fold(fold) for fold in args.folds] if args.folds else None
 
     import torch
+    from tqdm import tqdm
 
     from umamba.inference.model_folder import UnknownFoldError
     from umamba.inference.predictor import UMambaPredictor
@@ -154,7 +155,7 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
         asked = max_ram or max_vram or "skips" in sentence
         if sentence not in said and (asked or "temporary" in sentence or "holds" in sentence):
             said.add(sentence)
-            print(sentence)
+            tqdm.write(sentence)  # above the bar
 
     predictor.on_plan = say
     with common.usage_errors(UnknownFoldError):
