@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from umamba.inference.blocks import WindowGrid
-from umamba.inference.memory import RESERVE, DeviceMemory, limit_device, plan_memory
+from umamba.inference.memory import (
+    CONTEXT,
+    RESERVE,
+    DeviceMemory,
+    device_memory,
+    limit_device,
+    plan_memory,
+)
 
 
 def grids():
@@ -88,3 +95,19 @@ def test_what_skipped_windows_would_hold_is_not_counted():
 def test_a_limit_of_a_gpu_without_one_is_refused():
     with pytest.raises(ValueError, match="--max-vram is for GPUs, but this run computes on cpu"):
         limit_device(torch.device("cpu"), 2**33)
+
+
+def test_a_limit_of_a_gpu_leaves_room_for_cuda_itself(monkeypatch):
+    gib, device, asked = 2**30, torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * gib, 16 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: gib)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: asked.append(a))
+    limit_device(device, 4 * gib + CONTEXT)
+    assert asked == [(0.25, None)]
+    assert device_memory(device, 4 * gib + CONTEXT) == DeviceMemory(4 * gib, gib)
+    assert device_memory(device, 40 * gib) == DeviceMemory(8 * gib, gib)
+    assert device_memory(device, None) == DeviceMemory(8 * gib, gib)
+    assert device_memory(torch.device("cpu"), None) is None
+    with pytest.raises(ValueError, match="is too little"):
+        limit_device(device, CONTEXT)

@@ -56,7 +56,7 @@ def limit_device(device: torch.device, max_vram: int) -> None:
     if max_vram <= CONTEXT:
         raise ValueError(f"--max-vram {_gib(max_vram)} is too little; CUDA takes {_gib(CONTEXT)}")
     total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (max_vram - CONTEXT) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (max_vram - CONTEXT) / total), device.index)
 
 
 def resident_bytes() -> int:

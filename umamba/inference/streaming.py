@@ -99,7 +99,7 @@ def _copied_ahead(
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """Tiles (B, C, *patch) of each chunk on the device; on a GPU the next ones are under way."""
-    if device.type != "cuda" or data.device == device:
+    if device.type != "cuda" or data.device.type != "cpu":
         for chunk in chunks:
             yield torch.stack([data[windows[i]] for i in chunk]).to(device)
         return
