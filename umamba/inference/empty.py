@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 
 from umamba.inference.blocks import Window, WindowGrid, common
 
@@ -72,7 +73,7 @@ def find_empty_windows(
 
 def find_body(values: np.ndarray) -> np.ndarray | None:
     """Mask of the large bright parts of a volume, filled; None where they are not clearly there."""
-    bright = values > _threshold(values)
+    bright = values > threshold_otsu(values)
     if not bright.any():
         return None
     air, tissue = values[~bright], values[bright]
@@ -101,13 +102,3 @@ def background_logits(label_manager: LabelManager) -> list[float]:
     """Logits (K,) that decide background; for regions all are off."""
     first = -CERTAIN if label_manager.has_regions else CERTAIN
     return [first] + [-CERTAIN] * (label_manager.num_segmentation_heads - 1)
-
-
-def _threshold(values: np.ndarray) -> float:
-    """Otsu's: the variance between what is below and above is the largest."""
-    counts, bounds = np.histogram(values, 256)
-    below = np.cumsum(counts)[:-1]
-    sums = np.cumsum(counts * (bounds[:-1] + bounds[1:]) / 2)
-    above = np.maximum(1, values.size - below)
-    means = sums[:-1] / np.maximum(1, below), (sums[-1] - sums[:-1]) / above
-    return float(bounds[1:-1][np.argmax(below * above * (means[1] - means[0]) ** 2)])
