@@ -209,6 +209,12 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+def preprocessing_device(args: argparse.Namespace) -> str | None:
+    """The GPU that -device asks for, on which images are resampled; None where -np does not."""
+    asked = args.device or ""
+    return asked if asked.startswith("cuda") and args.np in (None, 1) else None
+
+
 def set_threads(n_threads: int | None) -> None:
     """Sets torch's CPU threads, also those of child processes, where a number is given."""
     if n_threads:

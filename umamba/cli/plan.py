@@ -45,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans and preprocesses; prints what was planned, where it is, and the next command."""
+    from umamba.planning.plans import check_plans_name
     from umamba.planning.topology import check_configurations
 
     common.check_numbers(args)
@@ -55,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
     network_args = parse_network_args(args.network_arg, entry)
     with common.usage_errors():
         check_configurations(args.configuration)
+        check_plans_name(args.plans_name or "")
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     recipe |= common.recompute_recipe(args)
     refuse_for_upstream(entry, args, recipe)
-    device = common.choose_device(args.device) if args.check else None
+    device = common.choose_device(args.device) if args.check or args.device else None
     dataset, workspace = common.open_dataset(args, strict=args.no_audit)
     with holding(workspace.preprocessed / dataset.name, "planning"):
         return plan(args, entry, network_args, recipe, dataset, workspace, device)
@@ -104,12 +106,11 @@ def plan(
         print(describe_configuration(plans, name))
     print(f"plans: {plans_file(dataset.name, plans_name)}")
     common.tell_pretrained(plans, names)
-    if device and not check(plans, names, dataset.dataset_json, device):
+    if args.check and device and not check(plans, names, dataset.dataset_json, device):
         return 1
     if not args.no_preprocess:
-        folders = preprocess_dataset(
-            dataset.name, plans_name, names, n_workers, stock=args.stock, store=store
-        )
+        how = {"stock": args.stock, "device": common.preprocessing_device(args)}
+        folders = preprocess_dataset(dataset.name, plans_name, names, n_workers, store=store, **how)
         for folder in dict.fromkeys(folders.values()):
             print(f"preprocessed: {folder}")
     save_plans(common.settle_sampling(plans, names, args))

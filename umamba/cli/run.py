@@ -40,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chain; prints where things went and the predict command to use next."""
+    from umamba.planning.plans import check_plans_name
     from umamba.planning.topology import check_configurations
 
     started = time.monotonic()
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     network_args = parse_network_args(args.network_arg, entry)
     with common.usage_errors():
         check_configurations([args.configuration] if args.configuration else None)
+        check_plans_name(args.plans_name or "")
     recipe = common.find_recipe(args.recipe) | common.pretrained_recipe(args)
     recipe |= common.recompute_recipe(args)
     refuse_for_upstream(entry, args, recipe)
@@ -120,6 +122,7 @@ def make_plans(
     how: dict = {"n_workers": args.np or default_workers(dataset.name)}
     how |= {"stock": args.stock, "store": store}
     fingerprint_dataset(dataset.name, **how)
+    how["device"] = common.preprocessing_device(args)
     if file.is_file() and not args.restart:
         plans = load_plans(file)
         facts = plans.get("umamba", {})

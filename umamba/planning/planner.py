@@ -25,6 +25,7 @@ from umamba.planning.footprint import (
 from umamba.planning.plans import (
     STOCK_PLANS,
     Plans,
+    check_plans_name,
     count_plan,
     digest,
     load_plans,
@@ -149,6 +150,7 @@ class UMambaPlanner(ExperimentPlanner):
         name = plans_name or default_plans_name(
             self.entry.name, self.network_args, self.recipe.get("name")
         )
+        check_plans_name(name)
         spacing = overwrite_target_spacing
         with listing_without_workers():
             super().__init__(

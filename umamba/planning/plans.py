@@ -25,6 +25,8 @@ from umamba.planning.topology import (
 Plans = dict[str, Any]
 
 STOCK_PLANS = "nnUNetPlans"
+# Files that nnU-Net and the audit keep in the folder of the plans.
+TAKEN_NAMES = ("audit", "dataset", "dataset_fingerprint", "splits_final")
 REQUIRED = (
     "dataset_name",
     "plans_name",
@@ -56,6 +58,15 @@ def load_plans(path: Path) -> Plans:
     if missing:
         raise ValueError(f"{path} is no plans file, it has no {', '.join(missing)}: plan again")
     return plans
+
+
+def check_plans_name(name: str) -> None:
+    """ValueError for a name under which other files are kept beside the plans."""
+    if name in TAKEN_NAMES:
+        raise ValueError(
+            f"plans cannot be named {name}, which {name}.json of the preprocessed folder is not "
+            "for: choose another --plans-name"
+        )
 
 
 def list_plans(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ A folder is made under a hidden name and gets its own when it is whole. Its stam
 says for which plans and which files of which cases it is made; a killed run is gone on with.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,7 @@ def preprocess_dataset(
     *,
     stock: bool = False,
     store: Store | None = None,
+    device: str | None = None,
 ) -> dict[str, Path]:
     """Preprocesses the cases of all configurations at once; returns the folder per configuration.
 
@@ -55,6 +57,7 @@ def preprocess_dataset(
     stock nnU-Net made is used if its plans agree and it is whole.
     stock: nnU-Net's own code makes everything; else it makes only what is not known here.
     store: cases that have been read already, for one worker.
+    device: of torch, on which this process resamples images; labels stay on the CPU.
     Raises ValueError where a case cannot be preprocessed or somebody else's folder is in the way.
     """
     dataset_json, cases = read_dataset(dataset_name)
@@ -73,7 +76,7 @@ def preprocess_dataset(
         if not _may_be_used(folder, plans, name, stamp, strict=stock):
             task = _Task(name, folder, settings, _begin(folder, stamp))
             tasks.append(task)
-    _run(tasks, plans, dataset_json, cases, n_workers, progress, store)
+    _run(tasks, plans, dataset_json, cases, 1 if device else n_workers, progress, store, device)
     for task in tasks:
         _finish(task.folder, cases)
     _copy_references(cases, home / "gt_segmentations", dataset_json["file_ending"])
@@ -140,6 +143,7 @@ def _run(
     n_workers: int,
     progress: bool,
     store: Store | None,
+    device: str | None,
 ) -> None:
     """Preprocesses what is not done: by our code for all configurations at once, by nnU-Net's."""
     if not tasks:
@@ -147,7 +151,13 @@ def _run(
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plans)
-    classes = location_classes(manager.get_label_manager(dataset_json))
+    labels = manager.get_label_manager(dataset_json)
+    classes = location_classes(labels)
+    known = {
+        0,
+        *map(int, labels.all_labels),
+        *([labels.ignore_label] if labels.has_ignore_label else []),
+    }
     kept = store.get if store is not None and n_workers <= 1 else lambda name: None
     jobs = {}
     for name, case in cases.items():
@@ -160,7 +170,8 @@ def _run(
     if jobs:
         names = ", ".join(task.configuration for task in tasks if task.settings is not None)
         n_threads = count_threads(cases)
-        run_cases(preprocess_and_save, jobs, n_workers, f"Preprocess {names}", progress, n_threads)
+        function = functools.partial(preprocess_and_save, known=known, device=device)
+        run_cases(function, jobs, n_workers, f"Preprocess {names}", progress, n_threads)
     for task in tasks:
         if task.settings is None:
             own = manager.get_configuration(task.configuration)

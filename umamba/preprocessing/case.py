@@ -1,7 +1,7 @@
 """The arithmetic of one case: transpose, crop, normalize, resample, draw foreground locations.
 
-Equal to nnU-Net's DefaultPreprocessor: data to 1e-5, labels and locations exactly. Imports no
-torch. Several configurations of the same plans share what is the same for them.
+Equal to nnU-Net's DefaultPreprocessor: data to 1e-5, labels and locations exactly. Imports torch
+only for a device. Several configurations of the same plans share what is the same for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from umamba.preprocessing.label_resampling import is_fused, resample_labels
 from umamba.preprocessing.locations import ClassOrRegion, draw_locations
 from umamba.preprocessing.normalization import SCHEMES, normalize
 from umamba.preprocessing.reading import ReadCase, as_labels
-from umamba.preprocessing.resampling import is_separable, separable_resampling
+from umamba.preprocessing.resampling import (
+    MEMORY_LIMIT,
+    SeparableResampling,
+    is_separable,
+    separable_resampling,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +98,13 @@ def preprocess_case(
     case: ReadCase,
     all_settings: Sequence[CaseSettings],
     classes: Sequence[ClassOrRegion] | None,
+    device: str | None = None,
 ) -> list[PreprocessedCase]:
     """Return the case as each configuration takes it; results may share arrays.
 
     The image of `case` is used up: it is normalized in place. all_settings: of one plans file.
-    classes: of which to draw locations (None: of none).
+    classes: of which to draw locations (None: of none). device: where torch resamples the image;
+    by default numpy does it.
     """
     first = all_settings[0]
     axes = first.transpose_forward
@@ -146,7 +153,7 @@ def preprocess_case(
                 wanted,
             )
             assert operator is not None
-            resampled[key, steps] = operator.whole(normalized[key])
+            resampled[key, steps] = _resample(operator, normalized[key], device)
         if steps not in drawn:
             there = labels
             if there is not None:
@@ -159,6 +166,18 @@ def preprocess_case(
             own_properties["class_locations"] = locations
         results.append(PreprocessedCase(resampled[key, steps], found, own_properties))
     return results
+
+
+def _resample(operator: SeparableResampling, data: np.ndarray, device: str | None) -> np.ndarray:
+    if device is None or operator.is_identity:
+        return operator.whole(data)
+    import torch
+
+    tensor = torch.from_numpy(data).to(device)
+    # a GPU has no use for blocks that fit a cache
+    limit = MEMORY_LIMIT if tensor.device.type == "cpu" else 16 * MEMORY_LIMIT
+    result: np.ndarray = operator.whole(tensor, limit).cpu().numpy()
+    return result
 
 
 def _inside(

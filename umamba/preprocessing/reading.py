@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from umamba.preprocessing.gzip_end import refuse_cut_short
 
 
 class Content(Protocol):
@@ -40,8 +42,12 @@ def read_case(
     """Read a case as nnU-Net's class named `reader` does; voxels in `kept` are not read again.
 
     Labels come in the file's own type where the reader is SimpleITKIO, else in float32.
-    Raises what the reader raises, ValueError for a label of another shape than the image.
+    Raises what the reader raises, ValueError for a label of another shape than the image and for
+    a file that is cut short.
     """
+    if kept is None:
+        for file in images if label is None else (*images, label):
+            refuse_cut_short(file)
     if reader == "SimpleITKIO":
         image, properties = _read_itk(images, kept and kept.images)
         labels = None if label is None else _read_itk_label(label, kept and kept.label)
@@ -65,6 +71,20 @@ def as_labels(labels: np.ndarray) -> np.ndarray:
         wrong = labels[whole != labels][0]
         raise ValueError(f"the label holds {wrong:g}, and labels are whole numbers up to 32767")
     return whole
+
+
+def refuse_unknown_labels(labels: np.ndarray, known: Collection[int]) -> None:
+    """ValueError for labels (z, y, x) that are not whole numbers or not among the known ones."""
+    is_known = np.zeros(2**16, bool)
+    is_known[list(known)] = True  # the second half, counted from the end, is that of labels < 0
+    for plane in labels:
+        whole = as_labels(plane)
+        there = is_known[whole]
+        if not there.all():
+            raise ValueError(
+                f"the label holds {whole[~there][0]}, and dataset.json lists "
+                f"{', '.join(map(str, sorted(known)))}"
+            )
 
 
 def _read_itk(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from umamba.files import replacing
 from umamba.preprocessing.case import CaseSettings, PreprocessedCase, preprocess_case
 from umamba.preprocessing.locations import ClassOrRegion
-from umamba.preprocessing.reading import Kept, read_case
+from umamba.preprocessing.reading import Kept, read_case, refuse_unknown_labels
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """Of the files of a case, in the order in which they are written: with the last it is whole."""
@@ -35,14 +35,20 @@ def preprocess_and_save(
     classes: Sequence[ClassOrRegion],
     targets: Sequence[str],
     kept: Kept | None = None,
+    *,
+    known: Collection[int],
+    device: str | None = None,
 ) -> None:
     """Read a case, preprocess it for each configuration and save it under its target.
 
     targets: per configuration the path of the files without their suffix. kept: what has been
-    read of the case already. Runs in a worker process too, which then imports no torch.
+    read of the case already. known: the labels that dataset.json lists; ValueError for others.
+    device: see `preprocess_case`. Runs in a worker process too, which then imports no torch.
     """
     case = read_case(images, label, settings[0].reader, kept)
-    save_cases(preprocess_case(case, settings, classes), settings, targets)
+    assert case.labels is not None
+    refuse_unknown_labels(case.labels, known)
+    save_cases(preprocess_case(case, settings, classes, device), settings, targets)
 
 
 def save_cases(
