@@ -1,25 +1,31 @@
 """A 300x512x512 CT with 15 or 105 classes: everything around the network, ours beside stock.
 
     python benchmarks/large_volume.py [--classes 15] [--planes 300] [--skip-stock] [--max-ram 4G]
+    python benchmarks/large_volume.py --real MODEL_FOLDER --image FILE
 
-The network is cheap (a mean over 5x5x5 voxels and a pointwise perceptron), and its own time,
-measured where it is called, is subtracted. Both commands run with one thread per process.
+The network is cheap (a mean over 5x5x5 voxels and a pointwise perceptron) or, with --real, fold 0
+of a trained one (CTNormalization); its own time, measured where it is called, is subtracted.
+Both commands run with one thread per process.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
+import itertools
 import json
 import math
 import os
+import pydoc
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK
@@ -31,28 +37,26 @@ from torch import nn
 PATCH = (64, 96, 96)
 SPACING, TARGET_SPACING = (1.5, 0.8, 0.8), (1.5, 1.5, 1.5)
 ROOT = Path(__file__).resolve().parents[1]
+TIMED, FINAL = "benchmarks.large_volume.TimedNetwork", "checkpoint_final.pth"
+# Of a real image, what is compared with exact arithmetic: slices z, y, x of its middle.
+CROP = (100, 200, 200)
 
 
-class CheapNetwork(nn.Module):
-    """Logits that are smooth in space, for next to no time; counts the time of its calls."""
+class TimedNetwork(nn.Module):
+    """A network of the class `timed`; counts the time of its calls."""
 
     def __init__(
-        self, input_channels: int, num_classes: int, *, deep_supervision: bool = False
+        self, input_channels: int, num_classes: int, *, timed: str, **arguments: Any
     ) -> None:
         super().__init__()
-        self.hidden = nn.Conv3d(input_channels, 8, 1)
-        self.head = nn.Conv3d(8, num_classes, 1)
+        self.inner = pydoc.locate(timed)(input_channels, num_classes=num_classes, **arguments)
         self.spent = {"cpu_s": 0.0, "wall_s": 0.0, "calls": 0}
         if "BENCHMARK_TIMES" in os.environ:
             atexit.register(self._write)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start, wall = time.thread_time(), time.monotonic()
-        for dim in (2, 3, 4):
-            kernel, padding = [1, 1, 1], [0, 0, 0]
-            kernel[dim - 2], padding[dim - 2] = 5, 2
-            x = nn.functional.avg_pool3d(x, kernel, 1, padding, count_include_pad=False)
-        x = self.head(torch.sin(self.hidden(x)))
+        x = self.inner(x)
         self.spent["cpu_s"] += time.thread_time() - start
         self.spent["wall_s"] += time.monotonic() - wall
         self.spent["calls"] += 1
@@ -61,6 +65,24 @@ class CheapNetwork(nn.Module):
     def _write(self) -> None:
         if self.spent["calls"]:
             Path(os.environ["BENCHMARK_TIMES"]).write_text(json.dumps(self.spent))
+
+
+class CheapNetwork(nn.Module):
+    """Logits that are smooth in space, for next to no time."""
+
+    def __init__(
+        self, input_channels: int, num_classes: int, *, deep_supervision: bool = False
+    ) -> None:
+        super().__init__()
+        self.hidden = nn.Conv3d(input_channels, 8, 1)
+        self.head = nn.Conv3d(8, num_classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for dim in (2, 3, 4):
+            kernel, padding = [1, 1, 1], [0, 0, 0]
+            kernel[dim - 2], padding[dim - 2] = 5, 2
+            x = nn.functional.avg_pool3d(x, kernel, 1, padding, count_include_pad=False)
+        return self.head(torch.sin(self.hidden(x)))
 
 
 def make_image(file: Path, shape: tuple[int, int, int]) -> None:
@@ -104,8 +126,9 @@ def make_model(folder: Path, n_classes: int) -> Path:
             "resampling_fn_probabilities": name,
             "resampling_fn_probabilities_kwargs": resampling | {"order": 1},
             "architecture": {
-                "network_class_name": "benchmarks.large_volume.CheapNetwork",
-                "arch_kwargs": {}, "_kw_requires_import": [],
+                "network_class_name": TIMED,
+                "arch_kwargs": {"timed": "benchmarks.large_volume.CheapNetwork"},
+                "_kw_requires_import": [],
             },
             "batch_dice": False,
         }},
@@ -117,17 +140,85 @@ def make_model(folder: Path, n_classes: int) -> Path:
     network = CheapNetwork(1, n_classes)
     nn.init.normal_(network.hidden.weight, std=2.0)
     nn.init.normal_(network.head.weight, std=3.0)
+    write_model(folder, plans, dataset, network.state_dict())
+    return folder
+
+
+def time_model(trained: Path, folder: Path) -> Path:
+    """A copy of a trained model whose network counts the time of its calls."""
+    found = torch.load(trained / "fold_0" / FINAL, map_location="cpu", weights_only=False)
+    plans, dataset = (json.loads((trained / f"{f}.json").read_text()) for f in ("plans", "dataset"))
+    configuration = plans["configurations"]["3d_fullres"]
+    architecture = configuration["architecture"]
+    architecture["arch_kwargs"]["timed"] = architecture["network_class_name"]
+    architecture["network_class_name"] = TIMED
+    configuration.pop("recipe", None)
+    write_model(folder, plans, dataset, found["network_weights"])
+    return folder
+
+
+def write_model(folder: Path, plans: dict, dataset: dict, weights: dict[str, torch.Tensor]) -> None:
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
     checkpoint = {
-        "network_weights": network.state_dict(), "trainer_name": "nnUNetTrainer",
+        "network_weights": {f"inner.{name}": value for name, value in weights.items()},
+        "trainer_name": "nnUNetTrainer",
         "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": 0,
                       "dataset_json": dataset, "device": torch.device("cpu")},
         "inference_allowed_mirroring_axes": None,
     }  # fmt: skip
-    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
-    return folder
+    torch.save(checkpoint, folder / "fold_0" / FINAL)
+
+
+def label_exactly(model: Path, file: Path) -> np.ndarray:
+    """The labels (z, y, x) of an image in float64 from end to end, network included.
+
+    For an isotropic enough CT in a model of CTNormalization and the default resampling.
+    """
+    from nnunetv2.inference.sliding_window_prediction import (
+        compute_gaussian,
+        compute_steps_for_sliding_window,
+    )
+    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from skimage.transform import resize
+
+    found = torch.load(model / "fold_0" / FINAL, map_location="cpu", weights_only=False)
+    plans, dataset = found["init_args"]["plans"], found["init_args"]["dataset_json"]
+    configuration, n_classes = plans["configurations"]["3d_fullres"], len(dataset["labels"])
+    how = configuration["architecture"]
+    words = (how["network_class_name"], how["arch_kwargs"], how["_kw_requires_import"])
+    network = get_network_from_plans(*words, 1, n_classes, deep_supervision=False)
+    network.load_state_dict(found["network_weights"])
+    network.double().eval()
+
+    read = SimpleITK.ReadImage(str(file))
+    image = SimpleITK.GetArrayFromImage(read).astype(np.float64)
+    facts = plans["foreground_intensity_properties_per_channel"]["0"]
+    data = np.clip(image, facts["percentile_00_5"], facts["percentile_99_5"])
+    data = (data - facts["mean"]) / facts["std"]
+    shape = compute_new_shape(image.shape, read.GetSpacing()[::-1], configuration["spacing"])
+    data = resize(data, shape, 3, mode="edge", anti_aliasing=False)
+    patch = configuration["patch_size"]
+    lacking = [max(0, p - n) for p, n in zip(patch, shape, strict=True)]
+    data = np.pad(data, [(n // 2, n - n // 2) for n in lacking])
+    gaussian = compute_gaussian(tuple(patch), 1 / 8, 10, torch.float64, torch.device("cpu")).numpy()
+    sums, weights = np.zeros((n_classes, *data.shape)), np.zeros(data.shape)
+    with torch.inference_mode():
+        for corner in itertools.product(*compute_steps_for_sliding_window(data.shape, patch, 0.5)):
+            part = tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True))
+            logits = network(torch.from_numpy(data[part].copy())[None, None])[0].numpy()
+            sums[(slice(None), *part)] += logits * gaussian
+            weights[part] += gaussian
+    inside = tuple(slice(n // 2, n // 2 + s) for n, s in zip(lacking, shape, strict=True))
+    best, labels = np.full(image.shape, -np.inf), np.zeros(image.shape, np.uint8)
+    for label in range(n_classes):
+        logits = (sums[label] / weights)[inside]
+        logits = resize(logits, image.shape, 1, mode="edge", anti_aliasing=False)
+        labels[logits > best] = label
+        np.maximum(best, logits, out=best)
+    return labels
 
 
 def measure(words: list[str], folder: Path, limit: int | None = None) -> dict[str, float]:
@@ -199,6 +290,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, default=15)
     parser.add_argument("--planes", type=int, default=300, help="of the image")
+    parser.add_argument("--real", type=Path, help="a model folder with a trained fold 0")
+    parser.add_argument("--image", type=Path, help="for --real")
     parser.add_argument("--max-ram", help="passed to umamba predict")
     parser.add_argument("--enforce", type=float, help="GiB of data that the system allows umamba")
     parser.add_argument("--skip-stock", action="store_true")
@@ -210,13 +303,21 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace, work: Path) -> int:
-    shape = (args.planes, 512, 512)
-    images = work / f"images_{args.planes}"
+    shape: tuple[int, ...] = (args.planes, 512, 512)
+    images, model = work / f"images_{args.planes}", work / f"model_{args.classes}"
+    if args.real:
+        images, model = work / "images_real", work / "model_real"
+        real = SimpleITK.ReadImage(str(args.image))
+        shape = real.GetSize()[::-1]
     if not images.exists():
-        make_image(images / "ct_0000.nii.gz", shape)
-    model = work / f"model_{args.classes}"
+        images.mkdir(parents=True)
+        if args.real:
+            shutil.copy(args.image, images / "ct_0000.nii.gz")
+        else:
+            make_image(images / "ct_0000.nii.gz", shape)
     if not model.exists():
-        make_model(model, args.classes)
+        time_model(args.real, model) if args.real else make_model(model, args.classes)
+    n_classes = len(json.loads((model / "dataset.json").read_text())["labels"])
     common = ["-i", str(images), "-m", str(model), "-f", "0", "-device", "cpu", "--disable_tta"]
     ours = [sys.executable, "-m", "umamba.cli.main", "predict", *common, "-t", "1"]
     if args.max_ram:
@@ -231,7 +332,7 @@ def compare(args: argparse.Namespace, work: Path) -> int:
         commands["stock"] = stock
     rows, labels = {}, {}
     for name, words in commands.items():
-        output = work / f"{name.replace(' ', '')}_{args.classes}_{args.planes}"
+        output = work / f"{name.replace(' ', '')}_{model.name}_{images.name}"
         mine = limit if name != "stock" else None
         rows[name] = measure([*words, "-o", str(output)], work, mine)
         labels[name] = output / "ct.nii.gz"
@@ -239,7 +340,7 @@ def compare(args: argparse.Namespace, work: Path) -> int:
         print("\n".join(x for x in log.splitlines() if "expected peak" in x))
         print(name, {k: round(v, 1) for k, v in rows[name].items()}, flush=True)
     volumes = math.prod(shape) * (2 + 1) / 2**20
-    print(f"\n{args.classes} classes, {shape}, image and label map {volumes:.0f} MiB\n")
+    print(f"\n{n_classes} classes, {shape}, image and label map {volumes:.0f} MiB\n")
     print(
         "| command | outside the network: CPU-s | wall s | network CPU-s | peak MiB above volumes |"
     )
@@ -253,6 +354,22 @@ def compare(args: argparse.Namespace, work: Path) -> int:
         for second in names[i + 1 :]:
             share = difference(labels[first], labels[second])
             print(f"labels of {first} and {second} differ in {share:.2e} of the voxels")
+    if args.real:
+        crop = work / "crop" / "ct_0000.nii.gz"
+        crop.parent.mkdir(exist_ok=True)
+        corner = [(n - c) // 2 for n, c in zip(shape, CROP, strict=True)]
+        part = SimpleITK.RegionOfInterest(real, CROP[::-1], corner[::-1])
+        SimpleITK.WriteImage(part, str(crop))
+        exact = label_exactly(model, crop)
+        for name, words in commands.items():
+            output = work / f"{name.replace(' ', '')}_crop"
+            words = [str(crop.parent) if word == str(images) else word for word in words]
+            measure([*words, "-o", str(output)], work)
+            found = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(output / "ct.nii.gz")))
+            print(
+                f"labels of {name} and of float64 differ in {np.mean(found != exact):.2e} of the "
+                f"{exact.size} voxels of a crop, {np.mean(exact > 0):.0%} foreground"
+            )
     return 0
 
 

@@ -49,6 +49,7 @@ def test_a_malformed_network_argument_is_a_usage_error(word):
         (["--memory", "-1"], "gigabytes above 0"),
         (["--memory", "nan"], "gigabytes above 0"),
         (["-np", "0"], "at least 1"),
+        (["-p", "audit"], "plans cannot be named audit"),
         (["-overwrite_target_spacing", "1", "1"], "three numbers"),
     ],
 )
@@ -180,3 +181,18 @@ def test_a_file_that_is_no_checkpoint_is_no_start_of_a_training(tmp_path):
     torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="no network_weights"):
         check_start(tmp_path / "bare.pth")
+
+
+def test_a_gpu_that_is_not_there_is_told_before_the_data_are_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device is visible"):
+        plan_command.run(parse(str(tmp_path / "nowhere"), "-device", "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [([], None), (["-device", "cpu"], None), (["-device", "cuda:1"], "cuda:1"),
+     (["-device", "cuda", "-np", "4"], None)],
+)  # fmt: skip
+def test_a_gpu_that_is_asked_for_resamples_unless_processes_do(words, device):
+    assert common.preprocessing_device(parse("data", *words)) == device

@@ -344,3 +344,9 @@ def test_planning_forks_no_worker(fingerprinted, monkeypatch):
     monkeypatch.setattr("nnunetv2.utilities.utils.Pool", refuse)
     spacing = [1.0, 1.0, 1.0]
     assert plan(fingerprinted("isotropic_ct"), overwrite_target_spacing=spacing)["configurations"]
+
+
+@pytest.mark.parametrize("name", ["audit", "dataset", "dataset_fingerprint", "splits_final"])
+def test_the_name_of_another_file_is_no_plans_name(fingerprinted, name):
+    with pytest.raises(ValueError, match=rf"cannot be named {name}\b"):
+        UMambaPlanner(fingerprinted("flat"), plans_name=name)

@@ -1,5 +1,6 @@
 """Fingerprint and preprocessing in one process: equal to stock nnU-Net's, resumable, stamped."""
 
+import functools
 import json
 import multiprocessing
 import pickle
@@ -20,7 +21,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from skimage.io import imsave
 
 from umamba.data.images import read_image
-from umamba.planning import fingerprint, preprocess
+from umamba.planning import cases, fingerprint, preprocess
 from umamba.planning.cases import default_workers, list_cases
 from umamba.planning.fingerprint import fingerprint_dataset
 from umamba.planning.planner import plan_dataset
@@ -69,12 +70,12 @@ def touch_count(monkeypatch, fails: str | None = None) -> list[str]:
     done: list[str] = []
     original = preprocess.preprocess_and_save
 
-    def preprocess_and_save(images, label, settings, classes, targets, kept):
+    def preprocess_and_save(images, label, settings, classes, targets, kept, **how):
         name = Path(targets[0]).name
         if name == fails:
             raise RuntimeError("cannot read")
         done.append(name)
-        original(images, label, settings, classes, targets, kept)
+        original(images, label, settings, classes, targets, kept, **how)
 
     monkeypatch.setattr(preprocess, "preprocess_and_save", preprocess_and_save)
     return done
@@ -296,6 +297,32 @@ def test_a_stock_folder_that_agrees_is_used_and_one_that_does_not_is_refused(
     (home / "nnUNetPlans.json").write_text(json.dumps(plans))
     with pytest.raises(ValueError, match="does not match these plans"):
         run(planned)
+
+
+@pytest.mark.parametrize("value", [9, -1])
+def test_an_unlisted_label_is_an_error_that_names_the_case(planned, nnunet_folders, value):
+    file = str(nnunet_folders / "raw" / planned / "labelsTr" / "case_2.nii.gz")
+    label = SimpleITK.Cast(SimpleITK.ReadImage(file), SimpleITK.sitkInt16)
+    label[3, 3, 3] = value
+    SimpleITK.WriteImage(label, file)
+    with pytest.raises(ValueError, match=rf"case case_2 .* the label holds {value}, and"):
+        run(planned)
+
+
+def test_a_device_resamples_the_whole_dataset_in_this_process(planned, monkeypatch):
+    folder = run(planned)["3d_fullres"]
+    by_numpy = infer_dataset_class(str(folder))(str(folder)).load_case("case_1")[0][...]
+    shutil.rmtree(folder)
+    monkeypatch.setattr(preprocess, "run_cases", functools.partial(check_one, cases.run_cases))
+    how = {"n_workers": 4, "progress": False, "device": "cpu"}
+    folder = preprocess_dataset(planned, "umamba_bot", ["3d_fullres"], **how)["3d_fullres"]
+    by_torch = infer_dataset_class(str(folder))(str(folder)).load_case("case_1")[0][...]
+    np.testing.assert_allclose(by_torch, by_numpy, atol=1e-5)
+
+
+def check_one(run_cases, function, jobs, n_workers, *arguments):
+    assert n_workers == 1 and function.keywords["device"] == "cpu"
+    return run_cases(function, jobs, n_workers, *arguments)
 
 
 def test_colour_pictures_with_regions_and_an_ignore_label_go_through(nnunet_folders):

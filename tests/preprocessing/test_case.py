@@ -156,6 +156,21 @@ def test_a_case_equals_that_of_nnunet(tmp_path, name):
     assert_same(ours.properties, properties)
 
 
+@pytest.mark.parametrize("name", ["isotropic", "thick slices", "three channels", "same spacing"])
+def test_torch_on_a_device_resamples_as_numpy_does(tmp_path, name):
+    files, label = write_files(tmp_path, name)
+    plans, _ = make_plans(name)
+    settings = CaseSettings.from_plans(plans, plans["configurations"]["it"])
+    assert settings is not None
+    by_numpy, by_torch = (
+        preprocess_case(read_case(files, label, "SimpleITKIO"), [settings], [1], device)[0]
+        for device in (None, "cpu")
+    )
+    assert by_torch.data.dtype == np.float32
+    np.testing.assert_allclose(by_torch.data, by_numpy.data, atol=1e-5)
+    np.testing.assert_array_equal(by_torch.labels, by_numpy.labels)
+
+
 @pytest.mark.parametrize("name", ["isotropic", "mask", "two dimensions"])
 def test_a_case_without_a_label_equals_that_of_nnunet(tmp_path, name):
     files, _ = write_files(tmp_path, name)

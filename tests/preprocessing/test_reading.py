@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel
@@ -15,7 +16,7 @@ from skimage.io import imsave
 
 from umamba.data.images import read_image
 from umamba.preprocessing.case_store import CaseStore
-from umamba.preprocessing.reading import Kept, read_case
+from umamba.preprocessing.reading import Kept, read_case, refuse_unknown_labels
 
 SHAPE = (7, 6, 5)  # x, y, z
 AFFINE = np.array([[-0.7, 0, 0, 3], [0, 0.9, 0, -4], [0, 0, 2.5, 7], [0, 0, 0, 1.0]])
@@ -89,6 +90,50 @@ def test_a_label_of_another_shape_is_an_error(tmp_path):
     label = write(tmp_path / "b.nii", "uint8", None, (7, 6, 4))
     with pytest.raises(ValueError, match="label is 4 x 6 x 7 voxels, the image 5 x 6 x 7"):
         read_case([image], label, "SimpleITKIO")
+
+
+@pytest.mark.parametrize("n_bytes", [1, 8, 60])
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_a_gzip_without_its_end_is_an_error(tmp_path, n_bytes, reader):
+    file = Path(write(tmp_path / "a.nii.gz", "int16", None))
+    file.write_bytes(file.read_bytes()[:-n_bytes])
+    with pytest.raises(ValueError, match=r"a\.nii\.gz is cut short, its gzip stream has no end"):
+        read_case([str(file)], None, reader)
+
+
+def test_a_gzip_that_ends_before_the_last_voxel_is_an_error(tmp_path):
+    content = Path(write(tmp_path / "a.nii", "int16", None)).read_bytes()
+    file = tmp_path / "a.nii.gz"
+    file.write_bytes(gzip.compress(content[:-9]))
+    with pytest.raises(ValueError, match="cut short, 9 bytes are missing"):
+        read_case([str(file)], None, "SimpleITKIO")
+
+
+def test_a_damaged_gzip_is_an_error(tmp_path):
+    file = Path(write(tmp_path / "a.nii.gz", "int16", None))
+    file.write_bytes(b"\x1f\x8b" + bytes(300))
+    with pytest.raises(ValueError, match=r"a\.nii\.gz is damaged"):
+        read_case([str(file)], None, "SimpleITKIO")
+
+
+def test_a_gzip_of_several_members_or_with_more_than_the_voxels_is_read(tmp_path):
+    content = Path(write(tmp_path / "a.nii", "int16", None)).read_bytes()
+    whole = gzip.compress(content)
+    parts = gzip.compress(content[:400]) + gzip.compress(content[400:])
+    for index, odd in enumerate((parts, gzip.compress(content + b"more"), whole + bytes(9))):
+        file = tmp_path / f"{index}.nii.gz"
+        file.write_bytes(odd)
+        ours = read_case([str(file)], None, "SimpleITKIO")
+        assert_read_alike(ours, [str(file)], None, SimpleITKIO)
+
+
+@pytest.mark.parametrize("value", [3, -1, 255, 0.5])
+def test_a_label_that_is_not_listed_is_an_error(value):
+    labels = np.ones((3, 4, 5), np.float32 if value == 0.5 else np.int16)
+    refuse_unknown_labels(labels, {0, 1, 7})
+    labels[2, 1, 3] = value
+    with pytest.raises(ValueError, match=rf"the label holds {value}\b"):
+        refuse_unknown_labels(labels, {0, 1, 7})
 
 
 def test_channels_that_do_not_fit_are_left_to_nnunet_to_refuse(tmp_path):
