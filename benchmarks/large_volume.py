@@ -152,7 +152,7 @@ def time_model(trained: Path, folder: Path) -> Path:
     architecture = configuration["architecture"]
     architecture["arch_kwargs"]["timed"] = architecture["network_class_name"]
     architecture["network_class_name"] = TIMED
-    configuration.pop("recipe", None)
+    configuration.pop("recipe", None)  # of the training, which is over
     write_model(folder, plans, dataset, found["network_weights"])
     return folder
 
