@@ -9,7 +9,6 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
 from umamba.inference.sliding_window import (
-    GAUSSIAN_FLOOR,
     accumulate_windows,
     importance_map,
     predict_mirrored,
@@ -52,11 +51,11 @@ def test_equals_monai_where_the_windows_are_the_same(conv):
     data = torch.randn(2, *shape)
     windows = windows_3d(shape, patch, step=1 / 3)
     assert sorted({w[3].start for w in windows}) == [0, 5, 10]
-    # an overlap of 0.66 makes MONAI step by a third of the patch, too
-    inferer = monai_inferers.SlidingWindowInferer(
-        patch, overlap=0.66, mode="gaussian", sigma_scale=0.125
+    # an overlap of 0.66 makes MONAI step by a third of the patch, too; its Gaussian has a floor
+    inferer = monai_inferers.SlidingWindowInferer(patch, overlap=0.66, mode="constant")
+    logits = accumulate_windows(
+        conv, data, windows, patch_size=patch, n_outputs=3, device=CPU, use_gaussian=False
     )
-    logits = accumulate_windows(conv, data, windows, patch_size=patch, n_outputs=3, device=CPU)
     torch.testing.assert_close(logits, inferer(data[None], conv)[0], atol=2e-6, rtol=1e-5)
 
 
@@ -109,11 +108,31 @@ def test_weights_of_the_windows_sum_to_one(use_gaussian):
     torch.testing.assert_close(logits, torch.full_like(logits, 3.0), atol=5e-6, rtol=0)
 
 
-def test_importance_has_peak_one_at_the_center_and_never_less_than_the_floor():
-    weight = importance_map((9, 20, 7))
+def test_importance_has_peak_one_at_the_center_and_falls_as_nnunets_to_the_corners():
+    weight = importance_map((16, 20, 24))
     assert weight.dtype == torch.float32
-    assert weight[4, 10, 3] == 1 == weight.max()
-    assert weight.min() == pytest.approx(GAUSSIAN_FLOOR)
+    assert weight[8, 10, 12] == 1 == weight.max()
+    in_sigmas = 8 * torch.tensor([8 / 16, 10 / 20, 12 / 24])
+    corner = float(torch.exp(-(in_sigmas**2).sum() / 2))  # 3.8e-11
+    assert float(weight[0, 0, 0]) == pytest.approx(corner, rel=1e-4)
+
+
+def test_what_a_network_says_at_the_edge_of_a_tile_hardly_counts():
+    patch, shape = (16, 16, 16), (16, 16, 24)
+    edge = torch.zeros(patch)
+    edge[..., 0] = edge[..., -1] = 1e3
+
+    logits = accumulate_windows(
+        lambda tiles: edge.expand(len(tiles), 1, *patch),
+        torch.zeros(1, *shape), windows_3d(shape, patch), patch_size=patch, n_outputs=1, device=CPU,
+    )  # fmt: skip
+    weight = importance_map(patch).double()
+    sums, weights = torch.zeros(shape).double(), torch.zeros(shape).double()
+    for start in (0, 8):
+        sums[..., start : start + 16] += weight * edge
+        weights[..., start : start + 16] += weight
+    assert (logits[0] - sums / weights).abs().max() < 1e-3
+    assert logits[0, ..., 8].max() < 1  # the first column of the second tile, within the first
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 8])

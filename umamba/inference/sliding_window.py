@@ -16,7 +16,6 @@ from umamba.inference.streaming import Piece, mean_of_sums, stream_windows
 
 # Legend: B tiles, C input channels, K classes or regions; a tile is (C, *patch_size).
 
-GAUSSIAN_FLOOR = 1e-3
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -125,11 +124,12 @@ def predict_mirrored(
 
 @lru_cache(maxsize=4)
 def importance_map(patch_size: tuple[int, ...]) -> torch.Tensor:
-    """nnU-Net's Gaussian (sigma = patch / 8) with peak 1, in float32, never below `GAUSSIAN_FLOOR`.
+    """nnU-Net's Gaussian (sigma = patch / 8) with peak 1, in float32.
 
     nnU-Net's own map is float16: its corners are subnormal, and logits there lose their digits.
+    The smallest weights must not be lifted: the unsure edge of a tile would enter the sum.
     """
     weight = compute_gaussian(
         patch_size, sigma_scale=1.0 / 8, dtype=torch.float64, device=torch.device("cpu")
     )
-    return weight.clamp(min=GAUSSIAN_FLOOR * float(weight.max())).float()
+    return weight.float()
