@@ -12,9 +12,11 @@ import pytest
 from umamba.processes import worker_pool
 
 PARENT = """
-import os, time
+import os, signal, time
 from umamba.processes import worker_pool
 if __name__ == "__main__":
+    # a shell starts what runs in the background with this signal ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with worker_pool(2) as pool:
         ids = {pool.submit(os.getpid).result() for _ in range(8)}
         waiting = pool.submit(time.sleep, 60)

@@ -19,7 +19,7 @@ from skimage import io
 
 from umamba.cli.main import main
 from umamba.networks import list_networks
-from umamba.planning import planner, preprocess
+from umamba.planning import fingerprint, planner
 from umamba.planning.upstream import find_entry
 
 pytestmark = [
@@ -41,7 +41,7 @@ def three_steps(monkeypatch):
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setattr(preprocess, "SAMPLED_VOXELS", 5_000)
+    monkeypatch.setattr(fingerprint, "SAMPLED_VOXELS", 5_000)
     brief = {"num_iterations_per_epoch": 3, "num_val_iterations_per_epoch": 1}
     plan_dataset = planner.plan_dataset
 

@@ -89,7 +89,7 @@ BAD = {
     "truncated": (cut_short, "is cut short"),
     "empty": (lambda file: file.write_bytes(b""), "is empty"),
     "no image": (lambda file: file.write_bytes(b"text" * 100), "b_0000"),
-    "link to itself": (link_to_itself, "symbolic links"),
+    "link to itself": (link_to_itself, "leads in a circle"),
     "broken link": (link_to_nothing, "does not exist or is a broken link"),
     "folder": (lambda file: (file.unlink(), file.mkdir()), "b_0000"),
     "NaN": (fill_with_nan, "holds 1 NaN"),

@@ -58,8 +58,8 @@ def outcomes() -> dict:
 
 
 @pytest.fixture
-def whole(plan, tmp_path, outcomes) -> dict:
-    """The outcome of a training in one piece, whose batches are made in its own process."""
+def whole(plan, tmp_path, outcomes, one_thread) -> dict:
+    """The outcome of a training in one piece on one thread, which makes its own batches."""
     if not outcomes:
         outcomes |= outcome(train(plan, tmp_path / "whole"))
     return outcomes
@@ -191,7 +191,6 @@ def test_a_killed_training_that_is_resumed_equals_one_in_one_piece(
 def test_a_training_that_is_stopped_and_resumed_twice_equals_one_in_one_piece(
     plan, whole, tmp_path, monkeypatch, n_threads
 ):
-    before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     if n_threads > 1:  # other sums than with one
         whole = outcome(train(plan, tmp_path / "threads"))
@@ -210,7 +209,6 @@ def test_a_training_that_is_stopped_and_resumed_twice_equals_one_in_one_piece(
         except KeyboardInterrupt:
             np.random.seed(99)  # nothing may depend on where this process is
             torch.manual_seed(99)
-    torch.set_num_threads(before)
     assert_equal(outcome(again), whole)
 
 
