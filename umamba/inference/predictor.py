@@ -134,7 +134,7 @@ class UMambaPredictor(nnUNetPredictor):
         self._loaded = parameters[0]
         n_spatial = len(configuration_manager.patch_size)
         if self.device.type == "cpu" and n_spatial == 2 and not self.nnunet_exact:
-            # spares oneDNN reordering between convolutions; on one thread a plain 3-D U-Net loses by it
+            # spares oneDNN reordering between convolutions; a plain 3-D U-Net loses by it
             to_channels_last(network, n_spatial)
         self.manual_initialization(
             network,
