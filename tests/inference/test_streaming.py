@@ -217,7 +217,12 @@ def test_a_limit_below_the_need_is_refused_with_what_is_needed(tmp_path):
         predictor.predict_labels(case.data, case.properties)
 
 
-def test_blocks_beyond_the_budget_come_back_as_they_were(tmp_path):
+@pytest.mark.parametrize("skipped", [(), (0, 3, 17)], ids=["all windows", "some skipped"])
+@pytest.mark.parametrize("whole_rows", [True, False], ids=["whole rows", "divided rows"])
+def test_sums_in_blocks_are_those_of_the_volume(tmp_path, monkeypatch, whole_rows, skipped):
+    """Whatever the memory held before, and though most of them wait on disk."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     patch, shape = (4, 6, 5), (11, 15, 13)
     starts = [range(0, n - p + 1, 1 + p // 2) for n, p in zip(shape, patch, strict=True)]
     starts = [sorted({*s, n - p}) for s, n, p in zip(starts, shape, patch, strict=True)]
@@ -225,22 +230,28 @@ def test_blocks_beyond_the_budget_come_back_as_they_were(tmp_path):
         (slice(None), *(slice(s, s + p) for s, p in zip(corner, patch, strict=True)))
         for corner in itertools.product(*starts)
     ]
-    grid = WindowGrid(windows, shape)
-    sums = BlockSums(grid, 3, budget=grid.peak()[1] * 12, spill_folder=tmp_path)
+    grid = WindowGrid(windows, shape, whole_rows=whole_rows, skipped=skipped)
+    sums = BlockSums(
+        grid, 3, background=(5.0, 6.0), budget=grid.peak()[1] * 12, spill_folder=tmp_path
+    )
     expected = torch.zeros(3, *shape)
     weight = torch.rand(patch)
     strips = list(grid.strips)
     for i, window in enumerate(windows):
         tile = torch.randn(2, *patch)
-        sums.add(i, 0, tile, weight)
-        expected[:2][window] += tile * weight
-        expected[2][window[1:]] += weight
+        if i not in skipped:
+            sums.add(i, 0, tile[:1], weight)
+            sums.add(i, 1, tile[1:], weight)
+            expected[:2][window] += tile * weight
+            expected[2][window[1:]] += weight
         while strips and strips[0].window == i:
             strip = strips.pop(0)
             for block in grid.blocks((strip.z, strip.y, slice(0, shape[2]))):
-                box = (slice(None), *grid.extent(block))
-                torch.testing.assert_close(sums.take(block, i), expected[box])
+                of_block = expected[(slice(None), *grid.extent(block))]
+                of_block[:, of_block[2] == 0] = torch.tensor([[5.0], [6.0], [1.0]])
+                torch.testing.assert_close(sums.take(block, i), of_block)
     assert not strips
+    assert bool((expected[0] == 5).any()) == bool(skipped)
     assert sums.n_spilled
     sums.close()
     assert not list(tmp_path.iterdir())

@@ -21,17 +21,19 @@ def linear_matrix(n_in, n_out):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
-@pytest.mark.parametrize("first", [True, False], ids=["put", "added"])
+@pytest.mark.parametrize("n_held", [0, 3, 7], ids=["put", "both", "added"])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 2, 3, 0)], ids=["planes", "channels last"])
-def test_tiles_are_weighted_and_summed(monkeypatch, compiled, first, order):
+def test_tiles_are_weighted_and_summed(monkeypatch, compiled, n_held, order):
     if not compiled:
         monkeypatch.setattr(volumes, "_usable", lambda *tensors: False)
     total = torch.randn(5, 4, 6, 7)
     tile = torch.randn(5, 4, 6, 9).permute(order).contiguous()
     tile = tile.permute([order.index(i) for i in range(4)])[..., 1:8]
     weight = torch.rand(4, 6, 9)[..., 2:]
-    expected = tile * weight + (0 if first else total)
-    add_tile(total, tile, weight, first)
+    expected = tile * weight
+    expected[..., :n_held] += total[..., :n_held]
+    total[..., n_held:] = torch.nan  # memory as it comes
+    add_tile(total, tile, weight, n_held)
     torch.testing.assert_close(total, expected)
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import tempfile
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -153,22 +153,33 @@ class BlockSums:
         box = self.grid.boxes[window]
         touched = self.grid.blocks(box)
         for block in touched:
-            first = self.grid.uses[block][0] == window
             total = self._resident(block, window, touched)
             extent = self.grid.extent(block)
             here = tuple(map(common, box, extent))
             in_tile = tuple(shifted(h, b.start) for h, b in zip(here, box, strict=True))
             in_block = tuple(shifted(h, e.start) for h, e in zip(here, extent, strict=True))
-            if first and channel == 0:
-                # along z and y, windows cover their blocks: the cuts are made so
-                total[..., : in_block[2].start].zero_()
-                total[..., in_block[2].stop :].zero_()
-            part = tile[(slice(None), *in_tile)]
-            of_part = total[(slice(channel, channel + len(tile)), *in_block)]
-            add_tile(of_part, part, weight[in_tile], first)
+            part, of_part = tile[(slice(None), *in_tile)], weight[in_tile]
+            held = common(here[2], slice(0, self._covered(block, window)))
+            n_held = max(0, held.stop - held.start)
+            channels = slice(channel, channel + len(tile))
+            add_tile(total[(channels, *in_block)], part, of_part, n_held)
             if channel == 0:
-                of_weight = total[-1][in_block]
-                of_weight.copy_(weight[in_tile]) if first else of_weight.add_(weight[in_tile])
+                total_weight = total[-1][in_block]
+                total_weight[..., :n_held] += of_part[..., :n_held]
+                total_weight[..., n_held:] = of_part[..., n_held:]
+
+    def _covered(self, block: Block, window: int) -> int:
+        """Where along x the sums end that a block holds before this window adds to them.
+
+        Windows come in the order of x and leave no gap, and along z and y they cover their blocks:
+        the cuts are made so.  Where some are skipped, blocks begin as zeros.
+        """
+        extent = self.grid.extent(block)[2]
+        if self.grid.skipped:
+            return extent.stop
+        uses = self.grid.uses[block]
+        earlier = [self.grid.boxes[i][2].stop for i in uses[: bisect_left(uses, window)]]
+        return min(max(earlier, default=extent.start), extent.stop)
 
     def take(self, block: Block, window: int) -> torch.Tensor:
         """The sums (C, z, y, x) of a block that no window after this one touches."""
@@ -176,8 +187,6 @@ class BlockSums:
         del self._held[block]
         self._n_held -= total.nbytes
         if self.grid.skipped:
-            if block not in self.grid.uses:
-                total[-1].zero_()
             uncovered = total[-1] == 0
             for channel, value in zip(total, (*self._background, 1.0), strict=True):
                 channel.masked_fill_(uncovered, value)
@@ -207,6 +216,8 @@ class BlockSums:
             _transfer(os.preadv, self._descriptor(), buffer, place)
             if buffer is not total:
                 total.copy_(buffer)
+        elif self.grid.skipped:
+            total.zero_()
         self._held[block] = total
         self._n_held += n_bytes
         return total

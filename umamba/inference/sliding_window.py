@@ -113,8 +113,8 @@ def predict_mirrored(
     total: torch.Tensor | None = None
     for first in range(0, len(combinations), per_pass):
         chunk = combinations[first : first + per_pass]
-        batch = torch.cat([torch.flip(tiles, c) if c else tiles for c in chunk])
-        output = network(batch).float()
+        copies = [torch.flip(tiles, c) if c else tiles for c in chunk]
+        output = network(torch.cat(copies) if len(copies) > 1 else copies[0]).float()
         for flipped, c in zip(output.chunk(len(chunk)), chunk, strict=True):
             part = torch.flip(flipped, c) if c else flipped
             total = part if total is None else total.add_(part)

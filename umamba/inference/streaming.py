@@ -168,7 +168,7 @@ def _fill(
 def mean_of_sums(sums: torch.Tensor, target: torch.Tensor) -> None:
     """The weighted mean of one network's or several folds' tiles, in float32."""
     if sums.device == target.device:
-        torch.div(sums[:-1], sums[-1], out=target)
+        torch.mul(sums[:-1], sums[-1].reciprocal(), out=target)
     else:
         target.copy_(sums[:-1] / sums[-1])
 

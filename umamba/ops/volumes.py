@@ -46,21 +46,20 @@ class LinearAxis:
         return cls(low.int(), high.int(), torch.stack([first, second]).float())
 
 
-def add_tile(total: Tensor, tile: Tensor, weight: Tensor, first: bool = False) -> None:
-    """Adds tile * weight to total (K, z, y, x) in place, or puts it there where first.
+def add_tile(total: Tensor, tile: Tensor, weight: Tensor, n_held: int) -> None:
+    """Adds tile * weight to the first n_held values of each row of total, and puts it behind them.
 
-    tile (K, z, y, x) of any strides, weight (z, y, x).
+    total (K, z, y, x), tile (K, z, y, x) of any strides, weight (z, y, x).
     """
     if not _usable(total, tile, weight) or total.stride(3) != 1 or weight.stride(2) != 1:
-        if first:
-            torch.mul(tile, weight, out=total)
-        elif tile.dtype == total.dtype:
-            total.addcmul_(tile, weight)
+        if tile.dtype == total.dtype:
+            total[..., :n_held].addcmul_(tile[..., :n_held], weight[..., :n_held])
         else:
-            total += tile * weight
+            total[..., :n_held] += tile[..., :n_held] * weight[..., :n_held]
+        torch.mul(tile[..., n_held:], weight[..., n_held:], out=total[..., n_held:])
         return
     arguments = _AddTile(
-        *total.shape, first, torch.get_num_threads(), *total.stride()[:3], *tile.stride(),
+        *total.shape, n_held, torch.get_num_threads(), *total.stride()[:3], *tile.stride(),
         *weight.stride()[:2], total.data_ptr(), tile.data_ptr(), weight.data_ptr(),
     )  # fmt: skip
     cpu._call("umamba_add_tile", arguments)
@@ -120,7 +119,7 @@ def _fields(sizes: str, pointers: str) -> list[tuple[str, type]]:
 # The field order is that of csrc/umamba.h.
 class _AddTile(ctypes.Structure):
     _fields_ = _fields(
-        "K n_z n_y n_x first n_threads s_k s_z s_y t_k t_z t_y t_x w_z w_y", "sum tile weight"
+        "K n_z n_y n_x n_held n_threads s_k s_z s_y t_k t_z t_y t_x w_z w_y", "sum tile weight"
     )
 
 

@@ -8,17 +8,18 @@
 #include "umamba.h"
 
 #define ROWS_OF_ITEM 32
+/* Of a tile and its sums, rows of 512 bytes with gaps between them: measured 2, 4 and 8. */
+#define ROWS_AHEAD 4
 
 static void add_row(float *restrict sum, const float *restrict tile, const float *restrict weight,
-                    int64_t n, int64_t step, int64_t first) {
-    if (first && step == 1)
-        for (int64_t i = 0; i < n; i++) sum[i] = tile[i] * weight[i];
-    else if (first)
-        for (int64_t i = 0; i < n; i++) sum[i] = tile[i * step] * weight[i];
-    else if (step == 1)
-        for (int64_t i = 0; i < n; i++) sum[i] += tile[i] * weight[i];
-    else
-        for (int64_t i = 0; i < n; i++) sum[i] += tile[i * step] * weight[i];
+                    int64_t n, int64_t step, int64_t n_held) {
+    if (step == 1) {
+        for (int64_t i = 0; i < n_held; i++) sum[i] += tile[i] * weight[i];
+        for (int64_t i = n_held; i < n; i++) sum[i] = tile[i] * weight[i];
+    } else {
+        for (int64_t i = 0; i < n_held; i++) sum[i] += tile[i * step] * weight[i];
+        for (int64_t i = n_held; i < n; i++) sum[i] = tile[i * step] * weight[i];
+    }
 }
 
 /* An item is one channel; of a tile whose channels lie side by side, one plane of all channels. */
@@ -29,10 +30,15 @@ static void add_item(void *context, int64_t item, int64_t worker) {
     for (int64_t i = 0; i < (by_plane ? s->n_y : s->n_z * s->n_y); i++) {
         const int64_t z = by_plane ? item : i / s->n_y, y = by_plane ? i : i % s->n_y;
         const int64_t k0 = by_plane ? 0 : item, k1 = by_plane ? s->K : item + 1;
-        for (int64_t k = k0; k < k1; k++)
-            add_row(s->sum + k * s->s_k + z * s->s_z + y * s->s_y,
-                    s->tile + k * s->t_k + z * s->t_z + y * s->t_y,
-                    s->weight + z * s->w_z + y * s->w_y, s->n_x, s->t_x, s->first);
+        for (int64_t k = k0; k < k1; k++) {
+            float *sum = s->sum + k * s->s_k + z * s->s_z + y * s->s_y;
+            const float *tile = s->tile + k * s->t_k + z * s->t_z + y * s->t_y;
+            for (int64_t x = 0; x < s->n_x; x += 16) {
+                __builtin_prefetch(sum + ROWS_AHEAD * s->s_y + x, 1);
+                __builtin_prefetch(tile + ROWS_AHEAD * s->t_y + x, 0);
+            }
+            add_row(sum, tile, s->weight + z * s->w_z + y * s->w_y, s->n_x, s->t_x, s->n_held);
+        }
     }
 }
 
