@@ -126,11 +126,12 @@ def draw_patches(
 def _hits(corners: np.ndarray, voxels: Sequence[np.ndarray], patch: np.ndarray) -> np.ndarray:
     """(C,) the share of patches at `corners` (n, 3) that hold a voxel of each class."""
     shares = np.zeros(len(voxels))
-    for index, own in enumerate(voxels):
+    corners = corners.astype(np.int32)
+    for index, own in enumerate(each.astype(np.int32) for each in voxels):
         inside = np.ones((len(corners), len(own)), bool)
         for axis, extent in enumerate(patch):
             offset = own[None, :, axis] - corners[:, axis, None]
-            inside &= (offset >= 0) & (offset < extent)
+            inside &= offset.view(np.uint32) < int(extent)  # what is negative is large there
         shares[index] = inside.any(axis=1).mean()
     return shares
 

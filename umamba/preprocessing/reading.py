@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -92,17 +94,13 @@ def _read_itk(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     import SimpleITK
 
-    geometries: list[Any] = []
-    for file in files:
-        if contents is not None:
-            header = SimpleITK.ImageFileReader()
-            header.SetFileName(file)
-            header.ReadImageInformation()
-            geometries.append(header)
-        else:
-            geometries.append(SimpleITK.ReadImage(file))
-    facts = [(g.GetSpacing(), g.GetOrigin(), g.GetDirection(), g.GetSize()) for g in geometries]
-    if geometries[0].GetDimension() > 3 or any(f != facts[0] for f in facts[1:]):
+    images: list[Any] = []
+    if contents is None:
+        images = [SimpleITK.ReadImage(file) for file in files]
+        facts = [_geometry(image) for image in images]
+    else:
+        facts = [_read_geometry(file, os.stat(file).st_mtime_ns) for file in files]
+    if len(facts[0][0]) > 3 or any(f != facts[0] for f in facts[1:]):
         # several channels in a file, and channels that do not fit: nnU-Net's to judge
         from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -121,11 +119,26 @@ def _read_itk(
         if contents is not None:
             fill_scaled(channel, contents[index])
         else:
-            whole = SimpleITK.GetArrayViewFromImage(geometries[index])
+            whole = SimpleITK.GetArrayViewFromImage(images[index])
             channel[...] = whole.reshape(channel.shape)
             del whole
-            geometries[index] = None
+            images[index] = None
     return image, properties
+
+
+@functools.lru_cache(maxsize=2**13)
+def _read_geometry(file: str, _changed: int) -> tuple[tuple[Any, ...], ...]:
+    """What the header of a file says; the fingerprint and the preprocessing ask for the same."""
+    import SimpleITK
+
+    header = SimpleITK.ImageFileReader()
+    header.SetFileName(file)
+    header.ReadImageInformation()
+    return _geometry(header)
+
+
+def _geometry(of: Any) -> tuple[tuple[Any, ...], ...]:
+    return of.GetSpacing(), of.GetOrigin(), of.GetDirection(), of.GetSize()
 
 
 def _read_itk_label(file: str, content: Content | None) -> np.ndarray:

@@ -24,7 +24,7 @@ from umamba.preprocessing.reading import Kept, read_case, refuse_unknown_labels
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 """Of the files of a case, in the order in which they are written: with the last it is whole."""
 
-LEVEL, CODEC = 5, blosc2.Codec.LZ4HC
+LEVEL, CODEC = 1, blosc2.Codec.ZSTD
 TRIAL = 2**13  # voxels of the middle of an image that choose its filter
 
 

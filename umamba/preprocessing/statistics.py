@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from umamba.preprocessing.cropping import crop, nonzero_box
 from umamba.preprocessing.reading import Kept, read_case
 
 SEED = 1234
+THREADS = 4
 
 
 class CaseStatistics(NamedTuple):
@@ -68,7 +70,6 @@ def summarize(cases: Sequence[CaseStatistics], n_samples: int) -> dict[str, Any]
     draws = [Draw(n_samples) for _ in cases]
     for channel in range(len(cases[0].values)):
         pieces: list[tuple[np.ndarray, Draw | None]] = []
-        distinct = []
         empty = any(not len(case.values[0]) for case in cases)
         for case, stream in zip(cases, draws, strict=True):
             own = case.values.pop(0)
@@ -78,15 +79,7 @@ def summarize(cases: Sequence[CaseStatistics], n_samples: int) -> dict[str, Any]
             raise ValueError("no case has a labelled voxel: there is nothing to learn")
         # float64 is what numpy makes of nnU-Net's empty list for a case without foreground
         values = np.empty(n_values, np.float64 if empty else np.float32)
-        end = 0
-        for own, draw in pieces:
-            start, end = end, end + (len(own) if draw is None else n_samples)
-            if draw is None:
-                values[start:end] = own
-            else:
-                places = draw.places(len(own))
-                values[start:end] = own[places]
-                distinct.append((own, np.bincount(places, minlength=len(own))))
+        distinct = _fill(values, pieces, n_samples)
         is_known = sum(n_samples for _ in distinct) == n_values
         low, median, high = percentiles(values, distinct if is_known else None, (0.5, 50.0, 99.5))
         lowest, highest = float(values.min()), float(values.max())
@@ -108,6 +101,28 @@ def summarize(cases: Sequence[CaseStatistics], n_samples: int) -> dict[str, Any]
             np.median([case.relative_size for case in cases])
         ),
     }
+
+
+def _fill(
+    values: np.ndarray, pieces: Sequence[tuple[np.ndarray, Draw | None]], n_samples: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Writes the intensities of all cases; of those drawn here each one's, and how often it was."""
+    sizes = [len(own) if draw is None else n_samples for own, draw in pieces]
+    ends = np.cumsum(sizes)
+
+    def fill(index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        own, draw = pieces[index]
+        target = values[ends[index] - sizes[index] : ends[index]]
+        if draw is None:
+            target[...] = own
+            return None
+        places = draw.places(len(own))
+        target[...] = own.take(places)
+        return own, np.bincount(places, minlength=len(own))
+
+    # numpy draws and takes without the interpreter's lock
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [each for each in pool.map(fill, range(len(pieces))) if each is not None]
 
 
 def mean_and_std(values: np.ndarray) -> tuple[float, float]:
