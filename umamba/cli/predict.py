@@ -227,7 +227,8 @@ def _predict(
             bar.set_description_str(f"predicted {len(done)}/{len(cases)}", refresh=False)
 
         bar.set_description_str(f"predicted 0/{len(cases)}")
-        predictor.on_windows_done = bar.update
+        # the shares of many windows may add up to a little more than 1
+        predictor.on_windows_done = lambda share: bar.update(min(share, bar.total - bar.n))
         return predictor.predict_cases(
             cases,
             save_probabilities=args.save_probabilities,
