@@ -1,6 +1,7 @@
 """The sliding window alone, with a pointwise network, beside MONAI's on the same tiles.
 
     python benchmarks/aggregation.py [--shape 144 192 192] [--patch 96 128 128] [--classes 15]
+        [--json FILE]
 
 Each runs in turn, `--repeats` times; CPU seconds of the process, the network's included in all.
 "streamed" hands finished logits on piece by piece, as predictions do; "whole" gathers them in one
@@ -12,11 +13,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as umamba's commands do
 
 import torch
 from monai.inferers import sliding_window_inference
@@ -31,6 +37,7 @@ def main() -> int:
     parser.add_argument("--patch", type=int, nargs=3, default=[96, 128, 128])
     parser.add_argument("--classes", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -86,6 +93,9 @@ def main() -> int:
     for name, all_ in seconds.items():
         listing = " ".join(f"{s:.2f}" for s in all_[1:])
         print(f"| {name} | {best[name]:.2f} | {listing} | {errors[name]:.1e} |")
+    if args.json:
+        rows = {n: {"cpu_s": all_[1:], "error": errors[n]} for n, all_ in seconds.items()}
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(best["streamed"] > best["MONAI"] or errors["streamed"] >= 1e-4)
 
 

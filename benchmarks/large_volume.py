@@ -297,6 +297,7 @@ def main() -> int:
     parser.add_argument("--skip-stock", action="store_true")
     parser.add_argument("--skip-exact", action="store_true")
     parser.add_argument("--work", type=Path, help="keep everything here")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         return compare(args, args.work or Path(temporary))
@@ -349,10 +350,11 @@ def compare(args: argparse.Namespace, work: Path) -> int:
         peak = max(row["peak_rss_mib"], row["peak_tree_pss_mib"]) - volumes
         print(f"| {name} | {row['outside_cpu_s']:.1f} | {row['outside_wall_s']:.1f} "
               f"| {row['network_cpu_s']:.1f} | {peak:.0f} |")  # fmt: skip
-    names = list(labels)
+    names, differences = list(labels), {}
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             share = difference(labels[first], labels[second])
+            differences[f"{first}, {second}"] = share
             print(f"labels of {first} and {second} differ in {share:.2e} of the voxels")
     if args.real:
         crop = work / "crop" / "ct_0000.nii.gz"
@@ -366,10 +368,16 @@ def compare(args: argparse.Namespace, work: Path) -> int:
             words = [str(crop.parent) if word == str(images) else word for word in words]
             measure([*words, "-o", str(output)], work)
             found = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(output / "ct.nii.gz")))
+            differences[f"{name}, float64 (crop)"] = share = float(np.mean(found != exact))
             print(
-                f"labels of {name} and of float64 differ in {np.mean(found != exact):.2e} of the "
+                f"labels of {name} and of float64 differ in {share:.2e} of the "
                 f"{exact.size} voxels of a crop, {np.mean(exact > 0):.0%} foreground"
             )
+    if args.json:
+        volume = {"classes": n_classes, "shape": shape, "volumes_mib": volumes}
+        limits = {"max_ram": args.max_ram, "enforced_gib": args.enforce}
+        content = volume | limits | {"commands": rows, "labels_differ": differences}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 
