@@ -54,6 +54,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--nnunet-exact", "--nnunet_exact", action="store_true",
         help="nnU-Net's half precision arithmetic: its labels, voxel for voxel",
     )  # fmt: skip
+    add(
+        "--precision", choices=("float32", "bfloat16"),
+        help="of the network (CPU: float32, GPU: as it was trained)",
+    )  # fmt: skip
     add("--not_on_device", "--not-on-device", action="store_true", help="sum up on the CPU")
     add(
         "--no_input_check", "--no-input-check", action="store_true",
@@ -147,6 +151,7 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
             device=torch.device(common.choose_device(args.device)) if args.device else None,
             nnunet_exact=args.nnunet_exact,
             skip_empty=args.skip_empty,
+            precision=args.precision,
         )
         predictor.limit_memory(max_ram, max_vram)
     said: set[str] = set()

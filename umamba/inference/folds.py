@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -11,7 +12,9 @@ from torch import nn
 
 from umamba.inference.sliding_window import predict_mirrored, tiles_per_batch
 from umamba.inference.streaming import Predict
-from umamba.networks.precision import autocast
+
+if TYPE_CHECKING:
+    from umamba.inference.predictor import UMambaPredictor
 
 
 class FoldWeights:
@@ -69,21 +72,21 @@ def exact_tiles(predictor: nnUNetPredictor, use: Callable[[int], object], n_fold
     return predict
 
 
-def mean_tiles(predictor: nnUNetPredictor, use: Callable[[int], object], n_folds: int) -> Predict:
+def mean_tiles(predictor: UMambaPredictor, use: Callable[[int], object], n_folds: int) -> Predict:
     """The float32 mean of the folds and of mirrored passes."""
     manager = predictor.configuration_manager
-    recipe = manager.configuration.get("recipe") or {}
     axes = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
     max_batch = tiles_per_batch(manager.patch_size, manager.batch_size, predictor.device)
 
     def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         total: torch.Tensor | None = None
-        with autocast(predictor.device, recipe.get("precision", "auto")):
-            for fold in range(n_folds):
-                use(fold)
+        for fold in range(n_folds):
+            use(fold)
+            # one region for each: older versions of torch keep the cast weights of the first
+            with predictor.autocast():
                 found = predict_mirrored(predictor.network, tiles, axes, max_batch)
-                total = found if total is None else total.add_(found)
-                del found
+            total = found if total is None else total.add_(found)
+            del found
         assert total is not None
         yield 0, total if n_folds == 1 else total.div_(n_folds)
 

@@ -50,7 +50,7 @@ from umamba.inference.streaming import (
     stream_windows,
 )
 from umamba.memory import available_memory
-from umamba.networks.precision import autocast
+from umamba.networks.precision import Precision, autocast, check_precision
 
 Predicted = tuple[np.ndarray, np.ndarray | ProbabilityFile | None]
 
@@ -61,8 +61,8 @@ class UMambaPredictor(nnUNetPredictor):
     Windows, mirroring, preprocessing and file formats are nnU-Net's.  Sums over windows, mirrored
     passes and folds are float32, where nnU-Net's are half precision; with `nnunet_exact` every step
     is nnU-Net's own arithmetic, and the labels equal its own voxel for voxel.  On a GPU the network
-    runs in the precision of the recipe in the plans, without a recipe in "auto".  With `skip_empty`
-    tiles that cannot hold foreground are background without it.
+    runs in the precision of the recipe in the plans, without a recipe in "auto", else in float32;
+    `precision` overrides it.  With `skip_empty` tiles that cannot hold foreground are background.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class UMambaPredictor(nnUNetPredictor):
         *,
         nnunet_exact: bool = False,
         skip_empty: bool = False,
+        precision: Precision | None = None,
     ) -> None:
         if nnunet_exact and skip_empty:
             raise ValueError("--nnunet-exact computes every tile; leave out --skip-empty")
@@ -88,7 +89,8 @@ class UMambaPredictor(nnUNetPredictor):
                 device or default_device(), verbose, verbose_preprocessing, allow_tqdm,
             )  # fmt: skip
         self.nnunet_exact = nnunet_exact
-        self.skip_empty = skip_empty
+        check_precision(precision, self.device, nnunet_exact)
+        self.skip_empty, self.precision = skip_empty, precision
         self.folds: tuple[Fold, ...] = ()
         self.on_windows_done: Callable[[float], object] = lambda share: None
         self.max_ram: int | None = None
@@ -177,15 +179,12 @@ class UMambaPredictor(nnUNetPredictor):
             return super()._internal_predict_sliding_window_return_logits(
                 data, slicers, do_on_device
             )
-        configuration = self.configuration_manager
-        patch_size = configuration.patch_size
-        recipe = configuration.configuration.get("recipe") or {}
-        with autocast(self.device, recipe.get("precision", "auto")):
+        with self.autocast():
             return accumulate_windows(
                 self.network,
                 data.to(self.device) if do_on_device else data.cpu(),
                 slicers,
-                patch_size=patch_size,
+                patch_size=self.configuration_manager.patch_size,
                 n_outputs=self.label_manager.num_segmentation_heads,
                 device=self.device,
                 use_gaussian=self.use_gaussian,
@@ -237,8 +236,7 @@ class UMambaPredictor(nnUNetPredictor):
         self, data: torch.Tensor, n_label_bytes: int, spill_folder: Path | None
     ) -> Iterator[Piece]:
         """Pieces of the logits, in the arithmetic asked for, within the memory allowed."""
-        configuration = self.configuration_manager
-        patch_size, exact = configuration.patch_size, self.nnunet_exact
+        patch_size, exact = self.configuration_manager.patch_size, self.nnunet_exact
         network: Any = self.network
         network.to(self.device).eval()
         n_folds = max(1, len(self.list_of_parameters or ()))
@@ -299,6 +297,11 @@ class UMambaPredictor(nnUNetPredictor):
                 skipped=skipped,
                 progress=self.on_windows_done,
             )
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The region in which the network runs."""
+        recipe = self.configuration_manager.configuration.get("recipe") or {}
+        return autocast(self.device, recipe.get("precision", "auto"), self.precision)
 
     def _max_batch(self) -> int:
         configuration = self.configuration_manager
