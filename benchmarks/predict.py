@@ -5,7 +5,8 @@
 Stock `nnUNetv2_predict_from_modelfolder`, `umamba predict --nnunet-exact` and `umamba predict` each
 run as one command on the same cases; user and system seconds are those of the whole process tree.
 Stock and exact labels must be equal voxel for voxel, else no table is printed and the exit code
-is 1.
+is 1. `--precision bfloat16` adds `umamba predict` in that precision, `--labels FOLDER` the mean
+Dice of each against these label maps, and `--no-stock` leaves out stock and exact.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 
+from umamba.evaluation.summary import evaluate_folder, labels_of_dataset
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -31,6 +34,9 @@ def main() -> int:
     parser.add_argument("--folds", nargs="+", default=["0"])
     parser.add_argument("--mirroring", action="store_true", help="with test-time mirroring")
     parser.add_argument("--threads", type=int, default=None, help="threads of umamba")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of a further run")
+    parser.add_argument("--labels", type=Path, help="label maps to compare with")
+    parser.add_argument("--no-stock", action="store_true", help="compare with umamba's default")
     parser.add_argument("-o", "--output", type=Path, help="keep predictions here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,29 +56,46 @@ def compare(args: argparse.Namespace, images: Path, work: Path) -> int:
         "umamba --nnunet-exact": [*ours, "--nnunet-exact"],
         "umamba": ours,
     }
-    rows = {
-        name: measure([*words, "-o", str(work / name.replace(" ", ""))])
-        for name, words in commands.items()
-    }
+    if args.no_stock:
+        del commands["stock"], commands["umamba --nnunet-exact"]
+    if args.precision:
+        extra = ["--precision", args.precision]
+        commands[" ".join(["umamba", *extra])] = [*ours, *extra]
     folders = {name: work / name.replace(" ", "") for name in commands}
-    n_exact, _ = differing_voxels(folders["stock"], folders["umamba --nnunet-exact"])
-    n_ours, n_voxels = differing_voxels(folders["umamba --nnunet-exact"], folders["umamba"])
-    if n_exact:
+    rows = {name: measure([*words, "-o", str(folders[name])]) for name, words in commands.items()}
+    first = next(iter(commands))
+    n_other = {name: differing_voxels(folders[first], folders[name]) for name in commands}
+    if n_other.get("umamba --nnunet-exact", (0, 0))[0]:
+        n_exact = n_other["umamba --nnunet-exact"][0]
         print(f"exact labels differ from stock in {n_exact} voxels", file=sys.stderr)
         return 1
-    stock = rows["stock"]["cpu_s"]
     print(f"{args.cases} cases, {os.cpu_count()} cores, mirroring {args.mirroring}\n")
-    print("| command | CPU-s | of stock | wall s | peak of one process, MiB |")
-    print("|---|---|---|---|---|")
+    columns = ["command", "CPU-s", f"of {first}", "wall s", "peak of one process, MiB"]
+    columns.append(f"voxels that differ from {first}")
+    truth = mean_dice(folders[first], args.labels) if args.labels else {}
+    columns += [f"Dice {label}" for label in truth]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, row in rows.items():
-        share = row["cpu_s"] / stock
-        print(
-            f"| {name} | {row['cpu_s']:.1f} | {share:.2f} | {row['wall_s']:.1f} "
-            f"| {row['peak_mib']:.0f} |"
-        )
-    print("\nexact equals stock voxel for voxel; ", end="")
-    print(f"umamba differs from exact in {n_ours} of {n_voxels} voxels ({n_ours / n_voxels:.5%})")
+        different, total = n_other[name]
+        cells = [name, f"{row['cpu_s']:.1f}", f"{row['cpu_s'] / rows[first]['cpu_s']:.2f}"]
+        cells += [f"{row['wall_s']:.1f}", f"{row['peak_mib']:.0f}"]
+        cells.append(f"{different} of {total} ({different / total:.1e})")
+        if args.labels:
+            cells += [f"{dice:.5f}" for dice in mean_dice(folders[name], args.labels).values()]
+        print(f"| {' | '.join(cells)} |")
     return 0
+
+
+def mean_dice(predictions: Path, references: Path) -> dict[str, float]:
+    """Mean Dice over the predicted cases, by the names of the labels in dataset.json."""
+    dataset_json = json.loads((predictions / "dataset.json").read_text())
+    labels, ignore = labels_of_dataset(dataset_json)
+    found = evaluate_folder(
+        predictions, references, labels, ignore_label=ignore, chill=True, n_workers=1,
+        file_ending=dataset_json["file_ending"], output=predictions / "summary.json",
+    )  # fmt: skip
+    means = found["mean"]
+    return {name: means[str(label)]["Dice"] for name, label in labels.items()}
 
 
 def link_cases(model: Path, images: Path, n_cases: int, target: Path) -> Path:

@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
             cases = [c for c in found if not is_whole(c, reader, args.save_probabilities)]
         if to_folder:
             _write_settings(args, predictor, output)
+        if cases and args.precision is None and not args.nnunet_exact:
+            _hint_at_bfloat16(predictor)
         failures = _predict(cases, args, predictor)
 
     n_written, n_there = len(cases) - len(failures), len(found) - len(cases)
@@ -201,6 +203,16 @@ def _refuse_faults(case: PredictionCase, predictor: UMambaPredictor) -> None:
 
 def _reader_name(predictor: UMambaPredictor) -> str:
     return str(predictor.plans_manager.plans.get("image_reader_writer", ""))
+
+
+def _hint_at_bfloat16(predictor: UMambaPredictor) -> None:
+    from umamba.networks.precision import computes_bfloat16
+
+    if predictor.device.type == "cpu" and computes_bfloat16(predictor.device):
+        print(
+            "This processor computes bfloat16: with --precision bfloat16 convolutions take about "
+            "half the time, and a few labels in 10,000 change."
+        )
 
 
 def _write_settings(args: argparse.Namespace, predictor: UMambaPredictor, output: Path) -> None:
