@@ -14,6 +14,7 @@ import SimpleITK
 
 from umamba.cli import predict
 from umamba.cli.main import UsageError
+from umamba.networks import precision
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 
@@ -129,6 +130,43 @@ def test_exact_arithmetic_and_float32_agree_on_most_voxels(model, images, tmp_pa
         assert (ours != exact).mean() < 0.1
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_is_hinted_at_where_it_would_help_and_was_not_chosen(
+    model, images, tmp_path, monkeypatch, capsys, has
+):
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda device: has)
+    out = tmp_path / "out"
+    words = ("-m", model, "-i", images, "-o", out, "-f", 0, "--disable_tta")
+    hint = "This processor computes bfloat16: with --precision bfloat16"
+    assert call(*words) == 0
+    assert (hint in capsys.readouterr().out) is has
+    for more in (["--precision", "float32"], ["--nnunet-exact"], ["--continue"]):
+        assert call(*words, *more) == 0
+        assert "This processor" not in capsys.readouterr().out
+
+
+def test_the_precision_asked_for_is_used_and_written_down(
+    model, images, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda device: False)
+    out = tmp_path / "out"
+    words = ("-m", model, "-i", images, "-o", out, "--precision", "bfloat16")
+    with pytest.raises(UsageError, match="this processor does not compute bfloat16"):
+        call(*words)
+    assert not out.exists()
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda device: True)
+    seen = []
+    monkeypatch.setattr(
+        "umamba.inference.predictor.autocast",
+        lambda *how: seen.append(how[-1]) or precision.autocast(*how),
+    )
+    assert call(*words) == 0
+    assert set(seen) == {"bfloat16"}
+    assert "This processor" not in capsys.readouterr().out
+    settings = json.loads((out / "predict_from_raw_data_args.json").read_text())
+    assert settings["precision"] == "bfloat16"
+
+
 def test_images_in_two_dimensions_keep_their_format(tmp_path):
     plans = make_plans(patch_size=(16, 12), spacing=(1.0, 1.0), reader="NaturalImage2DIO")
     model = make_model_folder(
@@ -172,9 +210,19 @@ def test_a_color_picture_needs_no_channel_number(tmp_path):
         (["-step_size", "1.5"], "-step_size"),
         (["-num_parts", "2", "-part_id", "2"], "-part_id must be 0 to 1"),
         (["--skip-empty", "--nnunet-exact"], "leave out --skip-empty"),
+        (["--precision", "bfloat16", "--nnunet-exact"], "leave out --precision bfloat16"),
         (["-device", "cpu", "--max-vram", "4G"], "--max-vram is for GPUs"),
     ],
-    ids=["fold", "fold name", "checkpoint", "step", "part", "skip and exact", "no GPU"],
+    ids=[
+        "fold",
+        "fold name",
+        "checkpoint",
+        "step",
+        "part",
+        "skip and exact",
+        "precision",
+        "no GPU",
+    ],
 )
 def test_wrong_names_and_numbers_are_usage_errors(model, images, tmp_path, words, match):
     with pytest.raises(UsageError, match=match):

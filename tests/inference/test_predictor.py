@@ -253,7 +253,8 @@ def test_the_network_runs_in_the_precision_of_the_recipe(tmp_path, monkeypatch, 
     predictor.initialize_from_trained_model_folder(make_model_folder(tmp_path / "model", plans))
     asked, seen = [], []
 
-    def autocast(device, precision):
+    def autocast(device, precision, of_prediction):
+        assert of_prediction is None
         asked.append((device, precision))
         return torch.autocast("cpu", dtype=torch.bfloat16)  # stands in for a GPU's
 

@@ -25,6 +25,7 @@ from umamba.blocks.mamba import Mamba
 from umamba.blocks.mixer import ConvMixer
 from umamba.blocks.ss2d import SS2D
 from umamba.networks import create_network, get_entry, list_networks
+from umamba.networks.precision import autocast
 
 # Biases in front of a norm over voxels, which have no effect: their gradients are round-off.
 NORMALIZED_BIASES = (
@@ -205,6 +206,19 @@ def test_mixers_stay_in_float32_under_autocast(name: str, dims: int) -> None:
     assert torch.isfinite(logits.float()).all()
     assert seen == [torch.float32] * len(mixers)
     assert bool(mixers) == (get_entry(name).arguments.get("mixer") != "none")
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_logits_under_bfloat16_are_near_those_of_float32(name: str, dims: int) -> None:
+    network = build(name, dims).eval()
+    images = torch.randn(BATCH, CHANNELS, *shape_of(name, dims))
+    with torch.inference_mode():
+        single = network(images)
+        with autocast(torch.device("cpu"), asked="bfloat16"):
+            half = network(images)
+    assert torch.isfinite(half).all()
+    # untrained networks of tiny width magnify every rounding, also that of the images
+    assert 0 < (half - single).norm() < 0.3 * single.norm()
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
