@@ -92,14 +92,25 @@ def test_a_forked_child_that_outlives_its_parents_block_keeps_no_lock(tmp_path):
     child.join()
 
 
-def test_a_folder_that_cannot_be_written_is_not_locked(tmp_path):
+def hold_as_another_user(folder: Path) -> str:
+    """What a process of another user prints that asks for a folder."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     code = (
-        "import os, sys; from pathlib import Path; from umamba.lock import holding; "
-        "os.setuid(65534)\n"
-        "with holding(Path(sys.argv[1]), 'training'): print('went on')"
+        "import os, sys; from pathlib import Path; from umamba.lock import InUseError, holding\n"
+        "os.chdir(sys.argv[1]); os.setuid(65534)\n"
+        "try:\n"
+        "    with holding(Path(), 'training'): print('went on')\n"
+        "except InUseError as error: print(error)"
     )
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "went on\n"
+    words = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_a_folder_that_cannot_be_written_is_not_locked(tmp_path):
+    assert hold_as_another_user(tmp_path) == "went on\n"
+
+
+def test_users_who_share_a_folder_notice_each_other(holder, tmp_path):
+    (tmp_path / "w").chmod(0o777)
+    assert f"is in use (planning: process {holder.pid}" in hold_as_another_user(tmp_path / "w")

@@ -68,11 +68,13 @@ def _open_locked(file: Path) -> int | None:
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if error.errno in NO_LOCKS_HERE:
                 return None
             raise
+        with contextlib.suppress(PermissionError):  # by whom it is not owned
+            file.chmod(0o666)  # else nobody else could open and lock it in a folder for all
         try:
             _lock(descriptor)
             # Its last holder may have removed the file between the two calls.
