@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--c resumes a training; it cannot go with --restart or pretrained weights"
         )
+    if args.only_validation and args.restart:
+        raise UsageError("--val validates what is trained, which --restart removes: give one of them")
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args, strict=True)
@@ -123,7 +125,7 @@ def _train(
     **options: Any,
 ) -> Path:
     from umamba.planning.plans import get_configuration
-    from umamba.training.checkpoints import BEST, FINAL, NAMES, find_checkpoint
+    from umamba.training.checkpoints import BEST, FINAL, find_checkpoint
     from umamba.training.run import TrainingRun, train_fold
 
     part = get_configuration(plans, configuration)
@@ -131,12 +133,9 @@ def _train(
         check_first_stage(plans, configuration, part)
     options |= {"device": device, "n_gpus": args.num_gpus, "validator": validate_fold}
     check_preprocessed(plans, configuration, fold)
-    there = [file for name in NAMES if (file := folder / name).is_file()]
+    check_same_plan(folder, plans, configuration, args.restart)
     if args.restart:
-        for file in there:
-            file.unlink()
-    elif there:
-        check_same_plan(folder, plans, configuration)
+        remove_training(folder, options.get("pretrained_weights"))
     if options.get("only_validation"):
         wanted = folder / (BEST if options.get("validate_best") else FINAL)
         if not wanted.is_file():
@@ -213,21 +212,39 @@ def check_splits(file: Path, cases: set[str]) -> None:
     print(f"note: {told}: they are in no fold")
 
 
-def check_same_plan(folder: Path, plans: dict, configuration: str) -> None:
-    """Raises ValueError where results of another network or patch lie in the same folder."""
+def check_same_plan(folder: Path, plans: dict, configuration: str, restart: bool) -> None:
+    """Raises ValueError where a fold of this model folder was trained with another network or patch.
+
+    Its plans are those of all its folds. restart: this fold's own training is to be removed.
+    """
     from umamba.planning.plans import read_json
 
     file = folder.parent / "plans.json"
-    if not file.is_file():
+    trained = {found.parent for found in folder.parent.glob("fold_*/checkpoint_*.pth")}
+    if restart:
+        trained.discard(folder)
+    if not trained or not file.is_file():
         return
     earlier = read_json(file)["configurations"].get(configuration, {})
     now = plans["configurations"][configuration]
     for key in ("architecture", "patch_size", "batch_size", "recipe"):
         if earlier.get(key) != now.get(key):
+            cure = "begin anew with --restart" if folder in trained else "remove that folder"
             raise ValueError(
-                f"{folder} holds a training with another {key}: give this plan a name of its own "
-                f"(--plans-name), or begin anew with --restart"
+                f"{folder if folder in trained else min(trained)} holds a training with another "
+                f"{key}: give this plan a name of its own (--plans-name), or {cure}"
             )
+
+
+def remove_training(folder: Path, start: str | None) -> None:
+    """Removes checkpoints and validation results; ValueError where `start` is one of them."""
+    from umamba.training.checkpoints import NAMES
+
+    there = [file for name in NAMES if (file := folder / name).is_file()]
+    if start and any(file.samefile(start) for file in there):
+        raise ValueError(f"--restart would remove {start}: copy it to another place, and give that")
+    for file in (*there, *folder.glob("validation*/summary.*")):
+        file.unlink()
 
 
 def validate_fold(trainer: UMambaTrainer, save_probabilities: bool) -> None:
