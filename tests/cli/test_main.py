@@ -91,6 +91,26 @@ def test_a_signal_ends_the_command_soon_and_leaves_nothing_half_written(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_that_follows_from_a_signal_is_not_told_as_one(tmp_path):
+    body = """
+        print('ready', flush=True)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:  # as the import of some libraries does
+            raise RecursionError"""
+    code, errors, _ = end(tmp_path, body, signal.SIGINT)
+    assert (code, errors) == (1, "\nstopped; run the same command again to continue\n")
+
+
+def test_a_stop_before_the_command_begins_is_said_in_the_same_words(monkeypatch, capsys):
+    def build_parser():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("umamba.cli.main.build_parser", build_parser)
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == "\nstopped; run the same command again to continue\n"
+
+
 def test_a_second_signal_ends_the_command_at_once(tmp_path):
     body = """
         main.GRACE = 60

@@ -41,24 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 done, 1 failed, 2 usage, 3 some cases failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Read when torch loads GNU's OpenMP. Threads that wait spinning (its default) starve the data
-    # loaders: with one more process than cores a step took twice as long; sleeping at once instead
-    # costs a tenth on an idle machine. This many turns, some microseconds, do neither.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Large tensors in huge pages: half the time of a sliding window on a CPU is page faults.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    parser = build_parser()
-    args = parser.parse_args([word for word in words if word != "--debug"])
-    if args.version:
-        print(f"umamba {umamba.__version__}")
-        return 0
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 2
-    keep_freed_memory()
     try:
         with stopping_quickly():
-            return int(args.run(args))
+            return run_command([word for word in words if word != "--debug"])
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to continue", file=sys.stderr)
         return 1
@@ -70,6 +55,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {tell(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def run_command(words: list[str]) -> int:
+    """Sets the process up and runs the command of these words; returns its exit code."""
+    # Read when torch loads GNU's OpenMP. Threads that wait spinning (its default) starve the data
+    # loaders: with one more process than cores a step took twice as long; sleeping at once instead
+    # costs a tenth on an idle machine. This many turns, some microseconds, do neither.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Large tensors in huge pages: half the time of a sliding window on a CPU is page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    parser = build_parser()
+    args = parser.parse_args(words)
+    if args.version:
+        print(f"umamba {umamba.__version__}")
+        return 0
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    keep_freed_memory()
+    return int(args.run(args))
 
 
 def tell(error: Exception) -> str:
@@ -88,7 +93,6 @@ def stopping_quickly() -> Iterator[None]:
     What is in the way then, such as a thread that works on a large volume, gets `GRACE` seconds;
     at a second signal, none. Half-written files are removed.
     """
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,6 +117,11 @@ def stopping_quickly() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception:
+        if not timer.is_alive():
+            raise
+        # Of what was cut off: numpy, stopped while it is imported, recurses without end.
+        raise KeyboardInterrupt from None
     finally:
         if not timer.is_alive():
             for number, handler in before.items():
