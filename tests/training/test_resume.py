@@ -389,7 +389,7 @@ def test_random_state_survives_a_checkpoint(tmp_path):
     assert drawn() == expected
 
 
-def test_splits_and_the_copy_of_the_plans_are_written_whole(plan, tmp_path, monkeypatch):
+def test_splits_plot_and_copies_of_the_plans_are_written_whole(plan, tmp_path, monkeypatch):
     written = []
     replace = os.replace
     monkeypatch.setattr(
@@ -398,5 +398,6 @@ def test_splits_and_the_copy_of_the_plans_are_written_whole(plan, tmp_path, monk
     home = Path(os.environ["nnUNet_preprocessed"]) / plan[0]["dataset_name"]
     (home / "splits_final.json").unlink(missing_ok=True)
     train(plan, tmp_path / "a")
-    assert {"splits_final.json", "plans.json", "dataset.json"} <= set(written)
+    copies = {"plans.json", "dataset.json", "dataset_fingerprint.json"}
+    assert {"splits_final.json", "progress.png"} | copies <= set(written)
     assert len(json.loads((home / "splits_final.json").read_text())) == 5

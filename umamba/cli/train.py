@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
             "--c resumes a training; it cannot go with --restart or pretrained weights"
         )
     if args.only_validation and args.restart:
-        raise UsageError("--val validates what is trained, which --restart removes: give one of them")
+        raise UsageError(
+            "--val validates what is trained, which --restart removes: give one of them"
+        )
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args, strict=True)
@@ -213,7 +215,7 @@ def check_splits(file: Path, cases: set[str]) -> None:
 
 
 def check_same_plan(folder: Path, plans: dict, configuration: str, restart: bool) -> None:
-    """Raises ValueError where a fold of this model folder was trained with another network or patch.
+    """Raises ValueError where a fold in this model folder has another network or patch.
 
     Its plans are those of all its folds. restart: this fold's own training is to be removed.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
 
-from umamba.files import write_json
+from umamba.files import replacing, write_json
 
 
 @contextlib.contextmanager
@@ -44,13 +45,17 @@ def ddp_wrapper(find_unused_parameters: bool) -> Iterator[None]:
         yield
 
 
-def whole_json_files() -> contextlib.AbstractContextManager[None]:
-    """nnU-Net's trainer writes its splits and its copy of the plans whole within this context."""
+def whole_files() -> contextlib.AbstractContextManager[None]:
+    """nnU-Net's trainer writes splits and copies of plans and fingerprint whole in this context."""
 
     def save_json(content: Any, file: str, sort_keys: bool = True) -> None:
         write_json(Path(file), content)
 
-    return nnunet_names(save_json=save_json)
+    def copyfile(source: str, target: str) -> None:
+        with replacing(Path(target)) as temporary:
+            shutil.copyfile(source, temporary)
+
+    return nnunet_names(save_json=save_json, shutil=types.SimpleNamespace(copyfile=copyfile))
 
 
 def unstarted_loaders(

@@ -10,9 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from umamba.files import write_text
+from matplotlib import pyplot
+
+from umamba.files import describe_error, replacing_together, write_text
 
 logger = logging.getLogger(__name__)
+
+PLOT_EVERY_SECONDS = 60.0  # drawing takes a second, which short epochs would feel
 
 
 class PatientWriter:
@@ -29,11 +33,47 @@ class PatientWriter:
             if not self.has_failed:
                 logger.warning(
                     f"the training goes on, but could not write and tries again after each epoch: "
-                    f"{error}"
+                    f"{describe_error(error)}"
                 )
             self.has_failed = True
             return False
         return True
+
+
+class ProgressPlot:
+    """Draws nnU-Net's `progress.png`, whole or not at all; a full disk does not end a training."""
+
+    def __init__(self, plot: Callable[[str], None], write: PatientWriter) -> None:
+        self.plot = plot
+        self.write = write
+        self._drawn_at = -PLOT_EVERY_SECONDS
+
+    def now_and_then(self, folder: str) -> None:
+        """Draws into this folder where the last drawing is a minute ago."""
+        if time.monotonic() - self._drawn_at > PLOT_EVERY_SECONDS:
+            self.draw(folder)
+            self._drawn_at = time.monotonic()
+
+    def draw(self, folder: str) -> None:
+        """Draws into this folder."""
+        self.write(self._draw, Path(folder) / "progress.png")
+
+    def _draw(self, file: Path) -> None:
+        try:
+            with replacing_together(file) as temporary:
+                self.plot(str(temporary))
+        except OSError:
+            pyplot.close()  # as nnU-Net does after a drawing that it could write
+            raise
+
+
+def add_line(file: Path, line: str) -> None:
+    """Adds a line to a log; OSError with its name where it cannot be written."""
+    try:
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(f"{line}\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 class ProgressFile:

@@ -1,69 +1,57 @@
-"""`UMambaTrainer`: nnU-Net's trainer, driven by the recipe in the plans and the clock."""
+"""`UMambaTrainer`: one training by a recipe and the clock, killed and resumed as it may be."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import secrets
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from tqdm import tqdm
 
-from umamba.blocks.recompute import recompute_mixers
 from umamba.files import write_json
 from umamba.networks.checkpoint import read_checkpoint
-from umamba.networks.precision import (
-    autocast,
-    autocast_type,
-    compile_backward_without_autocast,
-)
+from umamba.networks.precision import autocast
 from umamba.networks.pretrained import find_file, initialize_encoder
-from umamba.training.augmentation import thin_out
 from umamba.training.checkpoints import (
     BEST,
     LATEST,
     PREVIOUS,
     random_state,
-    seed_main_process,
     set_random_state,
     write_checkpoint,
 )
 from umamba.training.loading import Batches, explaining_dead_workers, seed_all
-from umamba.training.losses import build_loss
 from umamba.training.nan_guard import NanGuard
-from umamba.training.nnunet_hooks import (
-    checkpoint_of,
-    ddp_wrapper,
-    unstarted_loaders,
-    whole_json_files,
-    without_autocast,
+from umamba.training.nnunet_hooks import checkpoint_of, unstarted_loaders, whole_files
+from umamba.training.progress import (
+    PatientWriter,
+    ProgressFile,
+    ProgressPlot,
+    add_line,
+    print_epoch,
+    process_cost,
 )
-from umamba.training.progress import PatientWriter, ProgressFile, print_epoch, process_cost
-from umamba.training.recipe import RateSchedule, Recipe
+from umamba.training.recipe_trainer import RecipeTrainer
 from umamba.training.sampling import loader_class
 
 SAVE_EVERY_SECONDS = 120.0
-PLOT_EVERY_SECONDS = 60.0  # drawing takes a second, which short epochs would feel
 
 
-class UMambaTrainer(nnUNetTrainer):
+class UMambaTrainer(RecipeTrainer):
     """nnU-Net's trainer with recipe, NaN guard, time budget and a validator that is handed in.
 
     On a CPU a training that is resumed goes on to the last bit as it would have.
 
-    The recipe is read from `plans["configurations"][configuration]["recipe"]`; without one,
-    training is stock nnU-Net's.  `validator(trainer, save_probabilities)` replaces nnU-Net's
-    final validation.  A training that `starts_afresh`, from no checkpoint, takes the recipe's
-    pretrained weights.
+    `validator(trainer, save_probabilities)` replaces nnU-Net's final validation.  A training that
+    `starts_afresh`, from no checkpoint, takes the recipe's pretrained weights.
     """
 
     starts_afresh = True
@@ -77,17 +65,9 @@ class UMambaTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
     ) -> None:
+        self._write = PatientWriter()  # the log, too, which begins at once
         super().__init__(plans, configuration, fold, dataset_json, device)
-        recipe = Recipe.from_dict(self.configuration_manager.configuration.get("recipe"))
-        self.recipe = recipe
-        self.initial_lr = recipe.initial_lr
-        self.weight_decay = recipe.weight_decay
-        self.num_epochs = recipe.num_epochs
-        self.num_iterations_per_epoch = recipe.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = recipe.num_val_iterations_per_epoch
-        self.enable_deep_supervision = recipe.enable_deep_supervision
         self.iteration = 0
-        self.seed = secrets.randbits(31) if recipe.seed is None else recipe.seed
         self._resumed_state: dict | None = None
         self.save_every: int = 50  # nnU-Net's, annotated
         self._progress_file = ProgressFile(Path(self.output_folder) / "progress.jsonl")
@@ -96,88 +76,12 @@ class UMambaTrainer(nnUNetTrainer):
         self._seconds = 0.0
         self._started: float | None = None
         self._saved_at = self.clock()
-        self._write = PatientWriter()
-        self._plotted_at = -PLOT_EVERY_SECONDS
         self.disable_checkpointing: bool = False  # nnU-Net's, annotated
-        self._plot = self.logger.plot_progress_png
-        self.logger.plot_progress_png = self._plot_now_and_then
+        self._plot = ProgressPlot(self.logger.plot_progress_png, self._write)
+        self.logger.plot_progress_png = self._plot.now_and_then
         self._guard: NanGuard | None = None
         self._bar = tqdm(disable=True)
         self._last_loss: Any = np.asarray(np.nan, np.float32)
-
-    # --- what the recipe decides -------------------------------------------------------------
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, RateSchedule]:
-        """Optimizer and schedule of the recipe."""
-        optimizer = self.recipe.build_optimizer(self.network.parameters())
-        return optimizer, RateSchedule(optimizer, self.recipe)
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
-        """nnU-Net's choice, without mirroring where the recipe switches it off."""
-        rotation, dummy_2d, initial, axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        if not self.recipe.mirroring:
-            axes = None
-            self.inference_allowed_mirroring_axes = None
-        if self.recipe.augmentation == "none":
-            initial = self.configuration_manager.patch_size
-        return rotation, dummy_2d, initial, axes
-
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's training transforms, thinned out as the recipe's `augmentation` says."""
-        transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        if self.recipe.augmentation != "nnunet":
-            thin_out(transforms, self.recipe.augmentation)
-        return transforms
-
-    def initialize(self) -> None:
-        """Builds network, optimizer and loss from the seed, and settles the precision."""
-        self.seed = self._from_first_gpu(self.seed)
-        seed_main_process(self.seed)
-        with ddp_wrapper(find_unused_parameters=self.recipe.freeze_encoder > 0):
-            super().initialize()
-        if self.recipe.recompute == "mixer":
-            recompute_mixers(self._bare_network)
-        if self.device.type == "cuda":
-            self._settle_precision()
-
-    def _settle_precision(self) -> None:
-        dtype = autocast_type(self.recipe.precision)
-        if dtype != torch.float16:
-            self.grad_scaler = None
-        if dtype is None:
-            self.network.forward = without_autocast(self.network.forward)
-        else:
-            torch.set_autocast_dtype("cuda", dtype)
-            compile_backward_without_autocast()
-        self.print_to_log_file(f"precision: {dtype or torch.float32}")
-
-    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
-        """The scales that the network declares, else those of the strides in the plans."""
-        declared = getattr(self._bare_network, "deep_supervision_scales", None)
-        if declared is None or not self.enable_deep_supervision:
-            return super()._get_deep_supervision_scales()
-        return [list(scale) for scale in declared]
-
-    @property
-    def _bare_network(self) -> Any:
-        network = self.network.module if self.is_ddp else self.network
-        return getattr(network, "_orig_mod", network)
-
-    def _build_loss(self) -> torch.nn.Module:
-        """The recipe's loss; without deep supervision where the network has a single output."""
-        # nnU-Net weighs the coarsest output with 0: with a single one the loss would be 0 / 0.
-        scales = self._get_deep_supervision_scales()
-        self.enable_deep_supervision = scales is not None and len(scales) > 1
-        return build_loss(
-            self.recipe.loss,
-            self.recipe.loss_weights,
-            super()._build_loss(),
-            self.label_manager,
-            batch_dice=self.configuration_manager.batch_dice,
-            ddp=self.is_ddp,
-        )
 
     # --- one training ------------------------------------------------------------------------
 
@@ -188,7 +92,7 @@ class UMambaTrainer(nnUNetTrainer):
         pretrained = find_file(wanted) if wanted else None
         if pretrained is not None:
             self._take_pretrained(pretrained)
-        with whole_json_files():
+        with whole_files():
             super().on_train_start()
         # Hooks of the guard are not seen within a compiled network.
         self._guard = NanGuard(self._bare_network, self.optimizer, Path(self.output_folder))
@@ -274,14 +178,6 @@ class UMambaTrainer(nnUNetTrainer):
         self._seconds = self._from_first_gpu(self._elapsed())
         return self._seconds >= self.recipe.train_seconds
 
-    def _from_first_gpu(self, number: Any) -> Any:
-        """The first GPU's number on all of them: each has a clock and a random seed of its own."""
-        if not self.is_ddp:
-            return number
-        shared = [number]
-        torch.distributed.broadcast_object_list(shared, 0)
-        return shared[0]
-
     def on_train_epoch_start(self) -> None:
         """Freezes or frees the encoder; where a time is given, sets the epoch's iterations."""
         if self.recipe.freeze_encoder > 0:
@@ -347,11 +243,6 @@ class UMambaTrainer(nnUNetTrainer):
         finally:
             self.current_epoch += 1
 
-    def _plot_now_and_then(self, folder: str) -> None:
-        if self.clock() - self._plotted_at > PLOT_EVERY_SECONDS:
-            self._write(self._plot, folder)
-            self._plotted_at = self.clock()
-
     def _report_epoch(self, epoch: int) -> None:
         last = functools.partial(self.logger.get_value, step=-1)
         elapsed = self._elapsed()
@@ -376,7 +267,7 @@ class UMambaTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)
             if self.current_epoch > 0:
-                self._write(self._plot, self.output_folder)
+                self._plot.draw(self.output_folder)
             cost = {
                 "iterations": self.iteration,
                 "epochs": self.current_epoch,
@@ -387,9 +278,11 @@ class UMambaTrainer(nnUNetTrainer):
             }
             write_json(Path(self.output_folder) / "training.json", cost)
 
-    def print_to_log_file(self, *args: Any, **options: Any) -> None:
-        """nnU-Net's log goes to its file; the terminal shows one line per epoch instead."""
-        super().print_to_log_file(*args, **options | {"also_print_to_console": False})
+    def print_to_log_file(self, *args: Any, add_timestamp: bool = True, **_: Any) -> None:
+        """nnU-Net's log goes to its file only; the terminal shows one line per epoch instead."""
+        if self.local_rank == 0:
+            words = (f"{datetime.now()}:", *args) if add_timestamp else args
+            self._write(add_line, Path(self.log_file), " ".join(map(str, words)))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Final validation by the `validator` that was handed in, else nnU-Net's own."""
