@@ -75,3 +75,11 @@ def test_a_pool_whose_block_raises_is_gone_at_once():
     with pytest.raises(ZeroDivisionError):
         fail()
     assert wait_until_gone(ids) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="this system has no masks")
+def test_workers_begin_with_ctrl_c_held_back_and_their_parent_does_not():
+    """A terminal sends it to all: one that is just starting would print a traceback."""
+    with worker_pool(1) as pool:
+        assert pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result() == {signal.SIGINT}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()

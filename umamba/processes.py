@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import signal
 import threading
@@ -40,14 +41,30 @@ def begin_worker() -> None:
     die_with_parent()
 
 
+class _SpawnProcess(multiprocessing.context.SpawnProcess):
+    """Begins with Ctrl-C held back: `begin_worker` cannot ignore it while Python still starts."""
+
+    def start(self) -> None:
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _SpawnContext(multiprocessing.context.SpawnContext):
+    Process = _SpawnProcess
+
+
 @contextlib.contextmanager
 def worker_pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of spawned processes; when the block raises, they are killed at once.
 
     A worker that is killed from outside makes its futures raise BrokenProcessPool.
     """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=begin_worker)
+    pool = ProcessPoolExecutor(n_workers, mp_context=_SpawnContext(), initializer=begin_worker)
     try:
         yield pool
     except BaseException:
