@@ -115,13 +115,24 @@ def test_a_torn_file_is_named_with_its_case_and_the_cure(loader, tmp_path, endin
     assert "Traceback" not in str(caught.value)
 
 
-def test_an_error_that_no_file_explains_is_not_hidden(loader):
+def test_an_error_that_no_file_explains_is_not_hidden_nor_looked_for_in_other_cases(
+    loader, monkeypatch
+):
     def fail(**_):
         raise RuntimeError("a transform's own fault")
 
+    read, find_fault = [], loading.find_fault
+    monkeypatch.setattr(
+        loading, "find_fault", lambda file: (read.append(file), find_fault(file))[1]
+    )
+    keys = next(Batches(loader, SEED))["keys"]
     loader.transforms = fail
     with pytest.raises(RuntimeError, match="own fault"):
         next(Batches(loader, SEED))
+    assert {file.name for file in read} == {
+        f"{key}{ending}" for key in keys for ending in (".b2nd", "_seg.b2nd", ".pkl")
+    }
+    assert len(loader.indices) > len(set(keys))
 
 
 def test_a_loading_process_that_is_killed_ends_the_training_with_a_sentence(loader):

@@ -1,5 +1,7 @@
 """Tests of the NaN guard: it names the culprit, rolls back, saves the batch, gives up in time."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -99,3 +101,33 @@ def test_a_batch_that_cannot_be_written_does_not_end_the_training(tmp_path, capl
     guard = NanGuard(network, torch.optim.SGD(network.parameters(), 0.1), folder)
     assert guard.check(batch(1.0), float("nan"))
     assert "could not be written" in caplog.text
+
+
+def train_on_two(rank: int, folder: Path) -> None:
+    """Five steps of two processes as DDP makes them; the second's loss is NaN at the third."""
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
+    network = torch.nn.parallel.DistributedDataParallel(small_network())
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    guard = NanGuard(network.module, optimizer, folder, keep_every=1)
+    undone = []
+    for step in range(5):
+        content = batch(float("nan") if (rank, step) == (1, 2) else rank + 1.0)
+        optimizer.zero_grad()
+        loss = network(content["data"]).square().mean()
+        loss.backward()
+        optimizer.step()
+        undone.append(guard.check(content, float(loss)))
+    torch.save((undone, network.module.state_dict()), folder / f"{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_several_gpus_undo_a_step_together_and_stay_equal(tmp_path):
+    torch.multiprocessing.spawn(train_on_two, (tmp_path,), nprocs=2)
+    (undone, weights), (also_undone, others) = (
+        torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)
+    )
+    assert undone == also_undone == [False, False, True, False, False]
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    saved = torch.load(tmp_path / "non_finite_1.pt", weights_only=True)
+    assert "batch itself" in saved["culprit"]

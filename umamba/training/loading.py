@@ -49,9 +49,9 @@ class NumberedBatches(Dataset):
                 raise error
 
     def _find_damage(self) -> str | None:
-        """A sentence about the first file that cannot be read, the cases of this batch first."""
+        """A sentence about the first file of the seeded batch's cases that cannot be read."""
         data = self.loader._data
-        for case in dict.fromkeys([*self.loader.get_indices(), *self.loader.indices]):
+        for case in dict.fromkeys(self.loader.get_indices()):
             for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
                 file = Path(data.source_folder) / f"{case}{suffix}"
                 if fault := find_fault(file):

@@ -20,7 +20,8 @@ class NanGuard:
 
     `check(batch, loss)` is called after each training step; True means that the step was undone.
     The batch, the random state and the culprit's name go to `folder/non_finite_<n>.pt`.  After
-    `max_events` such events training stops with a RuntimeError.
+    `max_events` such events training stops with a RuntimeError.  Several GPUs undo a step together,
+    as their weights have to stay the same.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class NanGuard:
 
     def check(self, batch: dict, loss: float) -> bool:
         """Whether the step was undone; keeps the state now and then when all is finite."""
-        if bool(torch.as_tensor(loss).isfinite().all()):
+        is_finite = bool(torch.as_tensor(loss).isfinite().all())
+        if self._is_finite_everywhere(is_finite):
             self._steps += 1
             if self._steps % self.keep_every == 0:
                 self._keep_if_finite()
@@ -55,19 +57,30 @@ class NanGuard:
         self.n_events += 1
         self.network.load_state_dict(self._weights)
         self.optimizer.load_state_dict(copy.deepcopy(self._moments))
-        culprit = first_non_finite(self.network, batch["data"])
-        self.network.load_state_dict(self._weights)  # the search may have moved running statistics
-        message = (
-            f"the loss became {float(loss)}: {culprit}. The weights went back to the last finite "
-            f"state; {self._save(batch, culprit)}."
-        )
-        logger.warning(message)
+        message = "the loss became non-finite on another GPU."
+        if not is_finite:
+            culprit = first_non_finite(self.network, batch["data"])
+            self.network.load_state_dict(self._weights)  # running statistics may have moved
+            message = (
+                f"the loss became {float(loss)}: {culprit}. The weights went back to the last "
+                f"finite state; {self._save(batch, culprit)}."
+            )
+            logger.warning(message)
         if self.n_events >= self.max_events:
             raise RuntimeError(
                 f"training stopped after {self.n_events} non-finite losses; {message} Try a lower "
                 f"initial_lr, or precision fp32 in the recipe."
             )
         return True
+
+    def _is_finite_everywhere(self, is_finite: bool) -> bool:
+        """Whether it is on all GPUs that train together."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return is_finite
+        device = next(self.network.parameters()).device
+        bad = torch.tensor(0.0 if is_finite else 1.0, device=device)
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        return not bool(bad)
 
     def _keep_if_finite(self) -> None:
         if all(bool(p.isfinite().all()) for p in self.network.parameters()):

@@ -98,12 +98,13 @@ class UMambaTrainer(RecipeTrainer):
         self._guard = NanGuard(self._bare_network, self.optimizer, Path(self.output_folder))
         if self.local_rank == 0:
             self._progress_file.keep_before(self.current_epoch)
+        if (state := self._resumed_state) is not None:
+            self._guard.n_events = state["non_finite_losses"]
+            self._last_loss = np.asarray(state["last_loss"], np.float32)
         if self.local_rank > 0:
             seed_all(self.seed, self.local_rank, self.iteration)
-        elif self._resumed_state is not None:
-            set_random_state(self._resumed_state["random_state"])
-            self._guard.n_events = self._resumed_state["non_finite_losses"]
-            self._last_loss = np.asarray(self._resumed_state["last_loss"], np.float32)
+        elif state is not None:
+            set_random_state(state["random_state"])
         self._started = self._saved_at = self.clock()
 
     def get_dataloaders(self) -> tuple[Batches, Batches]:
