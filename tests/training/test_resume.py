@@ -363,6 +363,16 @@ def test_a_final_checkpoint_that_cannot_be_written_fails_and_keeps_the_latest(
     assert_equal(outcome(train(plan, tmp_path / "full")), whole)
 
 
+def test_a_resumed_training_that_writes_no_checkpoint_keeps_those_that_are_there(plan, tmp_path):
+    folder = train(plan, tmp_path / "a")
+    (folder / FINAL).rename(folder / LATEST)
+    (folder / BEST).rename(folder / PREVIOUS)
+    plan[0]["configurations"]["3d_fullres"]["recipe"]["num_epochs"] = 5
+    checkpoint = folder / LATEST
+    train_fold(run_of(plan, tmp_path / "a", checkpoint=checkpoint, disable_checkpointing=True))
+    assert {file.name for file in folder.glob("checkpoint*")} == {LATEST, PREVIOUS}
+
+
 def test_a_torn_last_line_of_the_progress_is_dropped(plan, tmp_path):
     folder = train(plan, tmp_path / "a")
     (folder / FINAL).rename(folder / LATEST)

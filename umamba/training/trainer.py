@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
 from umamba.files import write_json
@@ -22,6 +23,7 @@ from umamba.networks.precision import autocast
 from umamba.networks.pretrained import find_file, initialize_encoder
 from umamba.training.checkpoints import (
     BEST,
+    FINAL,
     LATEST,
     PREVIOUS,
     random_state,
@@ -230,17 +232,16 @@ class UMambaTrainer(RecipeTrainer):
             return
         self._report_epoch(epoch)
         if self._best_ema != best:
-            self._save(BEST)
+            self._write(self._save, BEST)
         due = self.clock() - self._saved_at > SAVE_EVERY_SECONDS
         due |= self.current_epoch % self.save_every == 0
-        if due and self.current_epoch < self.num_epochs and self._save(LATEST):
+        if due and self.current_epoch < self.num_epochs and self._write(self._save, LATEST):
             self._saved_at = self.clock()
 
-    def _save(self, name: str) -> bool:
-        """Whether the checkpoint could be written; a full disk does not end a long training."""
+    def _save(self, name: str) -> None:
         self.current_epoch -= 1  # nnU-Net writes one more, for the epoch in which it saves
         try:
-            return self._write(self.save_checkpoint, str(Path(self.output_folder) / name))
+            self.save_checkpoint(str(Path(self.output_folder) / name))
         finally:
             self.current_epoch += 1
 
@@ -264,9 +265,13 @@ class UMambaTrainer(RecipeTrainer):
 
     def on_train_end(self) -> None:
         """The final checkpoint, and `training.json` with what the training cost."""
-        super().on_train_end()
+        # nnU-Net's would remove the latest one of a resumed training that writes none, too.
+        self._save(FINAL)
+        empty_cache(self.device)
+        self.print_to_log_file("Training done.")
         if self.local_rank == 0:
-            (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)
+            for name in () if self.disable_checkpointing else (LATEST, PREVIOUS):
+                (Path(self.output_folder) / name).unlink(missing_ok=True)
             if self.current_epoch > 0:
                 self._plot.draw(self.output_folder)
             cost = {
