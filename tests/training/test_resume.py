@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.soak import members
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.training import checkpoints, trainer
 from umamba.training.checkpoints import BEST, FINAL, LATEST, PREVIOUS, find_checkpoint
@@ -225,19 +226,6 @@ def test_without_a_seed_trainings_differ_and_a_resumed_one_keeps_its_own(plan, t
     assert again["umamba"]["seed"] == first["umamba"]["seed"]
 
 
-def processes_of_session(session: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
 def test_the_loading_processes_end_with_a_training_that_is_killed(
     tmp_path, train_and_die, monkeypatch
@@ -247,7 +235,7 @@ def test_the_loading_processes_end_with_a_training_that_is_killed(
 
     def prepare():
         def die(self, batch):
-            seen.write_text(str(len(processes_of_session(os.getpid()))))
+            seen.write_text(str(len(members(os.getpid()))))
             kill_self()
 
         UMambaTrainer.train_step = die
@@ -255,9 +243,9 @@ def test_the_loading_processes_end_with_a_training_that_is_killed(
     session = train_and_die(tmp_path / "killed", prepare)
     assert int(seen.read_text()) == 1 + 2 + 1  # itself, for training and for validation
     end = time.monotonic() + 10
-    while processes_of_session(session) and time.monotonic() < end:
+    while members(session) and time.monotonic() < end:
         time.sleep(0.1)
-    assert processes_of_session(session) == []
+    assert members(session) == []
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
@@ -283,9 +271,9 @@ def test_a_training_that_is_told_to_stop_does_so_with_its_loading_processes(
     process.join(10)
     assert process.exitcode not in (None, 0)
     end = time.monotonic() + 10
-    while processes_of_session(process.pid) and time.monotonic() < end:
+    while members(process.pid) and time.monotonic() < end:
         time.sleep(0.1)
-    assert processes_of_session(process.pid) == []
+    assert members(process.pid) == []
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_short_training_learns_and_leaves_an_ordinary_model_folder(blobs, caps
     assert {p.name for p in folder.parent.iterdir()} >= {"plans.json", "dataset.json"}
     checkpoint = read_checkpoint(folder / "checkpoint_final.pth")
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.rglob(".*"))
     cost = json.loads((folder / "training.json").read_text())
     assert cost["iterations"] == 24
     assert cost["cpu_seconds"] > 0
