@@ -16,6 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from umamba.networks.checkpoint import read_checkpoint
 from umamba.planning.plans import replan
 from umamba.training.augmentation import thin_out
+from umamba.training.checkpoints import BEST
 from umamba.training.nnunet_hooks import ddp_wrapper
 from umamba.training.progress import format_seconds
 from umamba.training.recipes import get_recipe
@@ -141,6 +142,20 @@ def test_a_resumed_training_goes_on_with_weights_epoch_and_clock(blobs):
     assert after["umamba"]["iteration"] == 9
     assert after["umamba"]["trained_seconds"] > before["umamba"]["trained_seconds"]
     assert [r["epoch"] for r in records(second)] == [0, 1, 2]
+
+
+def test_the_best_checkpoint_is_written_once_while_no_score_is_defined(blobs, monkeypatch):
+    trainer, saved = trainer_of(*blobs), []
+    monkeypatch.setattr(trainer, "_save", saved.append)
+    monkeypatch.setattr(trainer, "_report_epoch", lambda epoch: None)
+    monkeypatch.setattr(trainer.logger, "plot_progress_png", lambda folder: None)
+    for epoch in range(3):
+        for key in ("train_losses", "val_losses", "epoch_start_timestamps"):
+            trainer.logger.log(key, 0.0, epoch)
+        trainer.logger.log("dice_per_class_or_region", [np.nan, np.nan], epoch)
+        trainer.logger.log("mean_fg_dice", np.nan, epoch)  # no batch showed a class
+        trainer.on_epoch_end()
+    assert saved == [BEST]
 
 
 def test_a_loading_process_that_dies_during_a_step_is_said_in_one_sentence(blobs, monkeypatch):

@@ -231,7 +231,7 @@ class UMambaTrainer(RecipeTrainer):
         if self.local_rank != 0:
             return
         self._report_epoch(epoch)
-        if self._best_ema != best:
+        if self._best_ema is not best:  # an undefined one differs from itself
             self._write(self._save, BEST)
         due = self.clock() - self._saved_at > SAVE_EVERY_SECONDS
         due |= self.current_epoch % self.save_every == 0
