@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from umamba.cli.train import check_preprocessed
+from umamba.cli.train import check_preprocessed, check_splits
 
 
 @pytest.fixture
@@ -114,10 +114,35 @@ def test_splits_are_of_the_cases_that_are_there(check, capsys, splits, fault):
 
 
 def test_splits_that_were_drawn_from_fewer_cases_are_refused(tmp_path):
-    from umamba.cli.train import check_splits
-
     file = tmp_path / "splits_final.json"
     file.write_text(json.dumps(five_folds(CASES)))
-    check_splits(file, set(CASES))
+    check_splits(file, set(CASES), 0)
     with pytest.raises(ValueError, match=r"drawn from fewer .* delete it"):
-        check_splits(file, {*CASES, "case_5", "case_6"})
+        check_splits(file, {*CASES, "case_5", "case_6"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("fold", "note"),
+    [
+        (0, ""),
+        (1, "trains fold 1 with cases that validate it (case_2 the first)"),
+        (2, "has no fold 2: a fifth of all cases"),
+    ],
+)
+def test_what_nnunet_tells_of_a_written_split_in_its_log_alone_is_said(
+    tmp_path, capsys, fold, note
+):
+    file = tmp_path / "splits_final.json"
+    splits = [{"train": CASES[:3], "val": CASES[3:]}, {"train": CASES[:3], "val": CASES[2:]}]
+    file.write_text(json.dumps(splits))
+    check_splits(file, set(CASES), fold)
+    told = capsys.readouterr().out
+    assert note in told and bool(told) == bool(note)
+
+
+@pytest.mark.parametrize("content", [{"train": CASES}, [{"train": CASES}], [CASES], 5])
+def test_a_file_that_holds_no_splits_is_refused(tmp_path, content):
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"splits_final.json is no list of folds .* delete it"):
+        check_splits(file, set(CASES), 0)

@@ -189,23 +189,31 @@ def check_preprocessed(plans: dict, configuration: str, fold: int | str) -> None
         first = f", {absent[0]} among them" if absent else ""
         raise ValueError(f"{folder} lacks {n_absent} of {n_cases} cases{first}: {cure}")
     if fold != "all" and (file := home / "splits_final.json").is_file():
-        check_splits(file, cases)
+        check_splits(file, cases, int(fold))
 
 
-def check_splits(file: Path, cases: set[str]) -> None:
+def check_splits(file: Path, cases: set[str], fold: int) -> None:
     """Raises ValueError where the splits name unknown cases, or were drawn from fewer cases.
 
-    Splits that somebody wrote may leave cases out; that is said.
+    Splits that somebody wrote may leave cases out, have the same in both parts of this fold, or not
+    have it, and nnU-Net draws one: that is said.
     """
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     from umamba.planning.plans import read_json
 
     splits = read_json(file)
-    named = {case for split in splits for part in ("train", "val") for case in split[part]}
     cure = f"delete it, and all folds are drawn anew, or correct it ({len(cases)} cases)"
+    try:
+        named = {case for split in splits for part in ("train", "val") for case in split[part]}
+    except (KeyError, TypeError):
+        raise ValueError(f'{file} is no list of folds with "train" and "val": {cure}') from None
     if unknown := sorted(named - cases):
         raise ValueError(f"{file} names {unknown[0]}, which is no case of the dataset: {cure}")
+    if fold >= len(splits):
+        print(f"note: {file} has no fold {fold}: a fifth of all cases, drawn at random, validates")
+    elif both := sorted(set(splits[fold]["train"]) & set(splits[fold]["val"])):
+        print(f"note: {file} trains fold {fold} with cases that validate it ({both[0]} the first)")
     if not (left_out := sorted(cases - named)):
         return
     told = f"{file} leaves out {len(left_out)} cases ({left_out[0]} the first)"
