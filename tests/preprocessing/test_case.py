@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from umamba.planning.preprocess import location_classes
 from umamba.preprocessing.case import CaseSettings, preprocess_case
-from umamba.preprocessing.reading import read_case
+from umamba.preprocessing.reading import ReadCase, read_case
 
 FACTS = {
     "mean": 40.0,
@@ -185,6 +185,29 @@ def test_a_case_without_a_label_equals_that_of_nnunet(tmp_path, name):
     np.testing.assert_allclose(ours.data, data, atol=1e-5)
     assert ours.labels is None
     assert_same(ours.properties, properties)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_image_of_zeros_under_a_mask_stays_zeros(labelled):
+    plans, _ = make_plans("mask")
+    settings = CaseSettings.from_plans(plans, plans["configurations"]["it"])
+    assert settings is not None
+    labels = np.zeros((6, 5, 4), np.uint8) if labelled else None
+    image, properties = np.zeros((1, 6, 5, 4), np.float32), {"spacing": [0.8, 1.0, 1.2]}
+    (empty,) = preprocess_case(ReadCase(image, labels, properties), [settings], [1])
+    assert empty.data.shape == (1, 6, 5, 4) and not empty.data.any()
+    assert not labelled or (empty.labels == -1).all()
+
+
+def test_a_case_thinner_than_half_a_voxel_of_the_plans_keeps_one():
+    plans, _ = make_plans("isotropic", spacing=[2.5, 1.0, 1.0])
+    settings = CaseSettings.from_plans(plans, plans["configurations"]["it"])
+    assert settings is not None
+    image, labels = np.ones((1, 1, 6, 5), np.float32), np.ones((1, 6, 5), np.uint8)
+    case = ReadCase(image, labels, {"spacing": [1.0, 1.0, 1.0]})
+    (thin,) = preprocess_case(case, [settings], [1])
+    assert thin.data.shape == (1, 1, 6, 5)
+    assert thin.labels is not None and (thin.labels == 1).all()
 
 
 def test_configurations_that_agree_share_their_arrays(tmp_path):

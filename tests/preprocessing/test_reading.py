@@ -15,6 +15,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from skimage.io import imsave
 
 from umamba.data.images import read_image
+from umamba.preprocessing import case_store
 from umamba.preprocessing.case_store import CaseStore
 from umamba.preprocessing.reading import Kept, read_case, refuse_unknown_labels
 
@@ -143,6 +144,15 @@ def test_channels_that_do_not_fit_are_left_to_nnunet_to_refuse(tmp_path):
     SimpleITK.WriteImage(other, files[1])
     with pytest.raises(RuntimeError):
         read_case(files, None, "SimpleITKIO")
+
+
+def test_a_store_keeps_no_more_than_an_eighth_of_the_memory_that_is_free(tmp_path, monkeypatch):
+    content = read_image(Path(write(tmp_path / "a.nii", "int16", None)))
+    monkeypatch.setattr(case_store, "available_memory", lambda: 24 * content.array.nbytes)
+    store = CaseStore()
+    for name in ("a", "b"):
+        store.keep(name, [content], content)
+    assert store.get("a") and not store.get("b")
 
 
 def test_a_store_keeps_what_fits(tmp_path):

@@ -115,17 +115,14 @@ def preprocess_case(
     image = crop(image, box)
     properties["bbox_used_for_cropping"] = box
     properties["shape_after_cropping_and_before_resampling"] = image.shape[1:]
-    outside = None
-    if case.labels is not None or any(any(s.use_mask) for s in all_settings):
-        outside = outside_of_body(image)
+    masked = any(any(s.use_mask) for s in all_settings)
+    outside = outside_of_body(image) if masked or case.labels is not None else None
     labels = None
     if case.labels is not None:
         labels = as_labels(crop(case.labels.transpose(axes), box))
         if outside is not None:
             labels[(labels == 0) & outside] = -1
-    inside = None
-    if any(any(s.use_mask) for s in all_settings):
-        inside = _inside(labels, outside, image.shape[1:])
+    inside = _inside(labels, outside) if masked else None
 
     normalized: dict[Any, np.ndarray] = {}
     resampled: dict[Any, np.ndarray] = {}
@@ -180,9 +177,7 @@ def _resample(operator: SeparableResampling, data: np.ndarray, device: str | Non
     return result
 
 
-def _inside(
-    labels: np.ndarray | None, outside: np.ndarray | None, shape: tuple[int, ...]
-) -> np.ndarray | None:
+def _inside(labels: np.ndarray | None, outside: np.ndarray | None) -> np.ndarray | None:
     """Where nnU-Net normalizes under a mask: at labels of 0 and more; None is everywhere."""
     if labels is not None:
         inside = labels >= 0

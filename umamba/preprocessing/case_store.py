@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 
+from umamba.memory import available_memory
 from umamba.preprocessing.reading import Content, Kept
 
 MOST_BYTES = 2**31
-SHARE = 8  # of the machine's memory: an eighth
+SHARE = 8  # of the memory that is free: an eighth
 
 
 class CaseStore:
@@ -19,8 +19,10 @@ class CaseStore:
     """
 
     def __init__(self, most_bytes: int | None = None) -> None:
-        """most_bytes: of all arrays together (2 GiB, or an eighth of the memory if less)."""
-        self._left = default_bytes() if most_bytes is None else most_bytes
+        """most_bytes: of all arrays together (2 GiB, or an eighth of what is free)."""
+        if most_bytes is None:
+            most_bytes = min(MOST_BYTES, available_memory() // SHARE)
+        self._left = most_bytes
         self._cases: dict[str, Kept] = {}
         self._lock = threading.Lock()
 
@@ -36,12 +38,3 @@ class CaseStore:
     def get(self, name: str) -> Kept | None:
         """Return what is kept of a case; None where it has to be read."""
         return self._cases.get(name)
-
-
-def default_bytes() -> int:
-    """Return how much to keep at most on this machine."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return MOST_BYTES // 4
-    return min(MOST_BYTES, memory // SHARE)

@@ -32,7 +32,9 @@ def find_separate_axis(
 def shape_at_spacing(
     shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
 ) -> tuple[int, ...]:
-    """Return the voxels per axis of an image of `shape` at another spacing (mm)."""
-    return tuple(
-        round(old / new * n) for old, new, n in zip(spacing, new_spacing, shape, strict=True)
-    )
+    """Return the voxels per axis of an image of `shape` at another spacing (mm), at least one.
+
+    nnU-Net's number may be none, on which it fails.
+    """
+    extents = zip(spacing, new_spacing, shape, strict=True)
+    return tuple(max(1, round(old / new * n)) for old, new, n in extents)

@@ -24,6 +24,8 @@ def normalize(
 
 def _zscore(channel: np.ndarray, inside: np.ndarray | None, _: Mapping[str, Any]) -> None:
     values = channel if inside is None else channel[inside]
+    if not values.size:  # an image of zeros alone: all of it is outside
+        return
     mean, n_values = values.mean(), values.size
     total = 0.0
     for part in _slabs(values):
