@@ -8,6 +8,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from umamba.planning import hit_rates
 from umamba.planning.hit_rates import (
     draw_patches,
     guess_hit_rates,
@@ -84,6 +85,44 @@ def test_a_class_in_no_case_is_hit_by_no_patch_and_takes_no_share(folder):
         assert rates.per_patch(sampling, 2)[2] == 0
     seen = rates.per_patch("balanced", 2, [0.5, 0.0, 0.5])
     assert seen == pytest.approx(rates.per_patch("balanced", 2, [1.0, 0.0, 0.0]))
+
+
+def write_case(folder, name: str, located: dict) -> None:
+    seg = np.zeros((1, 12, 12, 12), np.int16)
+    nnUNetDatasetBlosc2.save_case(
+        seg.astype(np.float32), seg, {"class_locations": located}, str(folder / name),
+        chunks=(1, 8, 8, 8), blocks=(1, 8, 8, 8),
+    )  # fmt: skip
+
+
+def test_a_case_of_ignored_voxels_alone_is_a_case_without_classes(tmp_path):
+    voxel = np.array([[0, 6, 6, 6]])
+    write_case(tmp_path, "a", {1: voxel, (-1, 0, 1): voxel})
+    write_case(tmp_path, "b", {1: [], (-1, 0, 1): []})
+    rates = measure_hit_rates(tmp_path, PATCH, [1])
+    assert rates.per_patch(None, 2).tolist() == [0.5]
+
+
+def test_a_class_that_the_folder_was_made_without_is_in_no_case(tmp_path):
+    write_case(tmp_path, "a", {1: np.array([[0, 6, 6, 6]])})
+    assert measure_hit_rates(tmp_path, PATCH, [1, 2]).n_cases.tolist() == [1, 0]
+
+
+def test_of_many_cases_enough_are_read_for_each_class(tmp_path, monkeypatch):
+    for index in range(60):
+        rare = [[0, 6, 6, 6]] if index % 4 == 1 else []
+        write_case(tmp_path, f"case_{index:02d}", {1: np.array([[0, 3, 3, 3]]), 2: np.array(rare)})
+    read = []
+    load_case = nnUNetDatasetBlosc2.load_case
+    monkeypatch.setattr(
+        nnUNetDatasetBlosc2,
+        "load_case",
+        lambda self, name: read.append(name) or load_case(self, name),
+    )
+    monkeypatch.setattr(hit_rates, "READ_CASES", 20)
+    measure_hit_rates(tmp_path, PATCH, [1, 2])
+    assert len(read) == len(set(read)) < 35
+    assert sum(int(name[-2:]) % 4 == 1 for name in read) == hit_rates.READ_PER_CLASS
 
 
 def test_with_an_ignore_label_patches_lie_around_annotated_voxels():

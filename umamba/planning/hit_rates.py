@@ -12,10 +12,11 @@ import numpy as np
 from umamba.preprocessing.class_locations import corner_bounds, count_locations, jittered_bounds
 
 OVERSAMPLED = 0.33  # nnU-Net's share of patches with forced foreground
-READ_CASES = 40  # spread over the dataset; as many again that have a class few cases have
+READ_CASES = 40  # spread over the dataset; further ones until so many have each class:
 READ_PER_CLASS = 12
 N_RANDOM, N_FORCED = 256, 24  # patches per case, and per case and class
 MOST_VOXELS = 2000  # of a class of a case
+FIRST_VOXELS = 64  # of these
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def measure_hit_rates(
     """Draws patches in cases of a preprocessed folder and counts what they hold.
 
     patch_size: voxels, 2 or 3 axes. classes: the keys of nnU-Net's class_locations. All cases are
-    asked which classes they have, and at most about `READ_CASES` and `READ_PER_CLASS` per class
-    are read.
+    asked which classes they have; `READ_CASES` are read, and more where of a class they hold fewer
+    than `READ_PER_CLASS`.
     """
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
@@ -79,16 +80,18 @@ def measure_hit_rates(
     owners = [[name for name in counts if counts[name].get(key)] for key in classes]
     chosen = set(_spread(list(counts), READ_CASES))
     for names in owners:
-        chosen.update(_spread(names, READ_PER_CLASS))
+        further = [name for name in names if name not in chosen]
+        n_chosen = len(names) - len(further)
+        chosen.update(_spread(further, max(0, READ_PER_CLASS - n_chosen)))
     generator = np.random.default_rng(0)
     rows = []
     for name in sorted(chosen):
         image, _, _, properties = data.load_case(name)
         located = properties["class_locations"]
-        voxels = [_thinned(located[key], generator) for key in classes]
+        voxels = [_thinned(located.get(key, ()), generator) for key in classes]
         # With an ignore label nnU-Net draws around annotated voxels where it forces nothing.
         annotated = [v for k, v in located.items() if isinstance(k, tuple) and k[0] == -1]
-        anywhere = _thinned(annotated[0], generator) if annotated else None
+        anywhere = _thinned(annotated[0] if annotated else (), generator)
         rows.append(draw_patches(voxels, image.shape[1:], patch, generator, anywhere))
     return _mean_rates(rows, np.array([len(names) for names in owners]), len(counts))
 
@@ -98,42 +101,51 @@ def draw_patches(
     shape: Sequence[int],
     patch: np.ndarray,
     generator: np.random.Generator,
-    anywhere: np.ndarray | None = None,
+    anywhere: np.ndarray | Sequence = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the shares of patches of one case that hold each class: random, centered, jittered.
 
     voxels: (n, 3) of each of C classes, n may be 0. random: (C,); centered and jittered: (C, C),
     forced on the first class, 0 where the case has none of it. anywhere: (n, 3) voxels that
-    patches without forced foreground are drawn around, in place of anywhere in the image.
+    patches without forced foreground are drawn around; where n is 0, they lie anywhere.
     """
     lowest, highest = corner_bounds(shape, patch, (0, 0, 0))
-    if anywhere is None:
-        corners = generator.integers(lowest, highest + 1, (N_RANDOM, 3))
+    if not len(anywhere):
+        corners = [generator.integers(lowest, highest + 1, (N_RANDOM, 3))]
     else:
-        corners = np.maximum(lowest, generator.choice(anywhere, N_RANDOM) - patch // 2)
-    random = _hits(corners, voxels, patch)
-    centered, jittered = (np.zeros((len(voxels), len(voxels))) for _ in range(2))
-    for index, own in enumerate(voxels):
-        if len(own):
-            middle = generator.choice(own, N_FORCED)
-            corners = np.maximum(lowest, middle - patch // 2)
-            centered[index] = _hits(corners, voxels, patch)
-            low, high = jittered_bounds(middle, shape, patch, patch, (0, 0, 0))
-            jittered[index] = _hits(generator.integers(low, high + 1), voxels, patch)
-    return random, centered, jittered
+        corners = [np.maximum(lowest, generator.choice(anywhere, N_RANDOM) - patch // 2)]
+    present = [index for index, own in enumerate(voxels) if len(own)]
+    for index in present:
+        middle = generator.choice(voxels[index], N_FORCED)
+        low, high = jittered_bounds(middle, shape, patch, patch, (0, 0, 0))
+        corners += [np.maximum(lowest, middle - patch // 2), generator.integers(low, high + 1)]
+    held = _held(np.concatenate(corners), voxels, patch)
+    forced = np.zeros((2, len(voxels), len(voxels)))
+    by_class = held[N_RANDOM:].reshape(len(present), 2, N_FORCED, len(voxels)).mean(2)
+    forced[:, present] = by_class.swapaxes(0, 1)
+    return held[:N_RANDOM].mean(0), forced[0], forced[1]
 
 
-def _hits(corners: np.ndarray, voxels: Sequence[np.ndarray], patch: np.ndarray) -> np.ndarray:
-    """(C,) the share of patches at `corners` (n, 3) that hold a voxel of each class."""
-    shares = np.zeros(len(voxels))
+def _held(corners: np.ndarray, voxels: Sequence[np.ndarray], patch: np.ndarray) -> np.ndarray:
+    """(n, C) bool: which of the patches at `corners` (n, 3) hold a voxel of each class."""
+    held = np.zeros((len(corners), len(voxels)), bool)
     corners = corners.astype(np.int32)
-    for index, own in enumerate(each.astype(np.int32) for each in voxels):
-        inside = np.ones((len(corners), len(own)), bool)
-        for axis, extent in enumerate(patch):
-            offset = own[None, :, axis] - corners[:, axis, None]
-            inside &= offset.view(np.uint32) < int(extent)  # what is negative is large there
-        shares[index] = inside.any(axis=1).mean()
-    return shares
+    for index, own in enumerate(voxels):
+        if not len(own):
+            continue
+        own = own.astype(np.int32)
+        near = (corners <= own.max(0)) & (corners + patch > own.min(0))
+        unknown = np.flatnonzero(near.all(1))
+        # Most patches that hold a class hold some of its first voxels: they lie in random order.
+        for part in (own[:FIRST_VOXELS], own[FIRST_VOXELS:]):
+            inside = np.ones((len(unknown), len(part)), bool)
+            for axis, extent in enumerate(patch):
+                offset = part[None, :, axis] - corners[unknown, None, axis]
+                inside &= offset.view(np.uint32) < int(extent)  # unsigned: below 0 is much
+            found = inside.any(axis=1)
+            held[unknown[found], index] = True
+            unknown = unknown[~found]
+    return held
 
 
 def _mean_rates(
