@@ -1,12 +1,15 @@
 """Tests of `umamba run` and the main command: the chain, budgets, and wrong names."""
 
+import gc
 import json
+import time
 
 import numpy as np
 import pytest
 import SimpleITK
 
 from umamba.cli.main import COMMANDS, build_parser, main
+from umamba.preprocessing.case_store import CaseStore
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -89,6 +92,29 @@ def test_all_faults_of_a_dataset_are_listed_at_once(folder, capsys):
     error = capsys.readouterr().err
     assert "p 1" in error
     assert "p 3" in error
+
+
+def test_training_gets_the_memory_and_the_time_that_planning_has_left(folder, monkeypatch):
+    def fit_to_time(plans, configuration, **_):
+        plans["configurations"][configuration]["recipe"]["train_seconds"] = 60.0
+        return plans
+
+    def settle_sampling(plans, *_):
+        time.sleep(0.5)
+        return plans
+
+    def train(plans, _, configuration, *__):
+        gc.collect()
+        assert not [each for each in gc.get_objects() if isinstance(each, CaseStore)]
+        seconds = plans["configurations"][configuration]["recipe"]["train_seconds"]
+        assert 10 < seconds <= 59.5
+        raise ValueError("this is enough")
+
+    monkeypatch.setattr("umamba.planning.budget.fit_to_time", fit_to_time)
+    monkeypatch.setattr("umamba.cli.common.settle_sampling", settle_sampling)
+    monkeypatch.setattr("umamba.cli.run.train", train)
+    with pytest.raises(ValueError, match="this is enough"):
+        main(["--debug", "run", str(folder), "--minutes", "5", "--memory", "2", "-device", "cpu"])
 
 
 @pytest.mark.slow

@@ -34,13 +34,10 @@ def plans(fingerprinted):
 
 
 @pytest.fixture
-def rare(plans, nnunet_folders, monkeypatch):
+def rare(plans, monkeypatch):
     """Plans of batch 2 whose second class almost no patch holds."""
     plans["configurations"]["3d_fullres"]["batch_size"] = 2
-    home = nnunet_folders / "preprocessed" / plans["dataset_name"]
-    folder = home / plans["configurations"]["3d_fullres"]["data_identifier"]
-    folder.mkdir()
-    (folder / "case_0.pkl").touch()
+    monkeypatch.setattr(sampling, "folder_is_current", lambda *arguments: True)
     monkeypatch.setattr(sampling, "measure_hit_rates", lambda *arguments: RARE)
     return plans
 
@@ -137,6 +134,15 @@ def test_a_common_class_leaves_recipe_and_regions_as_they_are(sphere_dataset, nn
     rows = {row["name"]: row for row in part["planning"]["sampling"]["classes"]}
     assert rows["whole"]["stock"] == 1 and rows["core"]["n_cases"] == 0
     assert "whole, the rarest" in part["planning"]["reasons"][-1]
+
+
+def test_cases_that_were_preprocessed_for_other_plans_are_not_counted(sphere_dataset):
+    fingerprint_dataset(sphere_dataset, progress=False)
+    plans = plan_dataset(sphere_dataset, configurations=["3d_fullres"], memory_gb=2)
+    preprocess_dataset(sphere_dataset, plans["plans_name"], ["3d_fullres"], progress=False)
+    assert "the rarest" in settled(plans)["planning"]["reasons"][-1]
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.5, 1.1, 1.1]
+    assert "nothing is preprocessed" in settled(plans)["planning"]["reasons"][-1]
 
 
 def test_plan_tells_the_rates_and_a_wish_makes_plans_of_another_name(

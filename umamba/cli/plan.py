@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from umamba.data.workspace import Workspace
     from umamba.networks import NetworkEntry
     from umamba.planning.upstream import UpstreamEntry
+    from umamba.preprocessing.case_store import CaseStore
 
 STEPS_PER_EPOCH = 250  # nnU-Net's
 
@@ -81,13 +82,13 @@ def plan(
     from umamba.planning.planner import default_plans_name, plan_dataset
     from umamba.planning.plans import plans_file, save_plans
     from umamba.planning.preprocess import preprocess_dataset
-    from umamba.preprocessing.case_store import CaseStore
 
-    store = None if args.stock else CaseStore()
+    store = case_store(args)
     if not args.no_audit:
         common.refuse_faults(dataset, workspace, None if store is None else store.keep)
     common.check_recipe(recipe, dataset)
     n_workers = args.np or default_workers(dataset.name)
+    store = store if n_workers == 1 else None
     fingerprint_dataset(dataset.name, n_workers, stock=args.stock, store=store)
     name = default_plans_name(entry.name, network_args, recipe.get("name"))
     name = args.plans_name or name + option_suffix(args)
@@ -120,6 +121,13 @@ def plan(
         words += ["--workspace", args.workspace]
     print(f"train: {shlex.join(words)}")
     return 0
+
+
+def case_store(args: argparse.Namespace) -> CaseStore | None:
+    """What the audit shall keep the cases in; None where others than this process read them."""
+    from umamba.preprocessing.case_store import CaseStore
+
+    return None if args.stock or args.np not in (None, 1) else CaseStore()
 
 
 def option_suffix(args: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from umamba.cli import common
 from umamba.cli.common import UsageError
 from umamba.cli.plan import (
+    case_store,
     describe_configuration,
     option_suffix,
     parse_network_args,
@@ -25,7 +26,6 @@ from umamba.lock import holding
 if TYPE_CHECKING:
     from umamba.data.dataset import RawDataset
     from umamba.data.workspace import Workspace
-    from umamba.preprocessing.case_store import CaseStore
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -63,17 +63,10 @@ def run(args: argparse.Namespace) -> int:
     common.set_threads(args.threads)
     device = common.choose_device(args.device)
     dataset, workspace = common.open_dataset(args)
-    from umamba.preprocessing.case_store import CaseStore
-
-    store = None if args.stock else CaseStore()
     with holding(workspace.preprocessed / dataset.name, "planning"):
-        keep = None if store is None else store.keep
-        common.refuse_faults(dataset, workspace, keep)
-        common.check_recipe(recipe, dataset)
         plans, configuration = make_plans(
-            args, entry.name, network_args, recipe, dataset, workspace, fold, device, started, store
+            args, entry.name, network_args, recipe, dataset, workspace, fold, device, started
         )
-    store = None  # its memory is wanted for training
     print(describe_configuration(plans, configuration))
     print("training")
     folder = train(plans, dataset.dataset_json, configuration, fold, device, args)
@@ -96,9 +89,8 @@ def make_plans(
     fold: int | str,
     device: str,
     started: float,
-    store: CaseStore | None,
 ) -> tuple[dict, str]:
-    """Plans (or reads the plans of the same request), preprocesses, and fits a time budget."""
+    """Audits, plans (or reads the plans of the same request), preprocesses, and fits a budget."""
     from umamba.planning.budget import fit_to_time
     from umamba.planning.cases import default_workers
     from umamba.planning.fingerprint import fingerprint_dataset
@@ -106,6 +98,9 @@ def make_plans(
     from umamba.planning.plans import get_configuration, load_plans, save_plans
     from umamba.planning.preprocess import preprocess_dataset
 
+    store = case_store(args)
+    common.refuse_faults(dataset, workspace, None if store is None else store.keep)
+    common.check_recipe(named, dataset)
     asked = ("minutes", "epochs", "memory", "configuration", "seed")
     request = {
         "network": network,
@@ -119,8 +114,9 @@ def make_plans(
     name = args.plans_name or default_plans_name(network, network_args, named.get("name")) + suffix
     file = workspace.preprocessed / dataset.name / f"{name}.json"
     results = workspace.results / dataset.name
-    how: dict = {"n_workers": args.np or default_workers(dataset.name)}
-    how |= {"stock": args.stock, "store": store}
+    n_workers = args.np or default_workers(dataset.name)
+    store = store if n_workers == 1 else None
+    how: dict = {"n_workers": n_workers, "stock": args.stock, "store": store}
     fingerprint_dataset(dataset.name, **how)
     how["device"] = common.preprocessing_device(args)
     if file.is_file() and not args.restart:
@@ -154,6 +150,7 @@ def make_plans(
     if args.minutes is None and args.epochs is None and device == "cpu":
         refuse_endless(plans, configuration, args)
     preprocess_dataset(dataset.name, name, [configuration], **how)
+    del how, store  # their memory is wanted for training
     if args.minutes is not None:
         print(f"measuring training steps to fit {args.minutes:g} minutes")
         plans = fit_to_time(
@@ -164,7 +161,12 @@ def make_plans(
             device=device,
             memory_gb=args.memory,
         )
+    fitted = time.monotonic()
     plans = common.settle_sampling(plans, [configuration], args)
+    if args.minutes is not None:
+        budget = plans["configurations"][configuration]["recipe"]
+        left = budget["train_seconds"] - (time.monotonic() - fitted)
+        budget["train_seconds"] = max(1.0, round(left, 1))
     plans["umamba"] |= {"request": request, "configuration": configuration}
     save_plans(plans, file)
     print(f"plans:   {file}")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from umamba.planning.budget import planned_shapes
+from umamba.planning.cases import read_dataset
 from umamba.planning.hit_rates import HitRates, guess_hit_rates, measure_hit_rates, n_forced
 from umamba.planning.plans import Plans, get_configuration, preprocessed_folder, read_json
+from umamba.planning.preprocess import folder_is_current
 
 DECIDED = ("sampling", "class_weights")
 CHOICES = ("auto", "stock", "jittered", "balanced")
@@ -28,8 +29,9 @@ def settle_sampling(plans: Plans, names: Sequence[str], asked: str = "auto") -> 
 
     The recipe gets "sampling" and, if balanced, "class_weights" (nothing for "stock": it stays
     nnU-Net's); "planning" gets the table "sampling" and a reason. Rates are measured on the
-    preprocessed cases; where there are none yet they are guessed from the audit, and without an
-    audit the sampling is what was asked for, nnU-Net's with "auto". Patch and batch must be final.
+    preprocessed cases; where there are none of these plans yet they are guessed from the audit, and
+    without an audit the sampling is what was asked for, nnU-Net's with "auto". Patch and batch must
+    be final.
     """
     if asked not in CHOICES:
         raise ValueError(f"sampling is {asked!r}; choose one of {', '.join(CHOICES)}")
@@ -37,11 +39,10 @@ def settle_sampling(plans: Plans, names: Sequence[str], asked: str = "auto") -> 
     home = preprocessed_folder(plans["dataset_name"])
     audit = read_json(home / "audit.json") if (home / "audit.json").is_file() else {}
     facts = audit.get("summary", {}).get("labels", {})
+    classes = _classes(plans["dataset_name"])
     for name in names:
         part = get_configuration(plans, name)
-        classes = _classes(plans["dataset_name"])
-        folder = home / part["data_identifier"]
-        rates = _rates(plans, part, folder, classes, facts)
+        rates = _rates(plans, name, classes, facts)
         weights = None if rates is None else class_weights(rates)
         chosen, reason = _choose(asked, list(classes.values()), rates, part["batch_size"], weights)
         if chosen != "balanced":
@@ -74,8 +75,6 @@ def _classes(dataset_name: str) -> dict[Hashable, str]:
     """The names of the classes (or regions) by their keys in nnU-Net's class_locations."""
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-    from umamba.planning.preprocess import read_dataset
-
     content, _ = read_dataset(dataset_name)
     labels = LabelManager(content["labels"], content.get("regions_class_order"))
     named: dict[Hashable, str] = {}
@@ -89,18 +88,15 @@ def _classes(dataset_name: str) -> dict[Hashable, str]:
 
 
 def _rates(
-    plans: Plans,
-    part: Mapping[str, Any],
-    folder: Path,
-    classes: Mapping[Hashable, str],
-    facts: Mapping[str, Any],
+    plans: Plans, name: str, classes: Mapping[Hashable, str], facts: Mapping[str, Any]
 ) -> HitRates | None:
-    """Measured where the cases are preprocessed, guessed where an audit tells enough, else None."""
-    if any(folder.glob("*.pkl")):
-        return measure_hit_rates(folder, part["patch_size"], list(classes))
+    """Measured where these plans' cases are preprocessed, guessed where an audit tells enough."""
+    part, home = get_configuration(plans, name), preprocessed_folder(plans["dataset_name"])
+    if folder_is_current(plans["dataset_name"], plans, name):
+        return measure_hit_rates(home / part["data_identifier"], part["patch_size"], list(classes))
     if not all(str(key) in facts for key in classes):
         return None
-    fingerprint = read_json(folder.parent / "dataset_fingerprint.json")
+    fingerprint = read_json(home / "dataset_fingerprint.json")
     shapes = planned_shapes(plans, part["spacing"])
     voxels = np.prod(np.array(fingerprint["shapes_after_crop"], float), axis=1)
     ratio = float(np.median(np.prod(shapes, axis=1) / voxels))
