@@ -62,6 +62,20 @@ def test_a_large_batch_is_measured_by_a_part_of_it(monkeypatch):
     assert check.peak_bytes == 100 + 3 * (100 - 12)
 
 
+def test_a_size_for_which_memory_runs_out_is_left_out():
+    widest = (32, 64, 128, 256)
+
+    def measure(size):
+        if size.features_per_stage == widest:
+            raise MemoryError("CUDA out of memory")
+        return steps(1.0)(size)
+
+    assert budget.fit(sizes(), steps(1.0), 10_000.0).candidate.features_per_stage == widest
+    found = budget.fit(sizes(), measure, 10_000.0)
+    assert found.candidate.features_per_stage == (16, 32, 64, 128)
+    assert found.candidate.patch_size == (40, 56, 40)
+
+
 def test_more_time_buys_a_wider_network():
     widths = []
     for seconds in (60, 300, 1500, 1e6):

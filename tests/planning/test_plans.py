@@ -9,6 +9,7 @@ import pytest
 
 from umamba.files import write_json
 from umamba.planning.plans import (
+    count_plan,
     diff_plans,
     get_configuration,
     list_plans,
@@ -33,6 +34,13 @@ def plans() -> dict[str, Any]:
         part["architecture"]["arch_kwargs"]["patch_size"] = part["patch_size"]
         part["planning"] |= {"training_bytes": 10**12, "reasons": []}
     return content
+
+
+def test_a_recipe_of_32_bits_is_counted_so_on_a_gpu(plans):
+    part = get_configuration(plans, "2d")
+    halved, whole = (count_plan(part, 1, 2, half).training_bytes(2) for half in (True, False))
+    part["recipe"] = {"precision": "fp32"}
+    assert halved < count_plan(part, 1, 2, True).training_bytes(2) == whole
 
 
 def test_broken_json_is_an_error_that_names_the_file(tmp_path):

@@ -163,8 +163,8 @@ def fit(
     At the planned patch the widest network that gets ENOUGH_ITERATIONS; a smaller patch only where
     even the narrowest does not.  The narrowest is measured, and wider ones as long as measuring
     takes a small share of the time; beyond that their arithmetic tells.  A size whose measured peak
-    is above `memory_bytes` is left out.  Where even so FEW_ITERATIONS do not fit, a batch of more
-    than two samples is made smaller.
+    is above `memory_bytes`, or for which memory runs out, is left out.  Where even so
+    FEW_ITERATIONS do not fit, a batch of more than two samples is made smaller.
     """
     best: Fit | None = None
     measured: Fit | None = None
@@ -176,7 +176,10 @@ def fit(
                 times = size.cost / measured.candidate.cost
                 step, forward = times * measured.step_seconds, times * measured.forward_seconds
             if not measured or spent + STEPS_TO_MEASURE * step <= MEASURING_SHARE * seconds:
-                check = measure(size)
+                try:
+                    check = measure(size)
+                except MemoryError:
+                    break
                 spent += STEPS_TO_MEASURE * check.seconds
                 step, forward = LOADING * check.seconds, check.forward_seconds
                 measured = Fit(size, step, forward, 0)

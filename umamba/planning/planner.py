@@ -289,6 +289,7 @@ class UMambaPlanner(ExperimentPlanner):
             except Exception as error:
                 if not self.network_args:
                     raise
+                # Each network fails in its own way on arguments that do not go together.
                 given = ", ".join(f"{k}={json.dumps(v)}" for k, v in self.network_args.items())
                 raise ValueError(
                     f"{self.entry.name} does not work with --network-arg {given} ({error}); "

@@ -164,9 +164,14 @@ def network_builder(
 def count_plan(
     configuration: Mapping[str, Any], input_channels: int, num_classes: int, half_precision: bool
 ) -> Footprint:
-    """Returns what a training step of the configuration keeps, with its recipe's optimizer."""
+    """Returns what a training step of the configuration keeps, with its recipe's optimizer.
+
+    half_precision: what it is unless the recipe asks for fp32.
+    """
+    recipe = configuration.get("recipe", {})
     build = network_builder(configuration, input_channels, num_classes)
-    n_moments = 1 if configuration.get("recipe", {}).get("optimizer", "sgd") == "sgd" else 2
+    n_moments = 1 if recipe.get("optimizer", "sgd") == "sgd" else 2
+    half_precision = half_precision and recipe.get("precision") != "fp32"
     patch_size = configuration["patch_size"]
     return count_footprint(build, input_channels, patch_size, half_precision, n_moments)
 

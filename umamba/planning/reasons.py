@@ -46,12 +46,12 @@ def change_reason(
     stock: Mapping[str, Any], plan: Mapping[str, Any], need: int, memory_gb: float
 ) -> str | None:
     """Why patch and batch are not nnU-Net's, or do not fit; None where both are as they were."""
-    before, after = ([list(p["patch_size"]), p["batch_size"]] for p in (stock, plan))
     if need > memory_gb * GIB:
         return "This is more than there is, and the patch cannot shrink any further."
-    return None if before == after else (
-        "Patch and batch were changed so that network and memory agree."
-    )  # fmt: skip
+    before, after = ([list(p["patch_size"]), p["batch_size"]] for p in (stock, plan))
+    if before == after:
+        return None
+    return "Patch and batch were changed so that network and memory agree."
 
 
 def upstream_reasons(name: str, need: int, is_stock: bool) -> list[str]:
