@@ -3,6 +3,7 @@
 import functools
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 from multiprocessing.pool import ThreadPool
@@ -159,6 +160,20 @@ def test_references_and_dataset_json_are_copied_as_stock_does(planned, nnunet_fo
     assert json.loads((home / "dataset.json").read_text()) == json.loads(
         (raw / "dataset.json").read_text()
     )
+
+
+def test_an_older_file_in_the_place_of_a_label_is_the_reference_from_then_on(
+    planned, nnunet_folders
+):
+    run(planned)
+    restored = nnunet_folders / "raw" / planned / "labelsTr" / "case_1.nii.gz"
+    label = SimpleITK.ReadImage(str(restored))
+    label[3, 3, 3] = 1
+    SimpleITK.WriteImage(label, str(restored))
+    os.utime(restored, (1e9, 1e9))
+    run(planned)
+    reference = nnunet_folders / "preprocessed" / planned / "gt_segmentations" / restored.name
+    assert reference.read_bytes() == restored.read_bytes()
 
 
 def test_a_whole_folder_is_not_made_again_whatever_network_asks(planned, monkeypatch):

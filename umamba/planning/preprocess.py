@@ -311,11 +311,11 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _copy_references(cases: Cases, target: Path, ending: str) -> None:
-    """Copies the label files that are missing or older, so that validation needs no raw data."""
+    """Copies the label files that are missing or others, so that validation needs no raw data."""
     target.mkdir(parents=True, exist_ok=True)
     for name, case in cases.items():
         source, copied = Path(case["label"]), target / f"{name}{ending}"
-        if copied.is_file() and copied.stat().st_mtime_ns >= source.stat().st_mtime_ns:
+        if copied.is_file() and copied.stat().st_mtime_ns == source.stat().st_mtime_ns:
             continue
         with replacing(copied) as temporary:
             shutil.copy2(source, temporary)
