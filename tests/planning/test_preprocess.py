@@ -314,6 +314,35 @@ def test_a_stock_folder_that_agrees_is_used_and_one_that_does_not_is_refused(
         run(planned)
 
 
+def test_a_stock_folder_that_was_normalized_by_other_intensities_is_refused(
+    planned, nnunet_folders
+):
+    home = nnunet_folders / "preprocessed" / planned
+    run(planned)
+    (home / "nnUNetPlans_3d_fullres.stamp.json").unlink()
+    plans = json.loads((home / "umamba_bot.json").read_text())
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    for name in ("umamba_bot", "nnUNetPlans"):
+        (home / f"{name}.json").write_text(json.dumps(plans))
+        plans["foreground_intensity_properties_per_channel"]["0"]["mean"] += 3
+    with pytest.raises(ValueError, match="does not match these plans"):
+        run(planned)
+
+
+def test_of_a_dataset_that_has_grown_only_the_new_case_is_preprocessed(
+    planned, nnunet_folders, monkeypatch
+):
+    run(planned)
+    raw = nnunet_folders / "raw" / planned
+    for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        shutil.copy(raw / folder / f"case_2{ending}", raw / folder / f"case_9{ending}")
+    fingerprint_dataset(planned, progress=False)
+    plan_dataset(planned, memory_gb=2, configurations=["2d", "3d_fullres"])
+    done = touch_count(monkeypatch)
+    run(planned)
+    assert done == ["case_9"]
+
+
 @pytest.mark.parametrize("value", [9, -1])
 def test_an_unlisted_label_is_an_error_that_names_the_case(planned, nnunet_folders, value):
     file = str(nnunet_folders / "raw" / planned / "labelsTr" / "case_2.nii.gz")

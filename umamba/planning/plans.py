@@ -44,6 +44,13 @@ PREPROCESSING_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
+# Normalizations that look at no other case.
+PER_CASE = {
+    "ZScoreNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+}
 
 
 def load_plans(path: Path) -> Plans:
@@ -293,10 +300,11 @@ def diff_plans(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]
 def preprocessing_part(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """Returns what decides the content of a configuration's preprocessed folder."""
     resolved = get_configuration(plans, configuration)
+    alone = PER_CASE.issuperset(resolved["normalization_schemes"])
     return {
         "image_reader_writer": plans["image_reader_writer"],
         "transpose_forward": plans["transpose_forward"],
-        "intensities": plans["foreground_intensity_properties_per_channel"],
+        "intensities": None if alone else plans["foreground_intensity_properties_per_channel"],
         **{key: resolved[key] for key in PREPROCESSING_KEYS},
     }
 

@@ -258,10 +258,12 @@ def _may_be_used(
     theirs = folder.parent / f"{STOCK_PLANS}.json"
     if folder.name == f"{STOCK_PLANS}_{name}" and theirs.is_file():
         stock_plans = load_plans(theirs)
-        if name in stock_plans["configurations"] and _whole_cases(folder) == set(stamp["cases"]):
-            parts = [preprocessing_part(each, name) for each in (plans, stock_plans)]
-            if all(parts[0][key] == parts[1][key] for key in parts[0] if key != "intensities"):
-                return True
+        if (
+            name in stock_plans["configurations"]
+            and _whole_cases(folder) == set(stamp["cases"])
+            and preprocessing_part(plans, name) == preprocessing_part(stock_plans, name)
+        ):
+            return True
     raise ValueError(
         f"{folder} was not made by umamba and does not match these plans and cases: move it away, "
         "or choose another folder with --workspace"
