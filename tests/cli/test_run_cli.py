@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shlex
 import time
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import SimpleITK
 
 from umamba.cli.main import COMMANDS, build_parser, main
+from umamba.cli.run import command_without_budget
 from umamba.preprocessing.case_store import CaseStore
 
 pytestmark = [
@@ -123,6 +125,14 @@ def test_a_cpu_without_a_budget_gets_an_estimate_and_three_commands(folder, caps
     error = capsys.readouterr().err
     assert "days" in error
     assert error.count("umamba run") == 3
+
+
+def test_the_commands_to_choose_from_are_the_one_given_with_a_budget():
+    words = ["umamba", "run", "My Data", "--network", "swin_umamba", "--configuration", "2d"]
+    words += ["--memory", "4.0", "--recompute", "mixer", "--workspace", "W S"]
+    words += ["--network-arg", "d_state=8", "--fold", "all", "--pretrained"]
+    args = build_parser().parse_args(words[1:])
+    assert shlex.split(command_without_budget(args)) == words
 
 
 @pytest.mark.slow

@@ -116,6 +116,13 @@ def test_the_cases_are_those_that_nnunet_lists(sphere_dataset, nnunet_folders):
     assert list(ours) == list(stock)
 
 
+def test_hidden_files_are_no_cases(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    for name in ("a_0000.png", "._a_0000.png"):
+        (tmp_path / "imagesTr" / name).touch()
+    assert list(list_cases(tmp_path, {"file_ending": ".png"})) == ["a"]
+
+
 def test_a_dataset_without_images_is_an_error_that_names_the_folder(tmp_path):
     (tmp_path / "imagesTr").mkdir()
     with pytest.raises(ValueError, match=r"imagesTr holds no image called <case>_0000\.png"):

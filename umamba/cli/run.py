@@ -187,8 +187,7 @@ def refuse_endless(plans: dict, configuration: str, args: argparse.Namespace) ->
 
     n_epochs = get_configuration(plans, configuration)["recipe"].get("num_epochs", 1000)
     days = days_of_training(plans, configuration, n_epochs * 250, "cpu")
-    command = f"umamba run {shlex.quote(args.dataset)} --network {args.network}"
-    command += f" --recipe {args.recipe}" if args.recipe else ""
+    command = command_without_budget(args)
     raise UsageError(
         f"{args.recipe or 'nnU-Net'}'s schedule ({n_epochs} epochs of 250 iterations) would "
         f"take about {days:.1f} days on this CPU. Choose one:\n"
@@ -196,3 +195,20 @@ def refuse_endless(plans: dict, configuration: str, args: argparse.Namespace) ->
         f"  {command} --epochs 50       (about {50 * days / n_epochs:.1f} days)\n"
         f"  {command} --epochs {n_epochs:<8} (all of it)"
     )
+
+
+def command_without_budget(args: argparse.Namespace) -> str:
+    """The command that was given, to which a budget can be added."""
+    words = ["umamba", "run", args.dataset, "--network", args.network]
+    for option in ("recipe", "configuration", "plans_name", "memory", "recompute", "sampling",
+                   "device", "workspace"):  # fmt: skip
+        value = getattr(args, option)
+        if value not in (None, "none"):
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    for pair in args.network_arg:
+        words += ["--network-arg", pair]
+    if args.fold != "0":
+        words += ["--fold", args.fold]
+    if args.pretrained is not None:
+        words += ["--pretrained", args.pretrained] if args.pretrained else ["--pretrained"]
+    return shlex.join(words)

@@ -44,7 +44,8 @@ def read_dataset(dataset_name: str) -> tuple[dict[str, Any], Cases]:
 def list_cases(raw_folder: Path, dataset_json: Mapping[str, Any]) -> Cases:
     """Returns per identifier its image files (one per channel) and its label file, as strings.
 
-    The same as nnU-Net's own listing, which forks a pool and compares each case with every file.
+    The same as nnU-Net's own listing, which forks a pool and compares each case with every file,
+    but for hidden files (macOS leaves some beside others).
     """
     if "dataset" in dataset_json:
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -53,7 +54,7 @@ def list_cases(raw_folder: Path, dataset_json: Mapping[str, Any]) -> Cases:
             str(raw_folder), copy.deepcopy(dict(dataset_json))
         )
     ending = dataset_json["file_ending"]
-    image_name = re.compile(rf"(.*)_\d{{4}}{re.escape(ending)}")
+    image_name = re.compile(rf"([^.].*)_\d{{4}}{re.escape(ending)}")
     images: dict[str, list[str]] = {}
     for path in sorted((raw_folder / "imagesTr").iterdir()):
         if match := image_name.fullmatch(path.name):
