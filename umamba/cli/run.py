@@ -91,7 +91,6 @@ def make_plans(
     started: float,
 ) -> tuple[dict, str]:
     """Audits, plans (or reads the plans of the same request), preprocesses, and fits a budget."""
-    from umamba.planning.budget import fit_to_time
     from umamba.planning.cases import default_workers
     from umamba.planning.fingerprint import fingerprint_dataset
     from umamba.planning.planner import default_plans_name, plan_dataset
@@ -151,26 +150,42 @@ def make_plans(
         refuse_endless(plans, configuration, args)
     preprocess_dataset(dataset.name, name, [configuration], **how)
     del how, store  # their memory is wanted for training
-    if args.minutes is not None:
-        print(f"measuring training steps to fit {args.minutes:g} minutes")
-        plans = fit_to_time(
-            plans,
-            configuration,
-            seconds=60 * args.minutes - (time.monotonic() - started),
-            fold=fold,
-            device=device,
-            memory_gb=args.memory,
-        )
-    fitted = time.monotonic()
-    plans = common.settle_sampling(plans, [configuration], args)
-    if args.minutes is not None:
-        budget = plans["configurations"][configuration]["recipe"]
-        left = budget["train_seconds"] - (time.monotonic() - fitted)
-        budget["train_seconds"] = max(1.0, round(left, 1))
+    if args.minutes is None:
+        plans = common.settle_sampling(plans, [configuration], args)
+    else:
+        plans = fit_minutes(plans, configuration, args, fold, device, started)
     plans["umamba"] |= {"request": request, "configuration": configuration}
     save_plans(plans, file)
     print(f"plans:   {file}")
     return plans, configuration
+
+
+def fit_minutes(
+    plans: dict,
+    configuration: str,
+    args: argparse.Namespace,
+    fold: int | str,
+    device: str,
+    started: float,
+) -> dict:
+    """Fits the size and the sampling of a training to what is left of --minutes."""
+    from umamba.planning.budget import fit_to_time
+
+    print(f"measuring training steps to fit {args.minutes:g} minutes")
+    plans = fit_to_time(
+        plans,
+        configuration,
+        seconds=60 * args.minutes - (time.monotonic() - started),
+        fold=fold,
+        device=device,
+        memory_gb=args.memory,
+    )
+    fitted = time.monotonic()
+    plans = common.settle_sampling(plans, [configuration], args)
+    recipe = plans["configurations"][configuration]["recipe"]
+    left = recipe["train_seconds"] - (time.monotonic() - fitted)
+    recipe["train_seconds"] = max(1.0, round(left, 1))
+    return plans
 
 
 def budget_suffix(args: argparse.Namespace) -> str:

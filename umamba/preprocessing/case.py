@@ -6,7 +6,6 @@ only for a device. Several configurations of the same plans share what is the sa
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,23 +131,14 @@ def preprocess_case(
     for settings in all_settings:
         key = settings.normalization
         if key not in normalized:
-            own = image.copy() if n_normalizations > 1 else image
-            for index, channel in enumerate(own):
-                mask = inside if settings.use_mask[index] else None
-                scheme, facts = settings.schemes[index], settings.intensities[str(index)]
-                normalize(channel, scheme, mask, facts)
-            normalized[key] = own
+            normalized[key] = image.copy() if n_normalizations > 1 else image
+            _normalize(normalized[key], settings, inside)
         shape, wanted = settings.target(image.shape[1:], spacing)
         steps = (shape, tuple(wanted), repr(settings.data_options), repr(settings.label_options))
         if (key, steps) not in resampled:
-            operator = separable_resampling(
-                settings.data_function,
-                settings.data_options,
-                image.shape[1:],
-                shape,
-                spacing,
-                wanted,
-            )
+            function, options = settings.data_function, settings.data_options
+            geometry = (image.shape[1:], shape, spacing, wanted)
+            operator = separable_resampling(function, options, *geometry)
             assert operator is not None
             resampled[key, steps] = _resample(operator, normalized[key], device)
         if steps not in drawn:
@@ -158,11 +148,15 @@ def preprocess_case(
             locations = None if classes is None or there is None else draw_locations(there, classes)
             drawn[steps] = there, locations
         found, locations = drawn[steps]
-        own_properties = copy.copy(properties)
-        if locations is not None:
-            own_properties["class_locations"] = locations
-        results.append(PreprocessedCase(resampled[key, steps], found, own_properties))
+        own = {} if locations is None else {"class_locations": locations}
+        results.append(PreprocessedCase(resampled[key, steps], found, properties | own))
     return results
+
+
+def _normalize(image: np.ndarray, settings: CaseSettings, inside: np.ndarray | None) -> None:
+    for index, channel in enumerate(image):
+        mask = inside if settings.use_mask[index] else None
+        normalize(channel, settings.schemes[index], mask, settings.intensities[str(index)])
 
 
 def _resample(operator: SeparableResampling, data: np.ndarray, device: str | None) -> np.ndarray:
