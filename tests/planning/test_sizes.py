@@ -65,7 +65,7 @@ def test_widths_that_are_kept_leave_only_smaller_patches(fingerprinted):
 
 def test_sizes_that_a_machine_cannot_hold_are_not_tried(fingerprinted, monkeypatch):
     monkeypatch.setattr(sizes_file, "machine_memory", lambda: (500 * GIB, "much"))
-    plans = plan_dataset(fingerprinted("isotropic_ct"), network="resenc_m")
+    plans = plan_dataset(fingerprinted("isotropic_ct"), network="plainconv_unet")
     part = plans["configurations"]["3d_fullres"]
     sizes, before = sizes_of(part), copy.deepcopy(part)
     assert fitting_sizes(sizes, part, 1000 * GIB, "cpu") == sizes
