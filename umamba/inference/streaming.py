@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from umamba.inference.blocks import BlockSums, Strip, Window, common, shifted
+from umamba.inference.blocks import BlockSums, Strip, Window, WindowGrid, common, shifted
 
 # Legend: B tiles, C input channels, K classes or regions; z, y, x extents without padding.
 
@@ -126,12 +127,12 @@ def _pieces(
 ) -> Iterator[Piece]:
     """A finished strip, in pieces of few planes; its blocks are freed on the way."""
     grid = sums.grid
-    widest = max(s.y.stop - s.y.start for s in grid.strips)
-    n_planes = max(1, PIECE_BYTES // (4 * sums.n_channels * widest * grid.shape[2]))
+    # the same number in every strip: what is kept of one belongs to the pieces of the next
+    n_planes = max(1, PIECE_BYTES // plane_bytes(grid, sums.n_channels))
     y = common(strip.y, area[1])
     rows = slice(strip.z.start, strip.z.start)
     while rows.stop < strip.z.stop:
-        rows = slice(rows.stop, min(c for c in grid.cuts[0] if c > rows.stop))
+        rows = slice(rows.stop, grid.cuts[0][bisect_right(grid.cuts[0], rows.stop)])
         blocks = grid.blocks((rows, strip.y, slice(0, grid.shape[2])))
         taken = [(grid.extent(b), sums.take(b, window)) for b in blocks]
         wanted = common(rows, area[0])
@@ -144,6 +145,12 @@ def _pieces(
                     partial(_fill, taken, (z, y, area[2]), combine),
                 )
         del taken
+
+
+def plane_bytes(grid: WindowGrid, n_channels: int) -> int:
+    """The most that one plane of a strip takes in float32: no strip is wider than a window."""
+    y = grid.boxes[0][1]
+    return 4 * n_channels * (y.stop - y.start) * grid.shape[2]
 
 
 def _fill(
