@@ -27,6 +27,7 @@ from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import find_images
 from umamba.inference.predictor import UMambaPredictor
 from umamba.inference.sliding_window import predict_mirrored, window_weight
+from umamba.preprocessing.resampling import SeparableResampling, axis_matrix
 
 CPU = torch.device("cpu")
 

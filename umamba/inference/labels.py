@@ -67,6 +67,12 @@ class LabelMaker:
         self._rows: dict[int, torch.Tensor] = {}
         self._axes = self._linear_axes()
 
+    @property
+    def n_bytes(self) -> int:
+        """What is taken of memory besides pieces: labels, planes that are kept, working sets."""
+        kept = 4 * self.n_outputs * self._z.kept * self.shape[1] * self.shape[2]
+        return self.labels.nbytes + kept + (self._memory_limit if self._axes is None else 0)
+
     def add(self, z: slice, y: slice, fill: Callable[[torch.Tensor], None]) -> None:
         """Takes the logits of rows z and y, which `fill` writes to a tensor (K, z, y, x)."""
         n_planes, n_rows = min(self._z.kept, z.start), min(self._y.kept, y.start)

@@ -47,6 +47,7 @@ from umamba.inference.streaming import (
     Piece,
     mean_of_half_sums,
     mean_of_sums,
+    plane_bytes,
     stream_windows,
 )
 from umamba.memory import available_memory
@@ -227,15 +228,18 @@ class UMambaPredictor(nnUNetPredictor):
             operator, data.shape[1:], properties, self.label_manager,
             half=self.nnunet_exact, probabilities=sink,
         )  # fmt: skip
-        for piece in self._stream(data, maker.labels.nbytes, spill_folder):
+        for piece in self._stream(data, maker.n_bytes, spill_folder):
             maker.add(piece.z, piece.y, piece.fill)
             del piece  # and with it sums, before the network runs again
         return maker.labels.transpose(self.plans_manager.transpose_backward), sink
 
     def _stream(
-        self, data: torch.Tensor, n_label_bytes: int, spill_folder: Path | None
+        self, data: torch.Tensor, n_bytes: int, spill_folder: Path | None
     ) -> Iterator[Piece]:
-        """Pieces of the logits, in the arithmetic asked for, within the memory allowed."""
+        """Pieces of the logits, in the arithmetic asked for, within the memory allowed.
+
+        n_bytes: what those take who receive the pieces.
+        """
         patch_size, exact = self.configuration_manager.patch_size, self.nnunet_exact
         network: Any = self.network
         network.to(self.device).eval()
@@ -254,19 +258,18 @@ class UMambaPredictor(nnUNetPredictor):
         dtype = torch.half if exact else torch.float32
         if self.max_ram is not None:
             memory.return_freed_memory()
-        fixed = memory.resident_bytes() + n_label_bytes + 4 * PIECE_BYTES
+        whole_rows = WindowGrid(windows, data.shape[1:], whole_rows=True, skipped=skipped)
+        # a piece, the one before, and what is computed on the way
+        n_bytes += max(4 * PIECE_BYTES, 2 * plane_bytes(whole_rows, n_channels))
+        fixed = memory.resident_bytes() + n_bytes
         limit = self.max_ram or memory.resident_bytes() + available_memory()
         memory.reset_peak(self.device)
         before = memory.resident_bytes()
 
         def make_sums() -> BlockSums:
             of_network = max(0, memory.peak_bytes() - before)
-            shape = data.shape[1:]
             plan = memory.plan_memory(
-                (
-                    WindowGrid(windows, shape, whole_rows=True, skipped=skipped),
-                    WindowGrid(windows, shape, skipped=skipped),
-                ),
+                (whole_rows, WindowGrid(windows, data.shape[1:], skipped=skipped)),
                 n_channels * dtype.itemsize, limit=limit, fixed=fixed, network=of_network,
                 device=memory.device_memory(self.device, self.max_vram) if on_device else None,
             )  # fmt: skip
