@@ -18,7 +18,14 @@ from umamba.networks import precision
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 
-from model_folders import make_dataset_json, make_model_folder, make_plans, read_array, write_cases
+from model_folders import (
+    make_dataset_json,
+    make_model_folder,
+    make_plans,
+    read_array,
+    write_cases,
+    write_nifti,
+)
 
 SHAPES = {"a": (5, 12, 13), "b": (4, 9, 17), "c": (6, 10, 8)}
 
@@ -72,48 +79,12 @@ def test_channels_of_one_case_are_given_one_after_the_other(tmp_path):
     assert np.array_equal(first, second)
 
 
-def test_truncated_image_is_named_the_others_are_done_and_the_code_is_three(
-    model, images, tmp_path, capsys
-):
-    bad = images / "b_0000.nii.gz"
-    bad.write_bytes(bad.read_bytes()[:-200])
-    out = tmp_path / "out"
-    assert call("-m", model, "-i", images, "-o", out) == 3
-    assert {p.name for p in out.glob("*.nii.gz")} == {"a.nii.gz", "c.nii.gz"}
-    captured = capsys.readouterr()
-    assert "2 of 3 cases predicted" in captured.out
-    assert "b_0000.nii.gz" in captured.err
-    assert "Traceback" not in captured.err
-
-
 def test_missing_channel_is_named(tmp_path, capsys):
     model = make_model_folder(tmp_path / "m", make_plans(n_channels=2), make_dataset_json(2))
     images = write_cases(tmp_path / "images", {"a": SHAPES["a"], "b": SHAPES["b"]}, n_channels=2)
     (images / "b_0001.nii.gz").unlink()
     assert call("-m", model, "-i", images, "-o", tmp_path / "out") == 3
     assert "b_0000.nii.gz" in capsys.readouterr().err
-
-
-def test_code_is_one_where_no_case_could_be_predicted(model, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a_0000.nii.gz").write_bytes(b"")
-    assert call("-m", model, "-i", tmp_path / "images", "-o", tmp_path / "out") == 1
-
-
-def test_continued_prediction_leaves_whole_outputs_and_redoes_broken_ones(
-    model, images, tmp_path, capsys
-):
-    out = tmp_path / "out"
-    assert call("-m", model, "-i", images, "-o", out) == 0
-    expected = {p.name: read_array(p) for p in out.glob("*.nii.gz")}
-    whole, broken = out / "a.nii.gz", out / "b.nii.gz"
-    broken.write_bytes(broken.read_bytes()[:60])
-    before = whole.stat().st_mtime_ns
-    capsys.readouterr()
-    assert call("-m", model, "-i", images, "-o", out, "--continue_prediction") == 0
-    assert "1 of 3 cases predicted, 2 were there already" in capsys.readouterr().out
-    assert whole.stat().st_mtime_ns == before
-    assert np.array_equal(read_array(broken), expected["b.nii.gz"])
 
 
 def test_parts_predict_their_own_cases(model, images, tmp_path):
@@ -240,6 +211,25 @@ def test_cascade_asks_for_the_first_stage(images, tmp_path, capsys):
     empty.mkdir()
     assert call(*words, "-prev_stage_predictions", empty) == 1
     assert "a.nii.gz of the first stage is missing" in capsys.readouterr().err
+
+
+def test_a_label_map_of_the_first_stage_that_does_not_fit_is_named(images, tmp_path, capsys):
+    plans = make_plans(configuration="3d_cascade_fullres")
+    plans["configurations"]["3d_cascade_fullres"]["previous_stage"] = "3d_lowres"
+    model, low, spacing = (
+        make_model_folder(tmp_path / "m", plans),
+        tmp_path / "low",
+        (3.0, 0.8, 1.3),
+    )
+    write_nifti(low / "a.nii.gz", np.zeros(SHAPES["a"], np.uint8), (3.0, 0.8, 1.0))
+    write_nifti(low / "b.nii.gz", np.full(SHAPES["b"], 7, np.uint8), spacing)
+    write_nifti(low / "c.nii.gz", np.ones(SHAPES["c"], np.uint8), spacing)
+    words = ("-m", model, "-i", images, "-o", tmp_path / "out")
+    assert call(*words, "-prev_stage_predictions", low) == 3
+    errors = capsys.readouterr().err
+    assert f"a: {low / 'a.nii.gz'} has spacing (3, 0.8, 1) mm" in errors.replace(".gz:", ".gz")
+    assert f"b: {low / 'b.nii.gz'} holds label value(s) 7" in errors.replace(".gz:", ".gz")
+    assert [p.name for p in (tmp_path / "out").glob("*.nii.gz")] == ["c.nii.gz"]
 
 
 def test_importing_the_command_loads_nothing_heavy():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from model_folders import write_nifti
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from umamba.data.images import read_image
 from umamba.inference.cases import PredictionCase, find_images, is_whole, output_folder, plan_cases
 
 ENDING = ".nii.gz"
@@ -23,6 +23,16 @@ def test_channels_of_a_case_are_grouped_in_order(tmp_path):
     found = find_images([tmp_path], ENDING, bare_names=False)
     names = {case: [f.name for f in files] for case, files in found.items()}
     assert names == {"a_2": ["a_2_0000.nii.gz"], "b": ["b_0000.nii.gz", "b_0001.nii.gz"]}
+
+
+def test_a_channel_that_lacks_between_others_is_named_not_passed_over(tmp_path):
+    touch(
+        tmp_path, "a_0000.png", "a_0002.png", "b_0001.png", "b_0002.png", "c_0000.png", "c_0001.png"
+    )
+    found = find_images([tmp_path], ".png", bare_names=False)
+    assert {case: {f.name for f in files if not f.exists()} for case, files in found.items()} == {
+        "a": {"a_0001.png"}, "b": {"b_0000.png"}, "c": set(),
+    }  # fmt: skip
 
 
 def test_files_without_channel_number_are_cases_of_one_channel(tmp_path):
@@ -101,27 +111,28 @@ def whole_case(tmp_path):
     return PredictionCase("a", (), output, ENDING)
 
 
-def test_whole_output_counts_as_done(whole_case):
-    assert is_whole(whole_case, SimpleITKIO(), with_probabilities=False)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_truncated_output_is_not_done(whole_case, share):
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_truncated_output_is_not_done(tmp_path, ending, share):
+    random = np.random.default_rng(0).integers(0, 3, (9, 20, 17)).astype(np.uint8)
+    output = write_nifti(tmp_path / f"a{ending}", random, (3.0, 0.8, 1.3))
+    whole_case = PredictionCase("a", (), output, ending)
+    assert is_whole(whole_case, read_image, with_probabilities=False)
     content = whole_case.output.read_bytes()
     whole_case.output.write_bytes(content[: int(share * len(content))])
-    assert not is_whole(whole_case, SimpleITKIO(), with_probabilities=False)
+    assert not is_whole(whole_case, read_image, with_probabilities=False)
 
 
 def test_missing_output_is_not_done(whole_case):
     whole_case.output.unlink()
-    assert not is_whole(whole_case, SimpleITKIO(), with_probabilities=False)
+    assert not is_whole(whole_case, read_image, with_probabilities=False)
 
 
 def test_probabilities_that_are_missing_or_truncated_are_not_done(whole_case):
     file = whole_case.output.with_name("a.npz")
     whole_case.output.with_name("a.pkl").write_bytes(b"x")
-    assert not is_whole(whole_case, SimpleITKIO(), with_probabilities=True)
+    assert not is_whole(whole_case, read_image, with_probabilities=True)
     np.savez_compressed(file, probabilities=np.random.default_rng(0).random((2, 9, 9)))
-    assert is_whole(whole_case, SimpleITKIO(), with_probabilities=True)
+    assert is_whole(whole_case, read_image, with_probabilities=True)
     file.write_bytes(file.read_bytes()[:-40])
-    assert not is_whole(whole_case, SimpleITKIO(), with_probabilities=True)
+    assert not is_whole(whole_case, read_image, with_probabilities=True)

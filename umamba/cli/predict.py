@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Predicts; returns 0, or 3 where some cases failed, or 1 where all did."""
     predictor = _load_predictor(args)
 
+    from umamba.data.images import read_image
     from umamba.inference.cases import find_images, is_whole, output_folder, plan_cases
 
     output = Path(args.output)
@@ -107,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
     to_folder = output_folder(output, ending) == output
     with holding(output, "prediction", args.part_id) if to_folder else nullcontext():
         if args.continue_prediction:
-            reader = predictor.plans_manager.image_reader_writer_class()
-            cases = [c for c in found if not is_whole(c, reader, args.save_probabilities)]
+            read = partial(read_image, is_label=True)
+            cases = [c for c in found if not is_whole(c, read, args.save_probabilities)]
         if to_folder:
             _write_settings(args, predictor, output)
         if cases and args.precision is None and not args.nnunet_exact:
@@ -159,8 +160,9 @@ def _load_predictor(args: argparse.Namespace) -> UMambaPredictor:
     said: set[str] = set()
 
     def say(sentence: str) -> None:
-        asked = max_ram or max_vram or "skips" in sentence
-        if sentence not in said and (asked or "temporary" in sentence or "holds" in sentence):
+        # sums in memory as expected are worth no line
+        asked = max_ram or max_vram or not sentence.startswith("streams")
+        if sentence not in said and (asked or "temporary" in sentence or "on the CPU" in sentence):
             said.add(sentence)
             tqdm.write(sentence)  # above the bar
 
@@ -189,16 +191,18 @@ def _refuse_faults(case: PredictionCase, predictor: UMambaPredictor) -> None:
     """ValueError for images that nnU-Net's readers would misread without a word, or not read."""
     from umamba.data.audit import check_images
 
+    before, manager = case.previous_stage, predictor.label_manager
+    if before is not None and not before.is_file():
+        raise ValueError(f"{before} of the first stage is missing")
     faults = check_images(
         {case.identifier: list(case.images)},
         predictor.n_channels,
         reader_writer=_reader_name(predictor),
+        label_maps={} if before is None else {case.identifier: before},
+        labels=(*manager.all_labels, *(manager.regions_class_order or ())),
     )
     if faults:
         raise ValueError(" and ".join(map(str, faults[case.identifier])))
-    before = case.previous_stage
-    if before is not None and not before.is_file():
-        raise ValueError(f"{before} of the first stage is missing")
 
 
 def _reader_name(predictor: UMambaPredictor) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -159,19 +160,26 @@ def audit_dataset(
 
 
 def check_images(
-    files_per_case: dict[str, list[Path]], n_channels: int, *, reader_writer: str | None = None
+    files_per_case: dict[str, list[Path]],
+    n_channels: int,
+    *,
+    reader_writer: str | None = None,
+    label_maps: Mapping[str, Path] = MappingProxyType({}),
+    labels: tuple[int, ...] = (),
 ) -> dict[str, list[Fault]]:
     """Return the faults of each case to predict, for the cases that have any.
 
-    n_channels: what the network was trained on; reader_writer: the class in the plans.
+    n_channels: what the network was trained on; reader_writer: the class in the plans; label_maps:
+    per case the one that a cascade starts from, which may hold `labels`.
     """
-    setup = Setup(n_channels, (), str(reader_writer).startswith("NibabelIO"))
+    setup = Setup(n_channels, labels, str(reader_writer).startswith("NibabelIO"))
 
-    def faults_of(files: list[Path]) -> Faults:
-        return inspect_case(CaseFiles(tuple(files), None), setup).faults
+    def faults_of(case: str) -> Faults:
+        files = CaseFiles(tuple(files_per_case[case]), label_maps.get(case))
+        return inspect_case(files, setup).faults
 
     with ThreadPoolExecutor(2) as pool:
-        found = zip(files_per_case, pool.map(faults_of, files_per_case.values()), strict=True)
+        found = zip(files_per_case, pool.map(faults_of, files_per_case), strict=True)
         return {case: faults for case, faults in found if faults}
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,11 @@ def find_images(
             cases.setdefault(channel[1], []).append(file)
         else:
             bare[stem] = [file]
+    for name, found in cases.items():
+        expected = [folder / f"{name}_{i:04d}{file_ending}" for i in range(len(found))]
+        if not bare_names and found != expected:
+            # named as missing when the case is checked, else later channels would take its place
+            found.insert(0, next(file for file in expected if file not in found))
     if bare_names:
         cases = bare | cases
     if not cases and files:
@@ -109,27 +112,24 @@ def output_folder(output: Path, file_ending: str) -> Path:
     return output.parent if output.name.endswith(known) and not output.is_dir() else output
 
 
-def is_whole(case: PredictionCase, reader: Any, with_probabilities: bool) -> bool:
+def is_whole(
+    case: PredictionCase, read: Callable[[Path], object], with_probabilities: bool
+) -> bool:
     """Whether the outputs of a case are there and readable to their end.
 
-    `reader` is an instance of nnU-Net's reader class; SimpleITK alone reads a truncated .nii.gz
-    without an error, so the checksum of the compressed stream is verified first.
+    `read` raises ValueError for an image that is not, which SimpleITK does not for NIfTI.
     """
-    if not case.output.is_file() or case.output.stat().st_size == 0:
+    if not case.output.is_file():
         return False
     stem = case.output.name.removesuffix(case.file_ending)
     try:
-        if case.output.suffix == ".gz":
-            with gzip.open(case.output) as stream:
-                while stream.read(2**22):
-                    pass
-        reader.read_seg(str(case.output))
+        read(case.output)
         if with_probabilities:
             if not case.output.with_name(f"{stem}.pkl").is_file():
                 return False
             with zipfile.ZipFile(case.output.with_name(f"{stem}.npz")) as archive:
                 return archive.testzip() is None
-    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile):
         return False
     return True
 
