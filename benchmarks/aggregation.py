@@ -18,9 +18,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as umamba's commands do
 
@@ -28,7 +27,9 @@ import torch
 from monai.inferers import sliding_window_inference
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
-from umamba.inference.sliding_window import accumulate_windows, stream_logits
+from umamba.inference.blocks import BlockSums, WindowGrid
+from umamba.inference.sliding_window import predict_mirrored, window_weight
+from umamba.inference.streaming import Piece, mean_of_sums, stream_windows
 
 
 def main() -> int:
@@ -49,21 +50,27 @@ def main() -> int:
         for corner in itertools.product(*starts)
     ]
 
-    cpu = torch.device("cpu")
-    settings: dict[str, Any] = {
-        "patch_size": args.patch, "n_outputs": args.classes, "device": cpu,
-    }  # fmt: skip
+    def pieces() -> Iterator[Piece]:
+        grid = WindowGrid(windows, args.shape, whole_rows=True)
+        return stream_windows(
+            lambda tiles: iter([(0, predict_mirrored(network, tiles, None))]),
+            data, windows, window_weight(args.patch),
+            lambda: BlockSums(grid, args.classes + 1), mean_of_sums, device=torch.device("cpu"),
+        )  # fmt: skip
 
     def streamed() -> None:
         buffer = torch.empty(0)
-        for piece in stream_logits(network, data, windows, **settings):
+        for piece in pieces():
             shape = (args.classes, *(s.stop - s.start for s in piece[:2]), args.shape[2])
             if buffer.numel() < math.prod(shape):
                 buffer = torch.empty(math.prod(shape))
             piece.fill(buffer[: math.prod(shape)].view(shape))
 
     def whole() -> torch.Tensor:
-        return accumulate_windows(network, data, windows, **settings)
+        logits = torch.empty(args.classes, *args.shape)
+        for piece in pieces():
+            piece.fill(logits[:, piece.z, piece.y])
+        return logits
 
     def monai() -> torch.Tensor:
         return sliding_window_inference(
@@ -74,7 +81,7 @@ def main() -> int:
         expected = network(data[None])[0]
         seconds: dict[str, list[float]] = {"streamed": [], "whole": [], "MONAI": []}
         errors = {"streamed": 0.0}
-        for piece in stream_logits(network, data, windows, **settings):
+        for piece in pieces():
             exact = expected[:, piece.z, piece.y]
             found = torch.empty_like(exact)
             piece.fill(found)

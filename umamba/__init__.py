@@ -11,7 +11,7 @@ __all__ = ["__version__", "create_network", "list_networks", "predict_volume"]
 _HOMES = {
     "create_network": "umamba.networks",
     "list_networks": "umamba.networks",
-    "predict_volume": "umamba.inference.predictor",
+    "predict_volume": "umamba.inference.volume",
 }
 
 

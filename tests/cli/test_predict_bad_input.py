@@ -262,6 +262,10 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_whole_files_only(model, 
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
         assert predict(model, images, disk, "--continue") == 0
         assert predicted(disk) == set("abcdefgh")
+        capsys.readouterr()
+        large = write_cases(tmp_path / "large", {"i": (60, 120, 120)})
+        assert predict(model, large, disk, "--npz") == 1
+        assert f"i: {disk}: no space is left on its disk; free some" in sentences(capsys)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 

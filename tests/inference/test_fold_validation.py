@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from umamba.inference import validation
 from umamba.inference.cases import PredictionCase
 from umamba.inference.predictor import UMambaPredictor
 from umamba.inference.validation import predict_preprocessed_cases
@@ -152,6 +155,20 @@ def test_next_stage_gets_the_label_map_at_its_own_shape(fold):
     data, _, previous, _ = dataset.load_case("a")
     assert previous.shape == data.shape[1:]
     assert set(np.unique(previous[:])) <= {0, 1, 2}
+
+
+def test_a_label_map_for_the_next_stage_is_there_whole_or_not_at_all(fold, monkeypatch):
+    root = fold[0]
+    target = root / "predicted_next_stage" / "3d_cascade_fullres"
+
+    def stop_half_way(logits, shape, file, *_):
+        Path(f"{file}.b2nd").write_bytes(b"half")
+        raise KeyError("stopped")
+
+    monkeypatch.setattr(validation, "resample_and_save", stop_half_way)
+    with pytest.raises(RuntimeError, match="stopped"):
+        validate(fold, ["a"], next_stages={"3d_cascade_fullres": (root / "preprocessed", target)})
+    assert list(target.iterdir()) == []
 
 
 def test_second_stage_reads_the_label_maps_of_the_first(fold):

@@ -15,8 +15,9 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from umamba.inference.export import logits_to_labels, write_prediction
-from umamba.inference.labels import argmax_first, label_dtype
+from umamba.inference.export import resample_whole, write_prediction
+from umamba.inference.labels import LabelMaker, argmax_first, label_dtype
+from umamba.inference.probabilities import ProbabilityFile
 
 
 class LargestTensor(TorchDispatchMode):
@@ -88,24 +89,46 @@ def make_case(name, regions=False, n_outputs=3):
     return logits, properties, *managers(plans, dataset_json)
 
 
+def logits_to_labels(
+    logits,
+    properties,
+    plans_manager,
+    configuration,
+    label_manager,
+    *,
+    probabilities=None,
+    **options,
+):
+    """The label map in the image's order of axes, of logits that are all there."""
+    operator, logits = resample_whole(logits, properties, plans_manager, configuration)
+    maker = LabelMaker(
+        operator,
+        logits.shape[1:],
+        properties,
+        label_manager,
+        probabilities=probabilities,
+        **options,
+    )
+    maker.add_whole(logits)
+    return maker.labels.transpose(plans_manager.transpose_backward)
+
+
 @pytest.mark.parametrize("regions", [False, True], ids=["labels", "regions"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_labels_and_probabilities_equal_those_of_nnunet(name, regions):
+def test_labels_and_probabilities_equal_those_of_nnunet(tmp_path, name, regions):
     logits, properties, plans_manager, configuration, label_manager = make_case(
         name, regions, n_outputs=2 if regions else 3
     )
     expected, expected_probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits.numpy().copy(), plans_manager, configuration, label_manager, properties, True, 1
     )
-    labels, probabilities = logits_to_labels(
-        logits,
-        properties,
-        plans_manager,
-        configuration,
-        label_manager,
-        return_probabilities=True,
-        memory_limit=5000,
-    )
+    file = ProbabilityFile.of_case(tmp_path, properties, plans_manager, label_manager)
+    labels = logits_to_labels(
+        logits, properties, plans_manager, configuration, label_manager,
+        probabilities=file, memory_limit=5000,
+    )  # fmt: skip
+    file.save(tmp_path / "a.npz")
+    probabilities = np.load(tmp_path / "a.npz")["probabilities"]
     assert labels.dtype == expected.dtype == np.uint8
     assert labels.shape == expected.shape
     np.testing.assert_allclose(probabilities, expected_probabilities, atol=1e-5)
@@ -125,10 +148,9 @@ def test_without_resampling_labels_equal_those_of_nnunet_bit_for_bit():
     expected = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits.numpy().copy(), plans_manager, configuration, label_manager, properties
     )
-    labels, probabilities = logits_to_labels(
+    labels = logits_to_labels(
         logits, properties, plans_manager, configuration, label_manager, memory_limit=1
     )
-    assert probabilities is None
     assert np.array_equal(labels, expected)
     assert len(np.unique(labels)) == 3
 
@@ -136,7 +158,7 @@ def test_without_resampling_labels_equal_those_of_nnunet_bit_for_bit():
 def test_constant_logits_fill_the_crop_and_leave_background_around_it():
     _, properties, plans_manager, configuration, label_manager = make_case("anisotropic")
     logits = torch.tensor([0.0, 1.0, 3.0])[:, None, None, None].expand(3, 10, 15, 22)
-    labels, _ = logits_to_labels(logits, properties, plans_manager, configuration, label_manager)
+    labels = logits_to_labels(logits, properties, plans_manager, configuration, label_manager)
     expected = np.zeros((9, 23, 17), np.uint8)
     expected[1:8, 2:21, :] = 2
     assert np.array_equal(labels, expected)

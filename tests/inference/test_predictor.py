@@ -27,7 +27,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from umamba.inference import predictor as predictor_file
 from umamba.inference.cases import find_images, plan_cases
-from umamba.inference.predictor import UMambaPredictor, predict_volume
+from umamba.inference.predictor import UMambaPredictor
+from umamba.inference.volume import predict_volume
 
 CPU = torch.device("cpu")
 ENDING = ".nii.gz"
@@ -196,6 +197,23 @@ def test_volume_of_the_wrong_form_is_refused(tmp_path, image, spacing, match):
         predict_volume(image, spacing, model, device=CPU)
 
 
+def test_a_label_map_of_the_first_stage_in_memory_has_the_shape_of_the_image(tmp_path):
+    plans = make_plans(configuration="3d_cascade_fullres")
+    plans["configurations"]["3d_cascade_fullres"]["previous_stage"] = "3d_lowres"
+    cascade = make_model_folder(tmp_path / "cascade", plans)
+    plain = make_model_folder(tmp_path / "plain")
+    image, labels = make_image(SHAPES["a"])[None], np.zeros(SHAPES["a"], np.uint8)
+    found = predict_volume(image, SPACING, cascade, device=CPU, previous_stage=labels)
+    assert found.shape == SHAPES["a"]
+    with pytest.raises(ValueError, match="needs the label map of 3d_lowres as previous_stage"):
+        predict_volume(image, SPACING, cascade, device=CPU)
+    with pytest.raises(ValueError, match="takes no label map as previous_stage"):
+        predict_volume(image, SPACING, plain, device=CPU, previous_stage=labels)
+    larger = np.zeros((9, 21, 14), np.uint8)
+    with pytest.raises(ValueError, match=r"shape \(9, 21, 14\), the image \(7, 21, 14\)"):
+        predict_volume(image, SPACING, cascade, device=CPU, previous_stage=larger)
+
+
 def test_unreadable_case_is_reported_and_the_others_are_predicted(tmp_path):
     model = make_model_folder(tmp_path / "model")
     images = write_cases(tmp_path / "images", SHAPES, SPACING)
@@ -222,7 +240,7 @@ def test_no_trainer_is_searched_and_no_torchvision_needed(tmp_path, monkeypatch)
     predict_ours(model, images, tmp_path / "out", use_mirroring=False)
 
 
-def test_empty_image_becomes_background_or_fails_alone(tmp_path):
+def test_an_image_of_zeros_is_predicted(tmp_path):
     model = make_model_folder(tmp_path / "model")
     images = tmp_path / "images"
     write_nifti(images / "zero_0000.nii.gz", np.zeros((4, 9, 11), np.float32), SPACING)

@@ -8,14 +8,33 @@ import pytest
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
+from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.sliding_window import (
-    accumulate_windows,
     importance_map,
     predict_mirrored,
     tiles_per_batch,
+    window_weight,
 )
+from umamba.inference.streaming import mean_of_sums, stream_windows
 
 CPU = torch.device("cpu")
+
+
+def accumulate_windows(
+    network, data, windows, *, patch_size, n_outputs, use_gaussian=True, mirror_axes=None,
+    max_batch=1, **options,
+):  # fmt: skip
+    """All logits (K, z, y, x) of one network, gathered from the stream."""
+    grid = WindowGrid(windows, data.shape[1:], whole_rows=True)
+    weight = window_weight(patch_size, use_gaussian and len(windows) > 1)
+    logits = torch.full((n_outputs, *data.shape[1:]), torch.nan)
+    for piece in stream_windows(
+        lambda tiles: iter([(0, predict_mirrored(network, tiles, mirror_axes, max_batch))]),
+        data, windows, weight, lambda: BlockSums(grid, n_outputs + 1), mean_of_sums,
+        device=CPU, max_batch=max_batch, **options,
+    ):  # fmt: skip
+        piece.fill(logits[:, piece.z, piece.y])
+    return logits
 
 
 def windows_3d(shape, patch, step=0.5):
@@ -40,7 +59,7 @@ def test_pointwise_network_gives_the_same_logits_in_windows_as_in_one_piece():
     data = 10 * torch.randn(1, 19, 14, 23)
     patch = (7, 9, 11)
     logits = accumulate_windows(
-        layer, data, windows_3d(data.shape[1:], patch), patch_size=patch, n_outputs=4, device=CPU
+        layer, data, windows_3d(data.shape[1:], patch), patch_size=patch, n_outputs=4
     )
     torch.testing.assert_close(logits, layer(data[None])[0], atol=2e-5, rtol=1e-5)
 
@@ -54,7 +73,7 @@ def test_equals_monai_where_the_windows_are_the_same(conv):
     # an overlap of 0.66 makes MONAI step by a third of the patch, too; its Gaussian has a floor
     inferer = monai_inferers.SlidingWindowInferer(patch, overlap=0.66, mode="constant")
     logits = accumulate_windows(
-        conv, data, windows, patch_size=patch, n_outputs=3, device=CPU, use_gaussian=False
+        conv, data, windows, patch_size=patch, n_outputs=3, use_gaussian=False
     )
     torch.testing.assert_close(logits, inferer(data[None], conv)[0], atol=2e-6, rtol=1e-5)
 
@@ -65,7 +84,7 @@ def test_batches_of_windows_change_nothing_but_rounding(conv):
     windows = windows_3d(data.shape[1:], patch)
     one, many = (
         accumulate_windows(
-            conv, data, windows, patch_size=patch, n_outputs=3, device=CPU,
+            conv, data, windows, patch_size=patch, n_outputs=3,
             mirror_axes=(0, 2), max_batch=n,
         )
         for n in (1, 5)
@@ -76,7 +95,7 @@ def test_batches_of_windows_change_nothing_but_rounding(conv):
 def test_a_single_window_is_the_output_of_the_network_itself(conv):
     data = torch.randn(2, 5, 6, 7)
     logits = accumulate_windows(
-        conv, data, windows_3d((5, 6, 7), (5, 6, 7)), patch_size=(5, 6, 7), n_outputs=3, device=CPU
+        conv, data, windows_3d((5, 6, 7), (5, 6, 7)), patch_size=(5, 6, 7), n_outputs=3
     )
     torch.testing.assert_close(logits, conv(data[None])[0], atol=1e-6, rtol=1e-5)
 
@@ -88,9 +107,7 @@ def test_two_dimensional_windows_fill_every_plane():
         (slice(None), z, slice(y, y + 6), slice(x, x + 6))
         for z in range(3) for y in (0, 4) for x in (0, 3)
     ]  # fmt: skip
-    logits = accumulate_windows(
-        layer, data, windows, patch_size=(6, 6), n_outputs=2, device=CPU, max_batch=4
-    )
+    logits = accumulate_windows(layer, data, windows, patch_size=(6, 6), n_outputs=2, max_batch=4)
     expected = torch.stack([layer(data[:, z][None])[0] for z in range(3)], 1)
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
 
@@ -103,7 +120,7 @@ def test_weights_of_the_windows_sum_to_one(use_gaussian):
     data = torch.zeros(1, 13, 9, 20)
     logits = accumulate_windows(
         network, data, windows_3d(data.shape[1:], (6, 5, 8)), patch_size=(6, 5, 8), n_outputs=1,
-        device=CPU, use_gaussian=use_gaussian,
+        use_gaussian=use_gaussian,
     )  # fmt: skip
     torch.testing.assert_close(logits, torch.full_like(logits, 3.0), atol=5e-6, rtol=0)
 
@@ -124,7 +141,7 @@ def test_what_a_network_says_at_the_edge_of_a_tile_hardly_counts():
 
     logits = accumulate_windows(
         lambda tiles: edge.expand(len(tiles), 1, *patch),
-        torch.zeros(1, *shape), windows_3d(shape, patch), patch_size=patch, n_outputs=1, device=CPU,
+        torch.zeros(1, *shape), windows_3d(shape, patch), patch_size=patch, n_outputs=1,
     )  # fmt: skip
     weight = importance_map(patch).double()
     sums, weights = torch.zeros(shape).double(), torch.zeros(shape).double()
@@ -159,7 +176,7 @@ def test_output_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         accumulate_windows(
             network, torch.zeros(1, 4, 4, 4), windows_3d((4, 4, 4), (4, 4, 4)),
-            patch_size=(4, 4, 4), n_outputs=1, device=CPU,
+            patch_size=(4, 4, 4), n_outputs=1,
         )  # fmt: skip
 
 
@@ -175,13 +192,9 @@ def test_a_lone_tile_goes_through_alone_with_the_same_logits(conv, n_windows):
     data = torch.randn(2, 2 + 2 * n_windows, 4, 4)
     windows = windows_3d(data.shape[1:], patch)
     assert len(windows) == n_windows
-    logits = accumulate_windows(
-        network, data, windows, patch_size=patch, n_outputs=3, device=CPU, max_batch=2
-    )
+    logits = accumulate_windows(network, data, windows, patch_size=patch, n_outputs=3, max_batch=2)
     assert batches == [2] * (n_windows // 2) + [1]
-    together = accumulate_windows(
-        conv, data, windows, patch_size=patch, n_outputs=3, device=CPU, max_batch=6
-    )
+    together = accumulate_windows(conv, data, windows, patch_size=patch, n_outputs=3, max_batch=6)
     torch.testing.assert_close(logits, together, atol=1e-6, rtol=1e-5)
     assert not bool((logits == 0).all())
 
@@ -191,7 +204,7 @@ def test_progress_adds_up_to_one(conv):
     data = torch.randn(2, 12, 8, 12)
     accumulate_windows(
         conv, data, windows_3d(data.shape[1:], (5, 8, 5)), patch_size=(5, 8, 5), n_outputs=3,
-        device=CPU, max_batch=4, progress=shares.append,
+        max_batch=4, progress=shares.append,
     )  # fmt: skip
     assert len(shares) > 1
     assert sum(shares) == pytest.approx(1)

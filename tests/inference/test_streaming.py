@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from model_folders import (
     make_dataset_json,
     make_image,
@@ -17,6 +18,9 @@ from model_folders import (
     write_cases,
     write_nifti,
 )
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+)
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +29,7 @@ from umamba.inference import memory, streaming
 from umamba.inference import predictor as predictor_file
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import find_images
+from umamba.inference.model_folder import build_network
 from umamba.inference.predictor import UMambaPredictor
 from umamba.inference.sliding_window import predict_mirrored, window_weight
 from umamba.preprocessing.resampling import SeparableResampling, axis_matrix
@@ -68,9 +73,36 @@ def prepare(tmp_path, name, **options):
 
 
 def whole(predictor, case, probabilities=False):
-    """Labels by way of the logits of the whole volume."""
-    logits = predictor.predict_logits_from_preprocessed_data(case.data)
-    return predictor.to_labels(logits, case.properties, probabilities)
+    """Labels, and probabilities, by way of the logits of the whole volume, summed in one array."""
+    manager = predictor.configuration_manager
+    data, inside = pad_nd_image(case.data, manager.patch_size, "constant", {"value": 0}, True, None)
+    logits = sum(whole_mean(predictor, data, fold) for fold in predictor.list_of_parameters)
+    logits = logits[(slice(None), *inside[1:])] / len(predictor.list_of_parameters)
+    managers = predictor.plans_manager, manager, predictor.label_manager
+    resampled, found = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits.numpy(), *managers, case.properties, True, 1
+    )
+    return resampled, found
+
+
+def whole_mean(predictor, data, parameters, skipped=()):
+    """The weighted mean over the windows that are not skipped; nan where there are none."""
+    predictor.network.load_state_dict(parameters)
+    sums = torch.zeros(predictor.label_manager.num_segmentation_heads + 1, *data.shape[1:])
+    windows = predictor._internal_get_sliding_window_slicers(data.shape[1:])
+    weight = window_weight(predictor.configuration_manager.patch_size, len(windows) > 1)
+    for i, window in enumerate(windows):
+        if i not in skipped:
+            with torch.inference_mode():
+                tile = predict_mirrored(
+                    predictor.network, data[window][None], predictor.allowed_mirroring_axes
+                )[0]
+            tile = tile if tile.ndim == 4 else tile[:, None]
+            volume = sums[(slice(None), *(s if isinstance(s, slice) else slice(s, s + 1)
+                                          for s in window[1:]))]  # fmt: skip
+            volume[:-1] += tile * weight
+            volume[-1] += weight
+    return sums[:-1] / sums[-1]
 
 
 def divided(monkeypatch, n_bytes=400_000):
@@ -148,9 +180,27 @@ def test_streamed_probabilities_equal_those_of_whole_logits(tmp_path, monkeypatc
     with np.load(tmp_path / "a.npz") as saved:
         assert list(saved) == ["probabilities"]
         assert saved["probabilities"].dtype == np.float32
-        np.testing.assert_allclose(saved["probabilities"], expected, atol=2e-6)
+        np.testing.assert_allclose(saved["probabilities"], expected, atol=1e-5)
     assert np.count_nonzero(found != labels) <= 2
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_weights_handed_over_with_a_network_are_those_that_predict(tmp_path):
+    predictor, case = prepare(tmp_path, "isotropic")
+    (parameters,) = predictor.list_of_parameters
+    expected = predictor.predict_logits_from_preprocessed_data(case.data)
+    managers = predictor.plans_manager, predictor.configuration_manager
+    network = build_network(*managers, predictor.dataset_json)
+    predictor.manual_initialization(
+        network,
+        *managers,
+        [parameters],
+        predictor.dataset_json,
+        "",
+        predictor.allowed_mirroring_axes,
+    )
+    found = predictor.predict_logits_from_preprocessed_data(case.data)
+    assert torch.equal(found, expected)
 
 
 def test_weights_of_the_folds_are_in_their_places_afterwards(tmp_path):
@@ -258,21 +308,42 @@ def test_sums_in_blocks_are_those_of_the_volume(tmp_path, monkeypatch, whole_row
     assert not list(tmp_path.iterdir())
 
 
+def test_planes_that_wait_for_the_next_count_as_memory(tmp_path):
+    predictor, _ = prepare(tmp_path, "isotropic")
+    shape, doubled = (14, 37, 29), (28, 37, 29)
+    for to, matrix, n_planes in (
+        (shape, None, 0),
+        (doubled, axis_matrix(14, 28, 1, False), 1),
+    ):
+        properties = {
+            "shape_before_cropping": to,
+            "bbox_used_for_cropping": [(0, n) for n in to],
+        }
+        operator = SeparableResampling(to, (matrix, None, None))
+        maker = labels_file.LabelMaker(operator, shape, properties, predictor.label_manager)
+        blocks = 0 if labels_file.has_linear_argmax() else labels_file.MEMORY_LIMIT
+        expected = n_planes * 4 * 3 * 37 * 29
+        assert maker.n_bytes - maker.labels.nbytes - blocks == expected
+        maker.add(slice(0, 7), slice(0, 37), lambda logits: logits.zero_())
+        assert (0 if maker._planes is None else maker._planes.nbytes) == expected
+
+
 def test_a_case_on_file_takes_the_limit_and_gives_the_same_labels(tmp_path):
     from umamba.inference.cases import plan_cases
 
     model = make_model_folder(tmp_path / "model")
     write_nifti(tmp_path / "i" / "a_0000.nii.gz", make_image((14, 37, 29)), (3.0, 0.8, 1.3))
-    found = []
+    found, said = [], []
     for name, limit in (("free", None), ("limited", 2**40)):
         predictor = UMambaPredictor(device=CPU)
         predictor.initialize_from_trained_model_folder(model)
-        predictor.max_ram = limit
+        predictor.max_ram, predictor.on_plan = limit, said.append
         images = find_images([tmp_path / "i"], ".nii.gz", bare_names=False)
         (case,) = plan_cases(images, tmp_path / name, ".nii.gz")
         assert predictor.predict_cases([case]) == []
         found.append(read_array(case.output))
     assert np.array_equal(*found)
+    assert "of 1024.00 GiB" in said[-1]
 
 
 @pytest.mark.parametrize("limit", [0, 2**40], ids=["on the CPU", "on the device"])
@@ -302,18 +373,9 @@ def test_skipped_windows_leave_the_mean_over_the_others(tmp_path, monkeypatch, w
     with torch.inference_mode():
         for piece in predictor._stream(case.data, 0, tmp_path):
             piece.fill(found[:, piece.z, piece.y])
-    windows = predictor._internal_get_sliding_window_slicers(case.data.shape[1:])
-    sums = torch.zeros(4, *case.data.shape[1:])
-    weight = window_weight(predictor.configuration_manager.patch_size)
-    axes = predictor.allowed_mirroring_axes
-    for i, window in enumerate(windows):
-        if i not in skipped:
-            with torch.inference_mode():
-                tile = predict_mirrored(predictor.network, case.data[window][None], axes)[0]
-            sums[:3][window] += tile * weight
-            sums[3][window[1:]] += weight
-    expected = sums[:3] / sums[3]
-    uncovered = sums[3] == 0
+    (parameters,) = predictor.list_of_parameters
+    expected = whole_mean(predictor, case.data, parameters, skipped)
+    uncovered = expected.isnan().any(0)
     assert uncovered.any()
     expected[:, uncovered] = torch.tensor([10.0, -10.0, -10.0])[:, None]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -17,7 +17,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from umamba.files import write_json
-from umamba.inference.export import label_dtype, write_prediction
+from umamba.inference.export import write_prediction
+from umamba.inference.labels import label_dtype
 from umamba.inference.model_folder import read_json
 from umamba.inference.pipeline import CaseFailure, run_pipeline
 

@@ -1,4 +1,4 @@
-"""From logits to a label map in the geometry of the image, block by block, under a memory limit."""
+"""The resampling of logits to the geometry of the image, and the files of a prediction."""
 
 from __future__ import annotations
 
@@ -9,65 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from umamba.files import replacing_together
-from umamba.inference.labels import decide, label_dtype
 from umamba.inference.probabilities import ProbabilityFile
-from umamba.preprocessing.resampling import (
-    MEMORY_LIMIT,
-    SeparableResampling,
-    output_blocks,
-    separable_resampling,
-)
-
-# Legend: K classes or regions; z, y, x extents of the logits, Z, Y, X extents of the cropped image.
-
-
-def logits_to_labels(
-    logits: torch.Tensor,
-    properties: dict[str, Any],
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    label_manager: LabelManager,
-    *,
-    return_probabilities: bool = False,
-    memory_limit: int = MEMORY_LIMIT,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Label map of the whole image, and probabilities (K, ...) if asked for, in its own axis order.
-
-    Equal to nnU-Net's export but for rounding (1e-5 of the logits), without ever holding all
-    classes at full size: logits are resampled, and decided, in blocks of about `memory_limit`
-    bytes.
-
-    Args:
-        logits: (K, z, y, x) float32 on the CPU, as predicted at the configuration's spacing.
-        properties: what nnU-Net's preprocessor recorded about the case.
-    """
-    operator, logits = _resampling(logits, properties, plans_manager, configuration_manager)
-    full_shape = tuple(properties["shape_before_cropping"])
-    crop = tuple(slice(int(a), int(b)) for a, b in properties["bbox_used_for_cropping"])
-    labels = np.zeros(full_shape, dtype=label_dtype(label_manager))
-    cropped_labels = labels[crop]
-    probabilities = None
-    if return_probabilities:
-        probabilities = np.zeros((len(logits), *full_shape), dtype=np.float32)
-        if not label_manager.has_regions:
-            probabilities[0] = 1
-        cropped_probabilities = probabilities[(slice(None), *crop)]
-
-    bounds = operator.clip_bounds(logits)
-    for rows, columns in output_blocks(operator.new_shape, len(logits), memory_limit):
-        block = operator.block(logits, rows, columns, bounds)
-        cropped_labels[rows, columns] = decide(block, label_manager, labels.dtype.type)
-        if return_probabilities:
-            cropped_probabilities[:, rows, columns] = label_manager.apply_inference_nonlin(block)
-
-    backward = plans_manager.transpose_backward
-    if probabilities is not None:
-        probabilities = probabilities.transpose([0, *[i + 1 for i in backward]])
-    return labels.transpose(backward), probabilities
+from umamba.preprocessing.resampling import SeparableResampling, separable_resampling
 
 
 def write_prediction(
@@ -111,22 +57,7 @@ def resampling_to_image(
     )
 
 
-def _target(
-    properties: dict[str, Any],
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-) -> tuple[tuple[int, ...], list[float], list[float]]:
-    """Shape of the cropped image, spacing of the logits, spacing of the image."""
-    new_shape = tuple(map(int, properties["shape_after_cropping_and_before_resampling"]))
-    image_spacing = [properties["spacing"][i] for i in plans_manager.transpose_forward]
-    spacing = configuration_manager.spacing
-    if len(spacing) < len(image_spacing):
-        # a 2d configuration leaves the distance of the slices as it is
-        spacing = [image_spacing[0], *spacing]
-    return new_shape, spacing, image_spacing
-
-
-def _resampling(
+def resample_whole(
     logits: torch.Tensor,
     properties: dict[str, Any],
     plans_manager: PlansManager,
@@ -140,3 +71,18 @@ def _resampling(
     target = _target(properties, *managers)
     resample = configuration_manager.resampling_fn_probabilities
     return SeparableResampling(target[0]), torch.as_tensor(resample(logits, *target))
+
+
+def _target(
+    properties: dict[str, Any],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+) -> tuple[tuple[int, ...], list[float], list[float]]:
+    """Shape of the cropped image, spacing of the logits, spacing of the image."""
+    new_shape = tuple(map(int, properties["shape_after_cropping_and_before_resampling"]))
+    image_spacing = [properties["spacing"][i] for i in plans_manager.transpose_forward]
+    spacing = configuration_manager.spacing
+    if len(spacing) < len(image_spacing):
+        # a 2d configuration leaves the distance of the slices as it is
+        spacing = [image_spacing[0], *spacing]
+    return new_shape, spacing, image_spacing

@@ -47,7 +47,6 @@ class LabelMaker:
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         """`shape` is that of the logits; `half` rounds resampled logits as nnU-Net's dtype does."""
-        assert not operator.clip
         self.operator = operator
         self.shape = tuple(shape)
         self.n_outputs = label_manager.num_segmentation_heads
@@ -97,6 +96,14 @@ class LabelMaker:
         if all(w.start < w.stop for w in wanted):
             self._decide(logits, (z.start - n_planes, y.start - n_rows, 0), wanted)
 
+    def add_whole(self, logits: torch.Tensor) -> None:
+        """Takes all logits (K, z, y, x) at once: needed where the resampling is not linear."""
+        bounds = self.operator.clip_bounds(logits)
+        n_x = self.operator.new_shape[2]
+        for rows, columns in self._blocks(self.operator.new_shape):
+            block = self.operator.block(logits, rows, columns, bounds)
+            self._put(block, (rows, columns, slice(0, n_x)))
+
     def _linear_axes(self) -> tuple[LinearAxis, LinearAxis, LinearAxis | None] | None:
         """The axes for the compiled argmax, None where it cannot do what is asked for."""
         plain = type(self.label_manager) is LabelManager and not self.label_manager.has_regions
@@ -113,7 +120,6 @@ class LabelMaker:
     def _decide(
         self, logits: torch.Tensor, origin: tuple[int, int, int], wanted: tuple[slice, ...]
     ) -> None:
-        labels = self.labels[self._crop]
         if self._axes is not None:
             z, y, x = self._axes
             axes = (
@@ -121,26 +127,31 @@ class LabelMaker:
                 y.part(wanted[1].start, wanted[1].stop, origin[1]),
                 x,
             )
-            linear_argmax(logits, axes, torch.from_numpy(labels[wanted]), round_half=self._half)
+            labels = torch.from_numpy(self.labels[self._crop][wanted])
+            linear_argmax(logits, axes, labels, round_half=self._half)
             return
-        extents = [w.stop - w.start for w in wanted]
-        for rows, columns in output_blocks(extents, self.n_outputs, self._memory_limit):
+        for rows, columns in self._blocks([w.stop - w.start for w in wanted]):
             box = (
                 slice(wanted[0].start + rows.start, wanted[0].start + rows.stop),
                 slice(wanted[1].start + columns.start, wanted[1].start + columns.stop),
                 wanted[2],
             )
-            block = _resampled(self.operator, logits, origin, box)
-            if self._half:
-                block = block.half().float()
-            labels[box] = decide(block, self.label_manager, labels.dtype.type)
-            if self._probabilities is not None:
-                there = tuple(
-                    slice(c.start + b.start, c.start + b.stop)
-                    for c, b in zip(self._crop, box, strict=True)
-                )
-                found = self.label_manager.apply_inference_nonlin(block)
-                self._probabilities.write(np.asarray(found), there)
+            self._put(_resampled(self.operator, logits, origin, box), box)
+
+    def _blocks(self, extents: Sequence[int]) -> list[tuple[slice, slice]]:
+        return output_blocks(extents, self.n_outputs, self._memory_limit)
+
+    def _put(self, block: torch.Tensor, box: tuple[slice, ...]) -> None:
+        """Decides resampled logits (K, Z, Y, X) of a box of the cropped image."""
+        if self._half:
+            block = block.half().float()
+        there = tuple(
+            slice(c.start + b.start, c.start + b.stop) for c, b in zip(self._crop, box, strict=True)
+        )
+        self.labels[there] = decide(block, self.label_manager, self.labels.dtype.type)
+        if self._probabilities is not None:
+            found = self.label_manager.apply_inference_nonlin(block)
+            self._probabilities.write(np.asarray(found), there)
 
 
 class _Progress:

@@ -15,13 +15,13 @@ from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from umamba.inference import memory
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.cases import PredictionCase
 from umamba.inference.empty import background_logits, find_empty_windows
-from umamba.inference.export import logits_to_labels, resampling_to_image, write_prediction
+from umamba.inference.export import resample_whole, resampling_to_image, write_prediction
 from umamba.inference.folds import FoldWeights, exact_tiles, mean_tiles, to_channels_last
 from umamba.inference.labels import LabelMaker
 from umamba.inference.model_folder import (
@@ -36,12 +36,7 @@ from umamba.inference.model_folder import (
 from umamba.inference.pipeline import CaseFailure, run_pipeline
 from umamba.inference.preprocessing import CasePreprocessor, PreparedCase
 from umamba.inference.probabilities import ProbabilityFile
-from umamba.inference.sliding_window import (
-    accumulate_windows,
-    nnunet_weight,
-    tiles_per_batch,
-    window_weight,
-)
+from umamba.inference.sliding_window import nnunet_weight, tiles_per_batch, window_weight
 from umamba.inference.streaming import (
     PIECE_BYTES,
     Piece,
@@ -52,6 +47,7 @@ from umamba.inference.streaming import (
 )
 from umamba.memory import available_memory
 from umamba.networks.precision import Precision, autocast, check_precision
+from umamba.preprocessing.resampling import SeparableResampling
 
 Predicted = tuple[np.ndarray, np.ndarray | ProbabilityFile | None]
 
@@ -97,7 +93,6 @@ class UMambaPredictor(nnUNetPredictor):
         self.max_ram: int | None = None
         self.max_vram: int | None = None
         self.on_plan: Callable[[str], object] = lambda sentence: None
-        self._loaded: dict[str, torch.Tensor] | None = None
         self._fold_weights: FoldWeights | None = None
 
     def initialize_from_trained_model_folder(
@@ -115,7 +110,6 @@ class UMambaPredictor(nnUNetPredictor):
         if isinstance(use_folds, str | int):
             use_folds = (use_folds,)
         self.folds = select_folds(folder, use_folds, checkpoint_name)
-        self._fold_weights = None
         plans_manager = PlansManager(read_json(folder / "plans.json"))
         dataset_json = read_json(folder / "dataset.json")
         files = [folder / f"fold_{fold}" / checkpoint_name for fold in self.folds]
@@ -133,8 +127,6 @@ class UMambaPredictor(nnUNetPredictor):
         parameters += [read_checkpoint(file)["network_weights"] for file in files[1:]]
         for file, weights in zip(files, parameters, strict=True):
             check_weights(network, weights, file)
-        network.load_state_dict(parameters[0])
-        self._loaded = parameters[0]
         n_spatial = len(configuration_manager.patch_size)
         if self.device.type == "cpu" and n_spatial == 2 and not self.nnunet_exact:
             # spares oneDNN reordering between convolutions; a plain 3-D U-Net loses by it
@@ -149,6 +141,23 @@ class UMambaPredictor(nnUNetPredictor):
             checkpoint.get("inference_allowed_mirroring_axes"),
         )
 
+    def manual_initialization(
+        self,
+        network: torch.nn.Module,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        parameters: list[dict[str, torch.Tensor]] | None,
+        *others: Any,
+        **named: Any,
+    ) -> None:
+        """Takes a network, and the weights of its folds, or None to leave it as it is."""
+        if parameters:
+            network.load_state_dict(parameters[0])
+        self._fold_weights = None
+        super().manual_initialization(
+            network, plans_manager, configuration_manager, parameters, *others, **named
+        )
+
     def limit_memory(self, max_ram: int | None = None, max_vram: int | None = None) -> None:
         """Bytes that this process may take; ValueError for a limit of a GPU that is not used."""
         if max_vram is not None:
@@ -160,39 +169,11 @@ class UMambaPredictor(nnUNetPredictor):
         """Logits (K, z, y, x) on the CPU for preprocessed data (C, z, y, x), the folds' mean."""
         if self.nnunet_exact:
             return super().predict_logits_from_preprocessed_data(data)
-        if self.list_of_parameters is None:
-            return self.predict_sliding_window_return_logits(data).cpu()
-        total: Any = None
-        for parameters in self.list_of_parameters:
-            if self._loaded is not parameters:
-                network: Any = self.network
-                getattr(network, "_orig_mod", network).load_state_dict(parameters)
-                self._loaded = parameters
-            logits = self.predict_sliding_window_return_logits(data).cpu()
-            total = logits if total is None else total.add_(logits)
-        n_folds = len(self.list_of_parameters)
-        return total if n_folds == 1 else total.div_(n_folds)
-
-    def _internal_predict_sliding_window_return_logits(
-        self, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
-    ) -> torch.Tensor:
-        if self.nnunet_exact:
-            return super()._internal_predict_sliding_window_return_logits(
-                data, slicers, do_on_device
-            )
-        with self.autocast():
-            return accumulate_windows(
-                self.network,
-                data.to(self.device) if do_on_device else data.cpu(),
-                slicers,
-                patch_size=self.configuration_manager.patch_size,
-                n_outputs=self.label_manager.num_segmentation_heads,
-                device=self.device,
-                use_gaussian=self.use_gaussian,
-                mirror_axes=self.allowed_mirroring_axes if self.use_mirroring else None,
-                max_batch=self._max_batch(),
-                progress=lambda share: self.on_windows_done(share / max(1, len(self.folds))),
-            )
+        n_outputs = self.label_manager.num_segmentation_heads
+        logits = torch.empty(n_outputs, *data.shape[1:])
+        for piece in self._stream(data, logits.nbytes, None):
+            piece.fill(logits[:, piece.z, piece.y])
+        return logits
 
     @torch.inference_mode()
     def predict_labels(
@@ -202,7 +183,7 @@ class UMambaPredictor(nnUNetPredictor):
         *,
         probability_folder: Path | None = None,
         spill_folder: Path | None = None,
-    ) -> tuple[np.ndarray, np.ndarray | ProbabilityFile | None]:
+    ) -> Predicted:
         """Label map of preprocessed data (C, z, y, x), in the geometry of the image.
 
         Logits are resampled and decided as soon as they are final, so all classes are never held
@@ -218,20 +199,52 @@ class UMambaPredictor(nnUNetPredictor):
         if operator is None or operator.clip:
             self.on_plan("holds the logits of the whole volume: their resampling is not linear")
             logits = self.predict_logits_from_preprocessed_data(data)
-            return self.to_labels(logits, properties, probability_folder is not None)
+            return self.to_labels(logits, properties, probability_folder)
+        maker, sink = self._label_maker(operator, data.shape[1:], properties, probability_folder)
+        try:
+            for piece in self._stream(data, maker.n_bytes, spill_folder):
+                maker.add(piece.z, piece.y, piece.fill)
+                del piece  # and with it sums, before the network runs again
+        except BaseException:
+            if sink is not None:
+                sink.close()
+            raise
+        return maker.labels.transpose(self.plans_manager.transpose_backward), sink
+
+    def to_labels(
+        self, logits: torch.Tensor, properties: dict[str, Any], probability_folder: Path | None
+    ) -> Predicted:
+        """What `predict_labels` returns, of logits (K, z, y, x) that are all there."""
+        managers = self.plans_manager, self.configuration_manager
+        if self.nnunet_exact:
+            with_probabilities = probability_folder is not None
+            result = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits.numpy(), *managers, self.label_manager, properties, with_probabilities,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            return result if with_probabilities else (result, None)
+        operator, logits = resample_whole(logits, properties, *managers)
+        maker, sink = self._label_maker(operator, logits.shape[1:], properties, probability_folder)
+        maker.add_whole(logits)
+        return maker.labels.transpose(self.plans_manager.transpose_backward), sink
+
+    def _label_maker(
+        self,
+        operator: SeparableResampling,
+        shape: Sequence[int],
+        properties: dict[str, Any],
+        probability_folder: Path | None,
+    ) -> tuple[LabelMaker, ProbabilityFile | None]:
         sink = None
         if probability_folder is not None:
             sink = ProbabilityFile.of_case(
                 probability_folder, properties, self.plans_manager, self.label_manager
             )
+        half = self.nnunet_exact
         maker = LabelMaker(
-            operator, data.shape[1:], properties, self.label_manager,
-            half=self.nnunet_exact, probabilities=sink,
-        )  # fmt: skip
-        for piece in self._stream(data, maker.n_bytes, spill_folder):
-            maker.add(piece.z, piece.y, piece.fill)
-            del piece  # and with it sums, before the network runs again
-        return maker.labels.transpose(self.plans_manager.transpose_backward), sink
+            operator, shape, properties, self.label_manager, half=half, probabilities=sink
+        )
+        return maker, sink
 
     def _stream(
         self, data: torch.Tensor, n_bytes: int, spill_folder: Path | None
@@ -321,20 +334,6 @@ class UMambaPredictor(nnUNetPredictor):
             self.plans_manager, configuration, self.dataset_json, self.nnunet_exact
         )
 
-    def to_labels(
-        self, logits: torch.Tensor, properties: dict[str, Any], return_probabilities: bool = False
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Label map, and probabilities if asked for, in the geometry of the image."""
-        managers = self.plans_manager, self.configuration_manager, self.label_manager
-        if not self.nnunet_exact:
-            return logits_to_labels(
-                logits, properties, *managers, return_probabilities=return_probabilities
-            )
-        result = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits.numpy(), *managers, properties, return_probabilities, torch.get_num_threads()
-        )
-        return result if return_probabilities else (result, None)
-
     def predict_cases(
         self,
         cases: Sequence[PredictionCase],
@@ -364,10 +363,16 @@ class UMambaPredictor(nnUNetPredictor):
         def predict(case: PredictionCase, prepared: PreparedCase) -> Predicted:
             folder = case.output.parent
             folder.mkdir(parents=True, exist_ok=True)
-            return self.predict_labels(
-                prepared.data, prepared.properties,
-                probability_folder=folder if save_probabilities else None, spill_folder=folder,
-            )  # fmt: skip
+            try:
+                return self.predict_labels(
+                    prepared.data, prepared.properties,
+                    probability_folder=folder if save_probabilities else None, spill_folder=folder,
+                )  # fmt: skip
+            except OSError as error:
+                if error.filename is not None:
+                    raise
+                # of a temporary file, which has no name
+                raise OSError(error.errno, error.strerror, str(folder)) from error
 
         def export(case: PredictionCase, prepared: PreparedCase, result: Predicted) -> None:
             write_prediction(
@@ -385,45 +390,6 @@ class UMambaPredictor(nnUNetPredictor):
             # under a limit of memory, one case at a time
             most_ahead=available_memory() // 4 if self.max_ram is None else -1,
         )
-
-
-def predict_volume(
-    image: np.ndarray,
-    spacing: Sequence[float],
-    model_folder: str | Path | UMambaPredictor,
-    *,
-    folds: Sequence[Fold] | Fold | None = None,
-    checkpoint_name: str = "checkpoint_final.pth",
-    device: torch.device | None = None,
-    use_mirroring: bool = True,
-    tile_step_size: float = 0.5,
-    previous_stage: np.ndarray | None = None,
-) -> np.ndarray:
-    """The label map (z, y, x) of one image held in memory.
-
-    Args:
-        image: (C, z, y, x), channels in the order of dataset.json; a 2-D image has z = 1.
-        spacing: (z, y, x) in mm; for a 2-D image the first is not used (nnU-Net writes 999).
-        model_folder: path of a trained model folder, or a predictor initialized from one, which is
-            quicker for many images and brings its own folds, device and mirroring.
-        previous_stage: label map (z, y, x) of the stage before, for the second stage of a cascade.
-    """
-    if image.ndim != 4:
-        raise ValueError(f"image has shape {image.shape}; give (channels, z, y, x)")
-    if len(spacing) != 3:
-        raise ValueError(f"spacing has {len(spacing)} entries; give (z, y, x) in mm")
-    if isinstance(model_folder, UMambaPredictor):
-        predictor = model_folder
-    else:
-        predictor = UMambaPredictor(tile_step_size, use_mirroring=use_mirroring, device=device)
-        predictor.initialize_from_trained_model_folder(model_folder, folds, checkpoint_name)
-    if image.shape[0] != predictor.n_channels:
-        raise ValueError(
-            f"image has {image.shape[0]} channels; the network takes {predictor.n_channels}"
-        )
-    previous = None if previous_stage is None else previous_stage[None]
-    case = predictor.preprocessor().from_array(image, {"spacing": list(spacing)}, previous)
-    return predictor.predict_labels(case.data, case.properties)[0]
 
 
 def default_device() -> torch.device:

@@ -78,6 +78,9 @@ class ProbabilityFile:
                 place = 4 * ((plane + j) * n_2 + parts[2].start)
                 _write_at(self._file.fileno(), line, place)
 
+    def close(self) -> None:
+        self._file.close()
+
     def save(self, file: Path) -> None:
         """Writes the .npz that np.savez_compressed would, and closes."""
         with (

@@ -1,76 +1,18 @@
-"""The sliding window with float32 sums: tiles are weighted by a Gaussian and averaged."""
+"""What goes through the network together, mirrored passes, and the weights of a tile."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
-from umamba.inference.blocks import BlockSums, Window, WindowGrid
-from umamba.inference.streaming import Piece, mean_of_sums, stream_windows
-
 # Legend: B tiles, C input channels, K classes or regions; a tile is (C, *patch_size).
 
 Network = Callable[[torch.Tensor], torch.Tensor]
-
-
-def stream_logits(
-    network: Network,
-    data: torch.Tensor,
-    windows: Sequence[Window],
-    *,
-    patch_size: Sequence[int],
-    n_outputs: int,
-    device: torch.device,
-    use_gaussian: bool = True,
-    mirror_axes: Sequence[int] | None = None,
-    max_batch: int = 1,
-    progress: Callable[[float], object] = lambda share: None,
-) -> Iterator[Piece]:
-    """Pieces of the logits (K, z, y, x) of one network, the weighted mean over the windows.
-
-    Args:
-        network: maps (B, C, *patch_size) to logits (B, K, *patch_size).
-        data: (C, z, y, x), at least as large as the patch.
-        windows: nnU-Net's slicers into `data`, the first entry for the channels; 2-D networks have
-            a plane index as the second.
-        device: where the network computes; tiles are moved there one batch at a time.
-        use_gaussian: weigh by `importance_map` instead of evenly.
-        mirror_axes: spatial axes of the patch over which mirrored predictions are averaged.
-        max_batch: tiles, and mirrored copies of them, that go through the network together.
-        progress: called with the share of the windows just done, 1 in total.
-    """
-    grid = WindowGrid(windows, data.shape[1:], whole_rows=True)
-
-    def predict(tiles: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        yield 0, predict_mirrored(network, tiles, mirror_axes, max_batch)
-
-    return stream_windows(
-        predict,
-        data,
-        windows,
-        window_weight(patch_size, use_gaussian and len(windows) > 1).to(data.device),
-        lambda: BlockSums(grid, n_outputs + 1, device=data.device),
-        mean_of_sums,
-        device=device,
-        max_batch=max_batch,
-        progress=progress,
-    )
-
-
-def accumulate_windows(
-    network: Network, data: torch.Tensor, windows: Sequence[Window], *, n_outputs: int, **how: Any
-) -> torch.Tensor:
-    """All logits (K, z, y, x) in float32 on the device of `data`; arguments of `stream_logits`."""
-    logits = torch.empty((n_outputs, *data.shape[1:]), dtype=torch.float32, device=data.device)
-    for piece in stream_logits(network, data, windows, n_outputs=n_outputs, **how):
-        piece.fill(logits[:, piece.z, piece.y])
-    return logits
 
 
 def window_weight(patch_size: Sequence[int], use_gaussian: bool = True) -> torch.Tensor:

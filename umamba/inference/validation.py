@@ -16,6 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from tqdm import tqdm
 
+from umamba.files import replacing_together
 from umamba.inference.export import write_prediction
 from umamba.inference.pipeline import run_pipeline
 from umamba.inference.predictor import Predicted, UMambaPredictor
@@ -64,6 +65,8 @@ def predict_preprocessed_cases(
     previous_stage = None if previous_stage_folder is None else str(previous_stage_folder)
     dataset = infer_dataset_class(folder)(folder, list(cases), previous_stage)
     ending = dataset_json["file_ending"]
+    output_folder.mkdir(parents=True, exist_ok=True)
+    probability_folder = output_folder if save_probabilities else None
     outputs = {case: output_folder / f"{case}{ending}" for case in cases}
 
     def prepare(case: str) -> PreparedCase:
@@ -80,14 +83,14 @@ def predict_preprocessed_cases(
         return predictor.predict_labels(
             prepared.data,
             prepared.properties,
-            probability_folder=output_folder if save_probabilities else None,
-            spill_folder=output_folder if output_folder.is_dir() else None,
+            probability_folder=probability_folder,
+            spill_folder=output_folder,
         )
 
     def export(case: str, prepared: PreparedCase, found: Predicted | torch.Tensor) -> None:
         properties = prepared.properties
         if isinstance(found, torch.Tensor):
-            result: Predicted = predictor.to_labels(found, properties, save_probabilities)
+            result: Predicted = predictor.to_labels(found, properties, probability_folder)
             for name, (stage, target) in (next_stages or {}).items():
                 _write_for_next_stage(predictor, case, name, stage, target, found, properties)
         else:
@@ -148,15 +151,15 @@ def _write_for_next_stage(
     except FileNotFoundError:
         logger.warning("%s is not preprocessed for %s: no input for that stage", case, name)
         return
-    target.mkdir(parents=True, exist_ok=True)
-    resample_and_save(
-        logits,
-        list(following.shape[1:]),
-        str(target / case),
-        predictor.plans_manager,
-        predictor.configuration_manager,
-        properties,
-        predictor.dataset_json,
-        torch.get_num_threads(),
-        dataset_class,
-    )
+    with replacing_together(target / case) as temporary:
+        resample_and_save(
+            logits,
+            list(following.shape[1:]),
+            str(temporary / case),
+            predictor.plans_manager,
+            predictor.configuration_manager,
+            properties,
+            predictor.dataset_json,
+            torch.get_num_threads(),
+            dataset_class,
+        )
