@@ -8,8 +8,9 @@ import torch
 from model_folders import UMAMBA_BOT, make_dataset_json, make_image, make_model_folder, make_plans
 
 from umamba.inference.folds import FoldWeights, mean_tiles
-from umamba.inference.predictor import UMambaPredictor, predict_volume
+from umamba.inference.predictor import UMambaPredictor
 from umamba.inference.sliding_window import predict_mirrored
+from umamba.inference.volume import predict_volume
 from umamba.networks import precision as precision_file
 
 CPU = torch.device("cpu")
