@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -14,15 +16,17 @@ from umamba.inference.memory import (
     limit_device,
     plan_memory,
 )
+from umamba.memory import parse_size
+
+WINDOWS = [
+    (slice(None), slice(z, z + 4), slice(y, y + 4), slice(x, x + 4))
+    for z in range(0, 9, 2) for y in range(0, 9, 2) for x in range(0, 9, 2)
+]  # fmt: skip
 
 
 def grids():
-    windows = [
-        (slice(None), slice(z, z + 4), slice(y, y + 4), slice(x, x + 4))
-        for z in range(0, 9, 2) for y in range(0, 9, 2) for x in range(0, 9, 2)
-    ]  # fmt: skip
     shape = (12, 12, 12)
-    return WindowGrid(windows, shape, whole_rows=True), WindowGrid(windows, shape)
+    return WindowGrid(WINDOWS, shape, whole_rows=True), WindowGrid(WINDOWS, shape)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,15 @@ def test_the_plan_takes_the_quickest_way_that_fits(which, divided, spilled):
 def test_an_impossible_limit_names_the_need():
     with pytest.raises(ValueError, match=r"needs at least .* GiB of memory .* but 1\.00 GiB"):
         plan_memory(grids(), 2**30, limit=2**30, fixed=2**29, network=0)
+
+
+def test_what_is_named_as_needed_is_enough():
+    whole, _ = grids()
+    one_way = {"fixed": int(0.508 * 2**30), "network": 0}  # with the rest 0.572
+    with pytest.raises(ValueError, match="needs at least") as refusal:
+        plan_memory((whole, whole), 2**10, limit=2**20, **one_way)
+    needed = re.search(r"at least ([\d.]+) GiB", str(refusal.value))[1]
+    assert plan_memory((whole, whole), 2**10, limit=parse_size(f"{needed}G"), **one_way)
 
 
 PER_VOXEL = 2**20
@@ -83,11 +96,7 @@ def test_the_limit_of_memory_holds_with_sums_on_the_gpu():
 
 def test_what_skipped_windows_would_hold_is_not_counted():
     whole, _ = grids()
-    windows = [
-        (slice(None), slice(z, z + 4), slice(y, y + 4), slice(x, x + 4))
-        for z in range(0, 9, 2) for y in range(0, 9, 2) for x in range(0, 9, 2)
-    ]  # fmt: skip
-    few = WindowGrid(windows, (12, 12, 12), whole_rows=True, skipped=range(3, len(windows)))
+    few = WindowGrid(WINDOWS, (12, 12, 12), whole_rows=True, skipped=range(3, len(WINDOWS)))
     assert few.peak()[0] < whole.peak()[0]
     assert few.strips == whole.strips
 

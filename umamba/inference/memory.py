@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import re
 import resource
 import sys
@@ -146,9 +147,10 @@ def plan_memory(
             return _plan(grid, None, fixed + network + most, most, limit, beside)
         if grid is grids[-1] and spill and least <= room:
             return _plan(grid, room, limit - RESERVE, most, limit, beside)
-    total = fixed + network + RESERVE + needed
+    # rounded up, so that it is enough when it is given
+    total = math.ceil((fixed + network + RESERVE + needed) / 2**30 * 100) / 100
     raise ValueError(
-        f"it needs at least {_gib(total)} of memory ({_gib(fixed)} for libraries and volumes, "
+        f"it needs at least {total:.2f} GiB of memory ({_gib(fixed)} for libraries and volumes, "
         f"{_gib(network)} for one tile in the network, {_gib(needed)} for sums), but "
         f"{_gib(limit)} are allowed; raise --max-ram, or free memory"
     )
