@@ -10,6 +10,8 @@ import numpy as np
 import SimpleITK
 from skimage import io
 
+from umamba.data.dataset import RawDataset
+
 SHAPE, SPACING = (5, 8, 7), (2.5, 0.8, 0.9)  # (z, y, x)
 
 
@@ -79,6 +81,11 @@ def make_bare(folder: Path, n: int = 3, values: tuple[int, ...] = (1, 2)) -> Pat
         write_volume(folder / "images" / f"a{i}.nii.gz", make_image(i))
         write_volume(folder / "labels" / f"a{i}.nii.gz", make_label(values))
     return folder
+
+
+def open_raw(source: Path) -> RawDataset:
+    """A raw folder as it is, outside of any workspace."""
+    return RawDataset(source, json.loads((source / "dataset.json").read_text()), source)
 
 
 def cut(path: Path, share: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import struct
+import unicodedata
 from pathlib import Path
 
 import nibabel
@@ -14,7 +16,6 @@ import tifffile
 from dataset_makers import (
     SHAPE,
     cut,
-    make_4d,
     make_bare,
     make_image,
     make_label,
@@ -30,88 +31,73 @@ from dataset_makers import (
 
 from umamba.data.audit import audit_dataset, check_images
 from umamba.data.dataset import prepare_dataset
-from umamba.data.workspace import VARIABLES
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch, tmp_path):
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-    monkeypatch.chdir(tmp_path)
 
 
 def audit(source: Path):
-    raw, _ = prepare_dataset(str(source), source.parent / "W", strict=False)
+    raw, _ = prepare_dataset(str(source), "W", strict=False)
     return audit_dataset(raw, progress=False)
 
 
-IMAGE_FAULTS = {
-    "cut in half": (lambda p: cut(p, 0.5), "is cut short"),
-    "last bytes lost": (lambda p: cut(p, 0.99), "is cut short"),
-    "end mark lost": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "gzip stream has no end"),
+IMAGE, LABEL = "imagesTr/a1_0000.nii.gz", "labelsTr/a1.nii.gz"
+
+# beside the many of test_bad_input.py: what only a look into the bytes or the header shows
+FAULTS = {
+    "last bytes lost": (IMAGE, lambda p: cut(p, 0.99), "is cut short"),
     "wrong checksum": (
+        IMAGE,
         lambda p: p.write_bytes(p.read_bytes()[:-8] + b"\0\0\0\0" + p.read_bytes()[-4:]),
         "does not decompress",
     ),
-    "no byte": (lambda p: p.write_bytes(b""), r"is empty \(0 bytes\)"),
-    "text": (lambda p: p.write_text("not an image, at all" * 40), "broken NIfTI header"),
-    "damaged": (lambda p: p.write_bytes(p.read_bytes()[:60] + b"\0" * 500), "is damaged|is cut"),
+    "text": (IMAGE, lambda p: p.write_text("not an image, at all" * 40), "broken NIfTI header"),
+    "damaged": (
+        IMAGE,
+        lambda p: p.write_bytes(p.read_bytes()[:60] + b"\0" * 500),
+        "is damaged|is cut",
+    ),
     "shorter than its header says": (
+        IMAGE,
         lambda p: p.write_bytes(gzip.compress(gzip.decompress(p.read_bytes())[:-100])),
         "100 bytes of its voxels are missing",
     ),
-    "NaN": (lambda p: save_nan(p, np.nan), "holds 1 NaN of 280 voxels"),
-    "infinite": (lambda p: save_nan(p, np.inf), "holds 1 infinite"),
-    "4D": (make_4d, r"is 4D with shape \(2, 5, 8, 7\)"),
-    "shear": (shear, "not orthonormal"),
-    "other size": (lambda p: write_volume(p, make_image(0, (5, 8, 6))), r"has shape \(5, 8, 7\)"),
-    "other spacing": (lambda p: write_volume(p, make_image(0), (2.5, 0.8, 1.0)), "has spacing"),
-    "other origin": (
-        lambda p: write_volume(p, make_image(0), origin=(-10.0, 20.0, 8.0)),
-        r"lies up to 5 mm \(2 voxels\) off",
+    "shear": (IMAGE, shear, "not orthonormal"),
+    "negative spacing": (
+        IMAGE,
+        lambda p: write_in_header(p, 80, -0.9),
+        r"impossible spacing \(2.5, 0.8, -0.9\) mm",
     ),
-    "broken link": (lambda p: p.unlink() or p.symlink_to("nowhere.nii.gz"), "does not exist"),
+    "no place in space": (
+        LABEL,
+        lambda p: write_in_header(p, 280, np.nan),
+        "an origin or direction that is NaN",
+    ),
+    "a line of voxels": (
+        IMAGE,
+        lambda p: nibabel.save(nibabel.Nifti1Image(np.ones(9, np.float32), np.eye(4)), p),
+        "is a single line of 9 voxels",
+    ),
+    "NaN in a label": (
+        LABEL,
+        lambda p: (save_float(p, make_label()), save_nan(p, np.nan)),
+        "NaN or infinite",
+    ),
+    "an image as label": (LABEL, lambda p: write_volume(p, make_image(3)), "no whole numbers"),
 }
 
 
-@pytest.mark.parametrize("name", IMAGE_FAULTS)
-def test_a_bad_image_is_named(tmp_path, name):
-    make, message = IMAGE_FAULTS[name]
+def write_in_header(path: Path, offset: int, value: float) -> None:
+    """Replace a float of a .nii.gz file's header."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<f", content, offset, value)
+    path.write_bytes(gzip.compress(content))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_file_is_the_one_fault_and_named_as_the_user_knows_it(tmp_path, name):
+    spoiled, make, message = FAULTS[name]
     source = make_nnunet(tmp_path / "Dataset123_Knee")
-    make(source / "imagesTr" / "a1_0000.nii.gz")
+    make(source / spoiled)
     report = audit(source)
-    assert len(report.faults) == 1, report.faults
-    assert "a1" in report.faults[0].file
-    assert str(source) in report.faults[0].file
-    with pytest.raises(ValueError, match=message):
-        report.raise_if_faults()
-
-
-LABEL_FAULTS = {
-    "cut in half": (lambda p: cut(p, 0.5), "is cut short"),
-    "unknown value": (lambda p: write_volume(p, spoil(make_label(), 5)), r"label value\(s\) 5"),
-    "negative": (
-        lambda p: write_volume(p, spoil(make_label().astype(np.int16), -2)),
-        r"negative labels \(-2\)",
-    ),
-    "fraction": (lambda p: save_float(p, make_label() * 0.5), r"no whole numbers \(0.5\)"),
-    "NaN": (lambda p: (save_float(p, make_label()), save_nan(p, np.nan)), "NaN or infinite"),
-    "other size": (lambda p: write_volume(p, make_label(shape=(4, 8, 7))), "has shape"),
-    "flipped header": (
-        lambda p: write_volume(p, make_label(), origin=(10.0, 20.0, 3.0)),
-        "copy the image's header",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LABEL_FAULTS)
-def test_a_bad_label_is_named(tmp_path, name):
-    make, message = LABEL_FAULTS[name]
-    source = make_nnunet(tmp_path / "Dataset123_Knee")
-    make(source / "labelsTr" / "a1.nii.gz")
-    report = audit(source)
-    assert len(report.faults) == 1, report.faults
-    assert report.faults[0].file == str(source / "labelsTr" / "a1.nii.gz")
+    assert [fault.file for fault in report.faults] == [str(source / spoiled)]
     with pytest.raises(ValueError, match=message):
         report.raise_if_faults()
 
@@ -276,6 +262,41 @@ def test_a_dataset_json_without_channels_or_ending_does_not_hide_other_faults(tm
     write_dataset_json(source, 3, file_ending=None)
     raw, _ = prepare_dataset("123", tmp_path / "W", strict=False)
     assert "has no file_ending" in str(audit_dataset(raw, progress=False).faults)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": {"a0": {"image": "x"}}}, "does not name the files of a0"),
+        ({"dataset": ["a0"]}, "does not name the files of any case"),
+        ({"dataset": {"a0": {"images": [3], "label": "x"}}}, "does not name the files of a0"),
+        ({"channel_names": ["MR"]}, "has no channel_names"),
+    ],
+    ids=["no images", "no table", "a number", "channels as a list"],
+)
+@pytest.mark.parametrize("where", ["Dataset123_Knee", "W/raw/Dataset123_Knee"])
+def test_a_dataset_json_of_another_form_is_a_fault(tmp_path, where, changes, message):
+    source = make_nnunet(tmp_path / where, **changes)
+    faults = audit(source).faults
+    assert len(faults) == 1, faults
+    assert f"dataset.json: {message}; " in str(faults[0])
+
+
+def test_an_image_and_a_label_named_in_other_bytes_of_the_same_letters_are_told(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee")
+    one, two = (unicodedata.normalize(form, "M\u00fcller") for form in ("NFC", "NFD"))
+    (source / "imagesTr" / "a1_0000.nii.gz").rename(source / "imagesTr" / f"{two}_0000.nii.gz")
+    (source / "labelsTr" / "a1.nii.gz").rename(source / "labelsTr" / f"{one}.nii.gz")
+    cures = {Path(fault.file).name: fault.cure for fault in audit(source).faults}
+    assert cures.keys() == {f"{one}.nii.gz", f"{two}.nii.gz"}
+    assert "the same name in other bytes" in cures[f"{one}.nii.gz"]
+
+
+def test_constant_images_are_no_duplicates_of_each_other(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee", n_channels=2)
+    for path in source.glob("imagesTr/*_0001.nii.gz"):
+        write_volume(path, np.zeros(SHAPE, np.float32))
+    assert {warning.what for warning in audit(source).warnings} == {"is constant: every voxel is 0"}
 
 
 def test_each_case_without_a_fault_is_handed_on_as_it_was_read(tmp_path):

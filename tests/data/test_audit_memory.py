@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_makers import make_image, make_label, make_nnunet, save_nan, write_volume
+from dataset_makers import make_image, make_label, make_nnunet, open_raw, save_nan, write_volume
 
 from umamba.data import case as case_module
 from umamba.data.audit import audit_dataset
-from umamba.data.dataset import RawDataset
 from umamba.data.images import read_image
 
 
@@ -36,9 +35,8 @@ def read(monkeypatch):
 
 
 def audit(source: Path, **options):
-    raw = RawDataset(source, json.loads((source / "dataset.json").read_text()), source)
     memory = source.parent / "preprocessed" / "audit.json"
-    return audit_dataset(raw, progress=False, memory=memory, **options), memory
+    return audit_dataset(open_raw(source), progress=False, memory=memory, **options), memory
 
 
 def test_a_second_audit_reads_nothing_and_reports_the_same(source, read):
@@ -149,7 +147,6 @@ def test_never_more_cases_are_in_memory_than_workers(tmp_path):
         weakref.finalize(images[0], alive.discard, id(images[0]))
         most = max(most, len(alive))
 
-    raw = RawDataset(source, json.loads((source / "dataset.json").read_text()), source)
-    audit_dataset(raw, n_workers=2, progress=False, on_case=count)
+    audit_dataset(open_raw(source), n_workers=2, progress=False, on_case=count)
     assert 1 <= most <= 2
     assert not alive

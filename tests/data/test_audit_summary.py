@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_makers import make_image, make_nnunet, write_dataset_json, write_volume
+from dataset_makers import make_image, make_nnunet, open_raw, write_dataset_json, write_volume
 
 from umamba.data.audit import AuditReport, audit_dataset
-from umamba.data.dataset import RawDataset
 from umamba.data.faults import Fault
 from umamba.data.table import format_findings, format_summary
 
 
 def audit(source: Path) -> AuditReport:
-    raw = RawDataset(source, json.loads((source / "dataset.json").read_text()), source)
-    return audit_dataset(raw, progress=False)
+    return audit_dataset(open_raw(source), progress=False)
 
 
 def test_components_of_a_label_are_summed_up_over_the_cases(tmp_path):

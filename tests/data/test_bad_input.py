@@ -31,17 +31,9 @@ from dataset_makers import (
 )
 
 from umamba.cli.main import main
-from umamba.data.workspace import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 IMAGE, SECOND, LABEL = "imagesTr/a1_0000.nii.gz", "imagesTr/a1_0001.nii.gz", "labelsTr/a1.nii.gz"
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch, tmp_path):
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-    monkeypatch.chdir(tmp_path)
 
 
 def save_all_nan(path: Path) -> None:

@@ -28,13 +28,6 @@ from umamba.data.dataset import prepare_dataset
 from umamba.data.workspace import VARIABLES
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch, tmp_path):
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-    monkeypatch.chdir(tmp_path)
-
-
 def files(folder: Path) -> dict[str, float]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import nibabel
@@ -16,6 +15,7 @@ from dataset_makers import (
     make_image,
     make_label,
     make_nnunet,
+    open_raw,
     read_array,
     save_float,
     write_dataset_json,
@@ -24,23 +24,15 @@ from dataset_makers import (
 
 from umamba.cli.main import main
 from umamba.data.audit import audit_dataset
-from umamba.data.dataset import RawDataset, prepare_dataset
+from umamba.data.dataset import prepare_dataset
 from umamba.data.fix import write_repaired
 from umamba.data.images import read_image
-from umamba.data.workspace import VARIABLES
 
 OFF = (-10.0, 20.1, 3.0)  # an origin an eighth of a voxel off
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch, tmp_path):
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-    monkeypatch.chdir(tmp_path)
-
-
 def audit(source: Path):
-    raw = RawDataset(source, json.loads((source / "dataset.json").read_text()), source)
+    raw = open_raw(source)
     return raw, audit_dataset(raw, progress=False)
 
 
@@ -122,7 +114,7 @@ def test_what_cannot_be_mended_stays_as_it_is_and_stays_listed(tmp_path, capsys)
     words = ["audit", str(source), "--workspace", "W", "--fix", "fixed"]
     assert main(words) == 1
     printed = capsys.readouterr().out
-    assert "1 files repaired" in printed
+    assert "1 file repaired" in printed
     after = printed.split("repaired")[1]
     assert "is cut short" in after
     assert "an image but no label" in after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import struct
 
 import nibabel
 import numpy as np
@@ -12,7 +12,8 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from umamba.data.images import label_counts, read_image, split_ending
+from umamba.data.faults import UnreadableImageError
+from umamba.data.images import MOST_VALUES, label_counts, read_image, split_ending
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha", ".gipl"])
@@ -45,6 +46,15 @@ def test_nii_is_read_with_the_geometry_of_nibabel(tmp_path):
     assert np.array_equal(found.array, expected)
     assert found.spacing == pytest.approx(properties["spacing"])
     assert np.allclose(found.affine, properties["nibabel_stuff"]["original_affine"])
+
+
+def test_a_spacing_that_nibabel_passes_on_as_nan_is_refused(tmp_path):
+    path = write_volume(tmp_path / "x_0000.nii", make_image(0))
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<f", content, 80, np.nan)
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"x_0000.nii: has the impossible spacing"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
@@ -88,9 +98,16 @@ def test_unsigned_labels_of_64_bits_are_counted(tmp_path):
     assert counts == {float(v): int((label == v).sum()) for v in (0, 1, 200)}
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_counting_ends_at_more_values_than_a_label_map_has(tmp_path, dtype):
+    values = np.arange(40 * MOST_VALUES, dtype=dtype).reshape(-1, 100, 100)
+    values = values * (0.1 if dtype == np.float32 else 10**6)
+    counts = label_counts(read_image(write_volume(tmp_path / "x.nrrd", values.astype(dtype))))
+    assert MOST_VALUES < len(counts) <= 2 * MOST_VALUES
+
+
 def test_endings_are_told_in_any_case_and_the_longest_wins():
     assert split_ending("a.b_0000.NII.GZ") == ("a.b_0000", ".NII.GZ")
     assert split_ending("a.tiff") == ("a", ".tiff")
     assert split_ending("a.jpg") is None
     assert split_ending(".nii") is None
-    assert Path("a.nii.gz").suffix == ".gz"

@@ -10,13 +10,6 @@ import pytest
 from umamba.data.workspace import VARIABLES, resolve_workspace
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch, tmp_path):
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-    monkeypatch.chdir(tmp_path)
-
-
 def set_variables(monkeypatch, folder: Path) -> None:
     for name in VARIABLES:
         monkeypatch.setenv(name, str(folder / name))

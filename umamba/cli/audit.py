@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was read and what is wrong with it; 1 where there are faults."""
     from umamba.data.audit import audit_dataset
-    from umamba.data.table import format_summary
+    from umamba.data.table import count, format_summary
     from umamba.files import write_json
 
     if args.num_processes is not None and args.num_processes < 1:
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     file = Path(args.json).absolute() if args.json else None
     if file is not None and not file.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {file.parent} for {file.name}")
+    if file is not None and file.is_dir():
+        raise UsageError(f"--json {args.json} is a folder; name a file")
     copy = Path(args.fix).expanduser().absolute() if args.fix else None
     if copy is not None:
         from umamba.data.fix import check_target
@@ -57,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if report.summary:
         print(f"\n{format_summary(report.summary)}")
     if report.n_remembered:
-        print(f"\n{report.n_remembered} cases have not changed since they were read (--again does)")
+        n_cases = count(report.n_remembered, "case")
+        print(f"\nnot read again, as unchanged since the last time: {n_cases} (--again reads all)")
     _print_findings("warning", report.warnings, dataset.source, MOST_ROWS)
     _print_findings("fault", report.faults, dataset.source)
     if file is not None:
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         return _fix(dataset, report, copy)
     if report.faults:
         return 1
-    print(f"\n{dataset.name}: {report.n_cases} cases, no fault")
+    print(f"\n{dataset.name}: {count(report.n_cases, 'case')}, no fault")
     return 0
 
 
@@ -84,16 +87,17 @@ def _fix(dataset: RawDataset, report: AuditReport, copy: Path) -> int:
     """Writes the repaired copy and audits it; 1 where it has faults, too."""
     from umamba.data.audit import audit_dataset
     from umamba.data.fix import write_repaired
+    from umamba.data.table import count
 
     if not report.repairs:
         print(f"\nnothing to repair; {copy} is not written")
         return 1 if report.faults else 0
     fixed = write_repaired(dataset, report.repairs, copy)
-    n_files = len({repair.file for repair in report.repairs})
-    print(f"\n{n_files} files repaired in the copy {copy}, the others are links")
+    n_files = count(len({repair.file for repair in report.repairs}), "file")
+    print(f"\n{n_files} repaired in the copy {copy}, the others are links")
     after = audit_dataset(fixed)
     _print_findings("fault", after.faults, copy)
     if after.faults:
         return 1
-    print(f"{copy.name}: {after.n_cases} cases, no fault")
+    print(f"{copy.name}: {count(after.n_cases, 'case')}, no fault")
     return 0

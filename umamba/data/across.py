@@ -24,7 +24,7 @@ def check_duplicates(cases: Sequence[Findings], tests: Sequence[Findings], to: F
             if other == name:
                 continue
             what = f"is the same image as {Path(other).name}"
-            cure = "remove one, or they may meet in both folds"
+            cure = "remove one, else a fold may be validated on what it was trained on"
             if case == i:
                 cure = "check that the channels were not mixed up"
             elif is_test:

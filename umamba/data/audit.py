@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,12 +28,12 @@ from umamba.data.faults import Fault, Faults, Repair, raise_if_faults
 from umamba.data.images import ImageContent
 from umamba.data.layout import (
     CaseFiles,
+    channel_names,
     check_dataset_json,
     is_label,
     label_values,
     list_cases,
     list_test_cases,
-    n_channels,
 )
 from umamba.data.links import read_state
 from umamba.data.remembered import AuditMemory
@@ -104,36 +105,24 @@ def audit_dataset(
     listed = [*values, *([] if ignore is None else [ignore])]
     reader = str(content.get("overwrite_image_reader_writer"))
     use_nibabel = reader.startswith("NibabelIO") or ending.lower() == ".nii"
-    setup = Setup(n_channels(content), tuple(sorted({0, *listed})), use_nibabel)
+    setup = Setup(len(channel_names(content)), tuple(sorted({0, *listed})), use_nibabel)
     shown = _shown_names(raw)
     everything = {**cases, **{f"imagesTs/{name}": case for name, case in tests.items()}}
 
-    remembered = AuditMemory(memory, setup, shown)
-    findings = {name: remembered.recall(name, case) for name, case in everything.items()}
-    todo = [name for name, found in findings.items() if found is None]
+    remembered = AuditMemory(memory, setup, shown, everything)
+    findings = {name: found for name in everything if (found := remembered.recall(name))}
+    n_remembered = len(findings)
 
     def inspect(name: str) -> Findings:
         give = None if on_case is None or name not in cases else partial(on_case, name)
         return inspect_case(everything[name], setup, shown, give)
 
-    written = time.monotonic()
+    todo = [name for name in everything if name not in findings]
+    read = _inspect_all(todo, inspect, n_workers or default_workers(), remembered)
     hidden = not progress or not todo
-    try:
-        with ThreadPoolExecutor(n_workers or default_workers()) as pool:
-            what = f"Checking {raw.name}"
-            read = pool.map(inspect, todo)
-            results = tqdm(read, what, len(todo), disable=hidden, unit="case")
-            for name, found in zip(todo, results, strict=True):
-                findings[name] = found
-                remembered.add(name, found)
-                if memory is not None and time.monotonic() - written > SECONDS_BETWEEN:
-                    _write(remembered, everything, memory, warnings)
-                    written = time.monotonic()
-    except BaseException:
-        _write(remembered, everything, memory, warnings)
-        raise
-    of_cases = [found for name in cases if (found := findings[name])]
-    of_tests = [found for name in everything if name not in cases and (found := findings[name])]
+    findings |= tqdm(read, f"Checking {raw.name}", len(todo), disable=hidden, unit="case")
+    of_cases = [findings[name] for name in cases]
+    of_tests = [findings[name] for name in everything if name not in cases]
     for found in of_cases:
         faults += found.faults
         warnings += found.warnings
@@ -141,8 +130,8 @@ def audit_dataset(
         warnings += [*found.faults, *found.warnings]
     check_duplicates(of_cases, of_tests, warnings)
     check_spacings(of_cases, warnings)
-    channels = list((content.get("channel_names") or content.get("modality") or {}).values())
-    check_intensities(of_cases, list(map(str, channels)), warnings)
+    channels = list(map(str, channel_names(content).values()))
+    check_intensities(of_cases, channels, warnings)
     check_presence(of_cases, values, raw.source, faults, warnings)
     names = {value: name for name, value in content["labels"].items() if isinstance(value, int)}
     summary = {
@@ -152,11 +141,37 @@ def audit_dataset(
         **summarize(of_cases, names, listed),
     }
     repairs = [repair for found in (*of_cases, *of_tests) for repair in found.repairs]
-    n_remembered = len(everything) - len(todo)
     unique = list(dict.fromkeys(faults))
     report = AuditReport(len(cases), unique, warnings, summary, raw.name, repairs, n_remembered)
-    _write(remembered, everything, memory, warnings, report.to_dict())
+    try:
+        remembered.write(report.to_dict())
+    except OSError as error:  # spoils no audit
+        cure = "make room or change its permissions, else the next audit reads all files again"
+        warnings.add(str(memory), f"cannot be written ({error.strerror or error})", cure)
     return report
+
+
+def _inspect_all(
+    names: list[str],
+    inspect: Callable[[str], Findings],
+    n_workers: int,
+    remembered: AuditMemory,
+) -> Iterator[tuple[str, Findings]]:
+    """Yield each name with what its files show, in order; kept now and then, and when stopped."""
+    written = time.monotonic()
+    try:
+        with ThreadPoolExecutor(n_workers) as pool:
+            for name, found in zip(names, pool.map(inspect, names), strict=True):
+                remembered.add(name, found)
+                yield name, found
+                if time.monotonic() - written > SECONDS_BETWEEN:
+                    written = time.monotonic()
+                    with contextlib.suppress(OSError):  # the last writing says so
+                        remembered.write()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remembered.write()
+        raise
 
 
 def check_images(
@@ -188,23 +203,6 @@ def default_workers() -> int:
     has_affinity = hasattr(os, "sched_getaffinity")
     n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return min(8, n_cores)
-
-
-def _write(
-    remembered: AuditMemory,
-    cases: dict[str, CaseFiles],
-    memory: Path | None,
-    warnings: Faults,
-    report: dict[str, Any] | None = None,
-) -> None:
-    """Write the memory; that it cannot be written spoils no audit, and is a warning."""
-    try:
-        remembered.write(cases, report or {})
-    except OSError as error:
-        cure = "make room or change its permissions, else the next audit reads all files again"
-        what = f"cannot be written ({error.strerror or error})"
-        if not any(warning.what == what for warning in warnings):
-            warnings.add(str(memory), what, cure)
 
 
 def _shown_names(raw: RawDataset) -> Callable[[Path], str]:

@@ -128,7 +128,6 @@ def inspect_case(
             continue
         if give is not None:
             images.append(content)
-        found.digests.append((content.digest(), name))
         _check_values(content, n_found, name, found)
         n_found += content.array.shape[0]
         if first is not None:
@@ -157,7 +156,7 @@ def inspect_case(
 
 
 def _check_values(content: ImageContent, first: int, name: str, found: Findings) -> None:
-    """Add NaN and infinite voxels and a constant image, and note the range of each channel.
+    """Add NaN and infinite voxels and a constant image, else note its hash and channels' ranges.
 
     first: the number of the file's first channel.
     """
@@ -176,6 +175,7 @@ def _check_values(content: ImageContent, first: int, name: str, found: Findings)
         what = f"is constant: every voxel is {value:g}"
         found.warnings.add(name, what, "check that the image was exported whole")
         return
+    found.digests.append((content.digest(), name))
     for i, channel in enumerate(array, first):
         # an odd step meets every column, whatever the shape
         step = channel.size // SAMPLES | 1

@@ -33,6 +33,7 @@ PIXELS = (".png", ".bmp", *TIFF)
 # the decoders' own exceptions all derive from these
 READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, SyntaxError, OverflowError, zlib.error)
 CHUNK, MOST_BINS = 1 << 22, 1 << 20  # voxels counted at once; values counted by bins
+MOST_VALUES = 10_000  # an array with more is no label map
 APART = "save each component as an image of its own"
 
 
@@ -63,9 +64,10 @@ class ImageContent:
         return self.array * self.slope + self.intercept
 
     def digest(self) -> str:
-        """Return a hash of the voxels, their type and their shape, as hexadecimal digits."""
+        """Return a hash of the voxels, their type, scaling and shape, as hexadecimal digits."""
         content = hashlib.blake2b(np.ascontiguousarray(self.array).data, digest_size=16)
-        content.update(f"{self.array.dtype.str} {self.array.shape}".encode())
+        kind = self.array.dtype.str, self.array.shape, self.slope, self.intercept
+        content.update(str(kind).encode())
         return content.hexdigest()
 
 
@@ -98,10 +100,13 @@ def read_image(path: Path, nibabel_geometry: bool = False, is_label: bool = Fals
         if path.stat().st_size == 0:
             raise UnreadableImageError(path, "is empty (0 bytes)")
         if ending in NIFTI:
-            return _read_nifti(path, nibabel_geometry or ending == ".nii")
-        if ending in PIXELS:
-            return _read_picture(path, ending, is_label)
-        return _read_itk(path, ending)
+            content = _read_nifti(path, nibabel_geometry or ending == ".nii")
+        elif ending in PIXELS:
+            content = _read_picture(path, ending, is_label)
+        else:
+            content = _read_itk(path, ending)
+        _check_place(path, content)
+        return content
     except UnreadableImageError:
         raise
     except FileNotFoundError:
@@ -132,11 +137,16 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def label_counts(content: ImageContent) -> dict[float, int]:
-    """Return voxels per value of a label map, values ascending; NaN counts as one, the last."""
+    """Return voxels per value of a label map, values ascending; NaN counts as one, the last.
+
+    Counting ends once there are more than MOST_VALUES values.
+    """
     values = content.values().reshape(-1)
     total: Counter[float] = Counter()
     for start in range(0, values.size, CHUNK):
         total.update(_count(values[start : start + CHUNK]))
+        if len(total) > MOST_VALUES:
+            break
     return dict(sorted(total.items(), key=lambda item: (math.isnan(item[0]), item[0])))
 
 
@@ -153,7 +163,7 @@ def _count(values: np.ndarray) -> dict[float, int]:
         if int(values.max()) - low <= MOST_BINS:
             counts = np.bincount(values.astype(np.int64) - low)
             return {float(i + low): int(counts[i]) for i in np.flatnonzero(counts)}
-    found, times = np.unique(values, return_counts=True)
+    found, times = (part[: MOST_VALUES + 1] for part in np.unique(values, return_counts=True))
     # one NaN object, so that those of several chunks are one key
     keys = [math.nan if math.isnan(v) else float(v) for v in found]
     return {key: int(n) for key, n in zip(keys, times, strict=True)}
@@ -330,10 +340,24 @@ def _check_tiff_pages(path: Path) -> None:
             position = number(offset_kind)
 
 
+def _check_place(path: Path, content: ImageContent) -> None:
+    """Refuse what no voxel can be placed with; the readers pass it on."""
+    cure = "correct its header, or save it again from the original"
+    if not all(0 < s < math.inf for s in content.spacing):
+        mm = ", ".join(f"{s:.4g}" for s in content.spacing)
+        raise UnreadableImageError(path, f"has the impossible spacing ({mm}) mm (z, y, x)", cure)
+    if content.affine is not None and not np.isfinite(content.affine).all():
+        what = "has an origin or direction that is NaN or infinite"
+        raise UnreadableImageError(path, what, cure)
+
+
 def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
-    """Refuse empty and 4D images; `shape` in the file's order, (x, y, z, channels)."""
-    if not shape or min(shape) == 0:
+    """Refuse empty, 1D and 4D images; `shape` in the file's order, (x, y, z, channels)."""
+    if not shape or min(shape) <= 0:
         raise UnreadableImageError(path, f"is empty: its shape is {shape}")
+    if len(shape) == 1:
+        cure = "save an image of two or three axes"
+        raise UnreadableImageError(path, f"is a single line of {shape[0]} voxels", cure)
     if len(shape) > 3:
         what = f"is {len(shape)}D with shape {tuple(shape)[::-1]} (channels, z, y, x)"
         cure = "save one 3D file per channel, named <case>_0000, <case>_0001, ..."

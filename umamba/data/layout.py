@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +49,8 @@ def check_dataset_json(content: dict[str, Any], path: Path) -> Faults:
     """Return everything nnU-Net would refuse or take wrongly; a wrong numTraining is harmless."""
     faults = Faults()
     fault = partial(faults.add, path)
-    channels = content.get("channel_names", content.get("modality"))
-    if not isinstance(channels, dict) or not channels:
+    channels = channel_names(content)
+    if not channels:
         fault("has no channel_names", 'add for instance "channel_names": {"0": "CT"}')
     elif sorted(channels) != sorted(str(i) for i in range(len(channels))):
         what = f"numbers its channel_names {', '.join(channels)}"
@@ -114,9 +115,10 @@ def label_values(content: dict[str, Any]) -> tuple[list[int], int | None]:
     return sorted(values), None if ignore is None else int(ignore)
 
 
-def n_channels(content: dict[str, Any]) -> int:
-    """Return the number of channels that dataset.json declares."""
-    return len(content.get("channel_names", content.get("modality")) or ())
+def channel_names(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the channels that dataset.json declares by number; empty where it does not."""
+    names = content.get("channel_names", content.get("modality"))
+    return names if isinstance(names, dict) else {}
 
 
 def list_cases(folder: Path, content: dict[str, Any]) -> tuple[dict[str, CaseFiles], Faults]:
@@ -187,9 +189,15 @@ def list_files(folder: Path, ending: str = "") -> dict[str, Path]:
 
 def add_lone_labels(labels: dict[str, Path], cases: dict[str, Any], faults: Faults) -> None:
     """Add a fault per label whose identifier is not among the cases."""
+    as_shown = {unicodedata.normalize("NFC", identifier) for identifier in cases}
     for identifier, path in labels.items():
         if identifier not in cases:
             cure = "add the image or remove the label"
+            if unicodedata.normalize("NFC", identifier) in as_shown:
+                cure = (
+                    "rename it: an image has the same name in other bytes (an accented letter as "
+                    "one character or as two, which macOS does)"
+                )
             faults.add(path, "is a label without an image", cure)
 
 
@@ -209,7 +217,7 @@ def _check_channels(
 ) -> None:
     """Add a fault per missing or surplus channel file."""
     ending = content["file_ending"]
-    expected = set(range(n_channels(content)))
+    expected = set(range(len(channel_names(content))))
     if not expected or (ending.lower() in NATURAL_ENDINGS and len(expected) in (3, 4)):
         # one RGB(A) file may hold all channels, so the most frequent set of files counts
         usual = Counter(frozenset(files) for files in channels.values()).most_common(1)
@@ -234,11 +242,16 @@ def _add_no_images(folder: Path, ending: str, faults: Faults) -> None:
     faults.add(folder, what, cure)
 
 
-def _explicit_cases(folder: Path, entries: dict[str, Any]) -> tuple[dict[str, CaseFiles], Faults]:
+def _explicit_cases(folder: Path, entries: Any) -> tuple[dict[str, CaseFiles], Faults]:
     cases, faults = {}, Faults()
-    for identifier, entry in entries.items():
-        images = [_expand(folder, name) for name in entry["images"]]
-        label = _expand(folder, entry["label"])
+    for identifier, entry in entries.items() if isinstance(entries, dict) else [("any case", None)]:
+        try:
+            images = [_expand(folder, name) for name in entry["images"]]
+            label = _expand(folder, entry["label"])
+        except (TypeError, KeyError):
+            cure = 'write "dataset": {"CASE": {"images": ["FILE", ...], "label": "FILE"}, ...}'
+            faults.add(folder / "dataset.json", f"does not name the files of {identifier}", cure)
+            continue
         for path in (*images, label):
             if not path.is_file():
                 faults.add(path, "is missing", f"correct case {identifier} in dataset.json")

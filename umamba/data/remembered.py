@@ -15,7 +15,7 @@ from umamba.data.layout import CaseFiles
 from umamba.data.links import stamp_of
 from umamba.files import write_json
 
-FORMAT = 1  # another number: what was found must be found anew
+FORMAT = 2  # another number: what was found must be found anew
 
 
 class AuditMemory:
@@ -24,21 +24,27 @@ class AuditMemory:
     Cases with a fault are not kept, so that one cured by other permissions is looked at again.
     """
 
-    def __init__(self, file: Path | None, setup: Setup, shown: Callable[[Path], str]) -> None:
-        self._file, self._shown = file, shown
+    def __init__(
+        self,
+        file: Path | None,
+        setup: Setup,
+        shown: Callable[[Path], str],
+        files: Mapping[str, CaseFiles],
+    ) -> None:
+        self._file, self._shown, self._files = file, shown, files
         self._key = {"format": FORMAT, "setup": json.loads(json.dumps(dataclasses.asdict(setup)))}
         self._cases: dict[str, Any] = {}
-        self._stamps: dict[str, list[list[Any]]] = {}
+        # as they are before a case is read: a file that changes since is read again
+        self._stamps = {name: self._stamps_of(case) for name, case in files.items()}
         content = _read(file)
         if all(content.get(key) == value for key, value in self._key.items()):
             self._cases = content.get("cases", {})
 
-    def recall(self, name: str, case: CaseFiles) -> Findings | None:
+    def recall(self, name: str) -> Findings | None:
         """Return what the unchanged files of a case showed; None where they must be read."""
-        stamps = self._stamps[name] = self._stamps_of(case)
         try:
             entry = self._cases[name]
-            if entry["files"] == stamps:
+            if entry["files"] == self._stamps[name]:
                 return Findings.from_json(entry["found"])
         except (KeyError, TypeError, ValueError, AttributeError):
             pass
@@ -48,14 +54,13 @@ class AuditMemory:
     def add(self, name: str, found: Findings) -> None:
         """Keep what a case showed that was not recalled, unless it has a fault."""
         if not found.faults:
-            # as they were before it was read: a file that changed since is read again
             self._cases[name] = {"files": self._stamps[name], "found": found.to_json()}
 
-    def write(self, cases: Mapping[str, CaseFiles], report: Mapping[str, Any]) -> None:
-        """Write what is known of `cases`, and the report. Raises OSError."""
+    def write(self, report: Mapping[str, Any] | None = None) -> None:
+        """Write what is known of the cases, and the report. Raises OSError."""
         if self._file is not None:
-            known = {name: self._cases[name] for name in cases if name in self._cases}
-            write_json(self._file, {**self._key, **report, "cases": known})
+            known = {name: self._cases[name] for name in self._files if name in self._cases}
+            write_json(self._file, {**self._key, **(report or {}), "cases": known})
 
     def _stamps_of(self, case: CaseFiles) -> list[list[Any]]:
         """Return name, path, size and time of each file, and of the one with a TIFF's spacing."""

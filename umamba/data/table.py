@@ -11,9 +11,10 @@ from umamba.data.faults import Fault
 
 def format_summary(summary: dict[str, Any]) -> str:
     """Return cases, shapes and spacings, and a table of the labels and their components."""
-    tests = f" and {summary['n_test_cases']} test cases" if summary["n_test_cases"] else ""
-    channels = ", ".join(map(str, summary["channels"]))
-    lines = [f"{summary['name']}: {summary['n_cases']} cases{tests}, channels: {channels}"]
+    n_tests = summary["n_test_cases"]
+    tests = f" and {count(n_tests, 'test case')}" if n_tests else ""
+    cases, channels = count(summary["n_cases"], "case"), ", ".join(summary["channels"])
+    lines = [f"{summary['name']}: {cases}{tests}, channels: {channels}"]
     for key, title in (("shape", "shape (z, y, x)"), ("spacing_mm", "spacing (z, y, x), mm")):
         texts = {name: "x".join(f"{v:.4g}" for v in row) for name, row in summary[key].items()}
         if len(set(texts.values())) == 1:
@@ -32,9 +33,9 @@ def format_summary(summary: dict[str, Any]) -> str:
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     lines += ["", *_align(rows)]
     lines.append(
-        "  components: touching voxels of a label, in the median case that has it; sizes in"
+        "  components: voxels of a label that touch; per case: in the median case that has"
     )
-    lines.append("  voxels over all cases")
+    lines.append("  the label; sizes, over all cases: in voxels")
     return "\n".join(lines)
 
 
@@ -50,7 +51,7 @@ def format_findings(
     for fault in findings:
         groups.setdefault(fault.cure, []).append(fault)
     n = sum(map(len, groups.values()))
-    lines = [f"{n} {kind}{'s' if n > 1 else ''} in {folder}:"] if n else []
+    lines = [f"{count(n, kind)} in {folder}:"] if n else []
     for cure, faults in groups.items():
         lines += _align([[_within(fault.file, folder), fault.what] for fault in faults[:most]])
         if most is not None and len(faults) > most:
@@ -59,8 +60,15 @@ def format_findings(
     return "\n".join(lines)
 
 
+def count(n: int, noun: str) -> str:
+    """Return the number and the noun, in the plural where it is not one."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def _within(file: str, folder: Path) -> str:
     path = Path(file)
+    if path == folder:
+        return folder.name
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else file
 
 
