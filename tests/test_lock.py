@@ -65,9 +65,18 @@ def test_a_killed_holder_holds_nobody_up(holder, tmp_path):
 
 def test_the_lock_ends_with_its_block_and_leaves_no_file(tmp_path):
     for _ in range(2):
-        with holding(tmp_path / "w", "training"):
-            assert len(list((tmp_path / "w").iterdir())) == 1
-        assert list((tmp_path / "w").iterdir()) == []
+        with holding(tmp_path, "training"):
+            assert len(list(tmp_path.iterdir())) == 1
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_lock_made_goes_with_it_unless_something_is_in_it(tmp_path):
+    with holding(tmp_path / "w" / "out", "a test"):
+        pass
+    assert list((tmp_path / "w").iterdir()) == []
+    with holding(tmp_path / "out", "a test"):
+        (tmp_path / "out" / "result").touch()
+    assert (tmp_path / "out" / "result").is_file()
 
 
 def test_other_parts_share_the_folder(tmp_path):

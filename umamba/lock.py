@@ -33,14 +33,15 @@ def holding(folder: Path, purpose: str, part: int = 0) -> Iterator[None]:
     """Keep other processes that ask for the same `folder` out while the block runs; advisory.
 
     Args:
-        folder: made where it is missing. A hidden file in it is the lock, removed at the end; one
-            that a killed process left holds nobody up.
+        folder: made where it is missing, and removed again if nothing was written to it. A hidden
+            file in it is the lock, removed at the end; one that a killed process left holds nobody
+            up.
         purpose: what is done meanwhile, for others to read: "training".
         part: processes with different parts may share the folder.
 
     Raises InUseError at once where another process holds it, with its id, host, start and command.
     """
-    file = folder / f".umamba_{part}.lock"
+    file, is_new = folder / f".umamba_{part}.lock", not os.path.exists(folder)
     descriptor = _open_locked(file)
     if descriptor is None:
         yield
@@ -59,6 +60,8 @@ def holding(folder: Path, purpose: str, part: int = 0) -> Iterator[None]:
             os.close(descriptor)
         with contextlib.suppress(OSError):
             file.unlink()
+            if is_new:
+                folder.rmdir()
         if sys.platform != "win32":
             os.close(descriptor)
 
