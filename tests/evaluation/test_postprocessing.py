@@ -198,6 +198,29 @@ def test_a_bad_file_is_named_and_the_others_are_written_in_their_geometry(tmp_pa
     assert source.GetPixelID() == target.GetPixelID()
 
 
+def test_a_picture_in_color_is_named_and_the_others_are_written(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "b.png", np.ones((5, 6), np.uint8))
+    color = SimpleITK.GetImageFromArray(np.ones((5, 6, 3), np.uint8), isVector=True)
+    SimpleITK.WriteImage(color, str(tmp_path / "in" / "a.png"))
+    files = {tmp_path / "in" / name: tmp_path / "out" / name for name in ("a.png", "b.png")}
+    (failure,) = postprocess_files(files, [(1,)], 1)
+    assert "a.png: has 3 values per voxel" in failure
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["b.png"]
+
+
+def test_a_label_map_that_cannot_be_written_is_not_blamed_on_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.nii.gz", np.ones((3, 4, 5), np.uint8))
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the writer's own words")
+
+    monkeypatch.setattr(SimpleITK, "WriteImage", fail)
+    with pytest.raises(RuntimeError, match="the writer's own words"):
+        postprocess_files({tmp_path / "a.nii.gz": tmp_path / "out.nii.gz"}, [(1,)], 1)
+
+
 def test_a_prediction_of_another_shape_is_named(tmp_path: Path) -> None:
     write(tmp_path / "prediction.nii.gz", np.ones((3, 4, 5), np.uint8))
     write(tmp_path / "reference.nii.gz", np.ones((3, 4, 6), np.uint8))

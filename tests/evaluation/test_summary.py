@@ -2,6 +2,7 @@
 
 import csv
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import SimpleITK
 
 from umamba.evaluation import evaluate_folder, labels_of_dataset, read_summary
+from umamba.evaluation.images import read_label_map
 from umamba.evaluation.surface import surface_metrics
 from umamba.evaluation.tables import mean_per_case, values_per_case
 
@@ -225,6 +227,25 @@ def test_every_geometry_mismatch_is_listed_at_once(folders: tuple[Path, Path]) -
     write(predictions / "b.nii.gz", blocks())
     summary = evaluate_folder(predictions, references, [1], check_geometry=False)
     assert len(summary["metric_per_case"]) == 4
+
+
+@pytest.mark.parametrize("ending", [".nii", ".gipl"])
+def test_a_cut_file_that_is_not_compressed_is_named_too(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"a{ending}"
+    write(file, blocks())
+    assert np.array_equal(read_label_map(file)[0], blocks())
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"a\{ending}: is cut off or damaged \(bytes"):
+        read_label_map(file)
+
+
+def test_the_voxels_of_a_scaled_nifti_are_counted_in_the_files_bits(tmp_path: Path) -> None:
+    file = tmp_path / "a.nii"
+    write(file, blocks())
+    content = bytearray(file.read_bytes())
+    struct.pack_into("<f", content, 112, 2.0)  # scl_slope
+    file.write_bytes(content)
+    assert np.array_equal(read_label_map(file)[0], 2 * blocks())
 
 
 def test_a_cut_file_fails_alone_and_is_named(folders: tuple[Path, Path]) -> None:

@@ -66,11 +66,6 @@ def read_label_map(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     values that are not whole numbers.
     """
     geometry = read_geometry(file)
-    if geometry.n_components != 1:
-        raise ValueError(
-            f"{file}: has {geometry.n_components} values per voxel (a colour image?); "
-            "store the label map with one whole number per voxel"
-        )
     return _whole_numbers(_read(file), file), geometry.spacing
 
 
@@ -88,7 +83,7 @@ def rewrite_label_map(
     beside = source.with_suffix(".json")
     if source.suffix.lower() in (".tif", ".tiff") and beside.is_file():
         write_text(target.with_suffix(".json"), beside.read_text(encoding="utf-8"))
-    with replacing(target) as temporary, _errors_of(source):
+    with replacing(target) as temporary:
         SimpleITK.WriteImage(changed, str(temporary), useCompression=True)
 
 
@@ -123,6 +118,11 @@ def read_view(file: Path) -> View:
 
 
 def _whole_numbers(image: SimpleITK.Image, file: Path) -> np.ndarray:
+    if (n_components := image.GetNumberOfComponentsPerPixel()) != 1:
+        raise ValueError(
+            f"{file}: has {n_components} values per voxel (a colour image?); "
+            "store the label map with one whole number per voxel"
+        )
     labels = SimpleITK.GetArrayFromImage(image)
     if labels.dtype.kind != "f":
         return labels
@@ -133,24 +133,37 @@ def _whole_numbers(image: SimpleITK.Image, file: Path) -> np.ndarray:
 
 
 def _read(file: Path) -> SimpleITK.Image:
+    # SimpleITK fills what a cut file lacks without a word, in .gz, .nii and .gipl
     with _errors_of(file):
-        if file.name.endswith(".gz"):
-            # to its end, because SimpleITK fills what a cut file lacks without a word
+        with file.open("rb") as raw:
+            is_gzip = raw.read(2) == b"\x1f\x8b"
+        if is_gzip:
             with gzip.open(file) as stream:
                 while stream.read(1 << 22):
                     pass
-        return SimpleITK.ReadImage(str(file))
+        image = SimpleITK.ReadImage(str(file))
+        if not is_gzip and file.suffix.lower() in (".nii", ".gipl"):
+            n_header, n_bits = 256, 8 * image.GetSizeOfPixelComponent()
+            if image.HasMetaDataKey("bitpix"):  # of a NIfTI, whose scaled voxels become floats
+                n_header = int(float(image.GetMetaData("vox_offset")))
+                n_bits = int(image.GetMetaData("bitpix"))
+            if file.stat().st_size < n_header + image.GetNumberOfPixels() * n_bits // 8:
+                raise EOFError("bytes of its voxels are missing")
+        return image
 
 
 @contextmanager
 def _errors_of(file: Path) -> Iterator[None]:
     """Puts the file's name and the cure into what goes wrong with it."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; check the name and the folder")
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file}: is empty (0 bytes); write or copy it again")
     try:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; check the name and the folder")
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file}: is empty (0 bytes); write or copy it again")
         yield
+    except PermissionError as error:
+        message = f"{file}: may not be read by this user; change its permissions"
+        raise ValueError(message) from error
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{file}: cannot be read as an image ({last})") from error
