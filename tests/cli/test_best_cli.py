@@ -6,6 +6,7 @@ import json
 import pickle
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,45 @@ def test_a_candidate_without_all_cases_or_with_other_labels_is_left_out_with_the
     assert len(results.record()["candidates"]) == 1
 
 
+def leave_out_a_count(summary: dict) -> None:
+    del summary["metric_per_case"][0]["metrics"]["1"]["n_pred"]
+
+
+def leave_out_a_label(summary: dict) -> None:
+    del summary["metric_per_case"][0]["metrics"]["1"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(leave_out_a_count, "lacks 'n_pred' of a case"), (leave_out_a_label, "on other labels")],
+    ids=["a count", "a label"],
+)
+def test_a_summary_of_another_form_leaves_its_candidate_out(
+    results: Results, capsys: pytest.CaptureFixture[str], spoil: Callable, reason: str
+) -> None:
+    results.train("2d", 0.2)
+    file = results.train("3d_fullres", 0.1) / "fold_1" / "validation" / "summary.json"
+    summary = json.loads(file.read_text())
+    spoil(summary)
+    file.write_text(json.dumps(summary))
+    assert results.best() == 0
+    assert f"note: UMambaTrainer__tiny__3d_fullres: left out, {file.parent}" in (
+        printed := capsys.readouterr().out
+    )
+    assert reason in printed
+    assert len(results.record()["candidates"]) == 1
+
+
+def test_no_record_of_an_earlier_call_stays_beside_other_label_maps(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.train("2d", 0.2)
+    assert results.best() == 0
+    monkeypatch.setattr("umamba.cli.best._write_label_maps", lambda *_: 1 / 0)
+    assert results.best() == 1
+    assert not (results.home / "best.json").exists()
+
+
 def test_the_second_stage_of_a_cascade_is_predicted_after_the_first(
     results: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,6 +420,9 @@ def test_ensemble_command_averages_what_it_can_and_exits_with_3(
     assert main(words) == 3
     assert f"b: {folders[1] / 'b.npz'}: no such file" in capsys.readouterr().err
     assert main(["ensemble", str(folders[0]), "-o", str(tmp_path / "other")]) == 2
+    assert main([*words[:2], str(tmp_path / "nowhere"), "-o", str(tmp_path / "other")]) == 1
+    assert "nowhere: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
     assert main([*words[:3], "-o", str(folders[0])]) == 2
 
 
@@ -396,3 +439,16 @@ def test_postprocess_command_goes_on_past_a_bad_file_and_keeps_its_input(
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
     assert main([*words, str(folder)]) == 2
     assert "to keep the predictions" in capsys.readouterr().err
+
+
+def test_postprocess_command_names_the_files_where_none_can_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.nii.gz", "dataset.json"):
+        (tmp_path / "in" / name).write_text("{}")
+    rule = tmp_path / "rule.json"
+    rule.write_text('{"postprocessing_fns": [], "postprocessing_kwargs": []}')
+    words = ["postprocess", "-i", tmp_path / "in", "--postprocessing", rule, "-o", tmp_path / "out"]
+    assert main(list(map(str, words))) == 1
+    assert f"1 failed:\n  {tmp_path / 'in' / 'a.nii.gz'}: " in capsys.readouterr().err

@@ -11,7 +11,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from umamba.evaluation.postprocessing import MeasuredPieces
 
     Measure = Callable[[str, Mapping[str, Path]], dict[str, MeasuredPieces]]
-
-FEW_CASES = 5  # below, a bootstrap knows too little of the spread
+    Validate = Callable[[Path], str]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -41,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares, determines post-processing, writes best.json and prints what to do with it."""
     from umamba.evaluation import labels_of_dataset
-    from umamba.evaluation.candidates import find_models
+    from umamba.evaluation.candidates import choose_folds, find_models
     from umamba.evaluation.postprocessing import determine_postprocessing, measure_cases
 
     dataset, workspace = common.open_dataset(args)
@@ -54,23 +53,24 @@ def run(args: argparse.Namespace) -> int:
 
     def measure(title: str, predictions: Mapping[str, Path]) -> dict[str, MeasuredPieces]:
         pairs = {case: (file, references / f"{case}{ending}") for case, file in predictions.items()}
-        with _progress(title) as progress:
+        with common.progress_bar(title) as progress:
             return measure_cases(pairs, labels, ignore_label, args.threads, progress)
 
     named_dataset = shlex.quote(args.dataset)
     if args.workspace:
         named_dataset += f" --workspace {shlex.quote(args.workspace)}"
     found, notes = find_models(results, dataset.dataset_json)
-    models = _choose_models(found, notes, args)
-    folds = _choose_folds(models, args.folds, notes)
-    variants = _read_variants(models, folds, ending, notes, named_dataset)
+    folds, models, left_out = choose_folds(_choose_models(found, notes, args), args.folds)
+    notes += left_out
+    validate = partial(_validation_command, named_dataset, folds)
+    variants = _read_variants(models, folds, ending, notes, validate)
     with holding(results / "best", "finding the best"):
         # of equals, without mirroring, which is faster
         candidates = [max(of_one, key=lambda candidate: candidate.dice) for of_one in variants]
         pieces: dict[tuple[Path, ...], dict[str, MeasuredPieces]] = {}
         if not args.no_ensemble:
             for pair, measured in _average_pairs(
-                candidates, folds, results / "best", measure, labels, notes, named_dataset
+                candidates, folds, results / "best", measure, labels, notes, validate
             ):
                 pieces[pair.models] = measured
                 candidates.append(pair)
@@ -85,9 +85,11 @@ def run(args: argparse.Namespace) -> int:
         )
         groups, content = determine_postprocessing(measured, labels)
         _tell_postprocessing(groups, content)
+        record = results / "best.json"
+        record.unlink(missing_ok=True)  # what it says of the files below holds no longer
         file = _write_label_maps(results / "best", best, groups, content, args.threads)
         commands = _commands(best, folds, file if groups else None)
-        _write_record(results / "best.json", candidates, folds, comparison, content, commands)
+        _write_record(record, candidates, folds, comparison, content, commands)
         print("\nto predict with it:", *commands, sep="\n  ")
     return 0
 
@@ -111,48 +113,30 @@ def _choose_models(found: list[Path], notes: list[str], args: argparse.Namespace
     return found
 
 
-def _choose_folds(models: list[Path], asked: list[int] | None, notes: list[str]) -> list[int]:
-    """The folds to compare over; leaves out models that lack one that is asked for."""
-    from umamba.evaluation.candidates import validated_folds
-
-    there = {model: validated_folds(model) for model in models}
-    listing = "".join(f"\n  {model.name}: {sorted(folds)}" for model, folds in there.items())
-    if asked:
-        lacking = [model for model in models if set(asked) - there[model]]
-        for model in lacking:
-            models.remove(model)
-            notes.append(f"{model.name}: left out, its validated folds are {sorted(there[model])}")
-        if not models:
-            raise ValueError(f"no candidate has the validation of folds {sorted(asked)}:{listing}")
-        return sorted(set(asked))
-    shared = set.intersection(*there.values())
-    if not shared:
-        raise ValueError(f"no fold is validated by all candidates (choose with -c, -p):{listing}")
-    for model, folds in there.items():
-        if folds - shared:
-            notes.append(f"{model.name}: has folds {sorted(folds)}, others lack some of them")
-    return sorted(shared)
-
-
 def _read_variants(
-    models: list[Path], folds: list[int], ending: str, notes: list[str], dataset: str
+    models: list[Path], folds: list[int], ending: str, notes: list[str], validate: Validate
 ) -> list[list[Candidate]]:
     """Without and with mirroring, by model folder; all that have every case of the others."""
     from umamba.evaluation.candidates import read_candidates
 
-    found = [read_candidates(model, folds, ending) for model in models]
-    every = {case for variants in found for variant in variants for case in variant.predictions}
+    found = {}
+    for model in models:
+        try:
+            found[model] = read_candidates(model, folds, ending)
+        except ValueError as error:
+            notes.append(f"{model.name}: left out, {error}")
+    every = {c for variants in found.values() for variant in variants for c in variant.predictions}
     complete = []
-    for model, variants in zip(models, found, strict=True):
+    for model, variants in found.items():
         whole = [variant for variant in variants if every == variant.predictions.keys()]
         if len(whole) < len(variants) or not variants:
             missing = sorted(
                 every - min((v.predictions.keys() for v in variants), key=len, default=set())
             )
-            notes.append(
-                f"{model.name}: {'' if whole else 'left out, '}a validation lacks cases "
-                f"({', '.join(missing[:3])} ...): {_train_command(model, folds, dataset)} --val"
-            )
+            listing = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+            left_out = "" if whole else "left out, "
+            lacks = f"{left_out}a validation lacks cases ({listing})"
+            notes.append(f"{model.name}: {lacks}: {validate(model)}")
         if whole:
             complete.append(whole)
     if not complete:
@@ -167,7 +151,7 @@ def _average_pairs(
     measure: Measure,
     labels: Sequence[Any],
     notes: list[str],
-    dataset: str,
+    validate: Validate,
 ) -> Iterator[tuple[Candidate, dict[str, MeasuredPieces]]]:
     """Ensembles of two, as far as the probabilities of their validation are there."""
     from umamba.evaluation.candidates import Candidate, archives_of, is_mirrored
@@ -182,14 +166,14 @@ def _average_pairs(
         if cases <= found.keys():
             archives[model] = {case: found[case] for case in sorted(cases)}
         elif len(candidates) > 1:
-            command = f"{_train_command(model, folds, dataset)} --val --npz"
-            notes.append(f"{model.name}: in no ensemble, its probabilities are missing: {command}")
+            cure = f"{validate(model)} --npz"
+            notes.append(f"{model.name}: in no ensemble, its probabilities are missing: {cure}")
     for pair in combinations(archives, 2):
         names = [model.name for model in pair]
         output = folder / "___".join(names)
         files = {case: [archives[model][case] for model in pair] for case in archives[pair[0]]}
         plans, dataset_json = (read_json(pair[0] / f"{n}.json") for n in ("plans", "dataset"))
-        with _progress(f"averaging {' + '.join(names)}") as progress:
+        with common.progress_bar(f"averaging {' + '.join(names)}") as progress:
             failures = ensemble_cases(files, output, names, plans, dataset_json, progress)
         if failures:
             reasons = "; ".join(f"{f.identifier}: {f.reason}" for f in failures[:3])
@@ -205,6 +189,8 @@ def _tell_comparison(
     candidates: Sequence[Candidate], variants: Sequence[Sequence[Candidate]], folds: list[int]
 ) -> dict[str, Any] | None:
     """Prints the table, and whether the first two differ; returns that as a record."""
+    from umamba.evaluation.candidates import compare_candidates
+
     n_cases = len(candidates[0].predictions)
     kind = f"folds {', '.join(map(str, folds))}: {len(folds)} of nnU-Net's 5"
     if len(folds) == 1:
@@ -217,31 +203,15 @@ def _tell_comparison(
         print(f"{candidate.dice:9.4f}  {' / '.join(cells)}  {candidate.title}")
     of_best = by_models.get(candidates[0].models, ())
     if len(of_best) == 2:
-        told = _difference(*of_best)
+        told = compare_candidates(*of_best)
         print(f"\nmirroring changes the best by {told['text']}; without is up to 8 times faster")
     if len(candidates) == 1:
         return None
-    told = _difference(candidates[1], candidates[0])
+    told = compare_candidates(candidates[1], candidates[0])
     print(f"\nbest: {candidates[0].title}, against {candidates[1].title} {told['text']}")
     if told["indistinguishable"]:
         print(f"{told['n']} cases cannot tell the two apart: take the faster one, or add folds")
     return told
-
-
-def _difference(a: Candidate, b: Candidate) -> dict[str, Any]:
-    """b - a in mean Dice per case, with its interval."""
-    from umamba.evaluation.statistics import compare_paired
-    from umamba.evaluation.tables import mean_per_case
-
-    found = compare_paired(mean_per_case(a.summary), mean_per_case(b.summary), "mean Dice")
-    low, high = found.interval
-    return {
-        "difference": found.difference,
-        "interval": [low, high],
-        "n": found.n,
-        "indistinguishable": found.n < FEW_CASES or low <= 0 <= high,
-        "text": f"{found.difference:+.4f} per case (95 % of bootstraps: {low:+.4f} to {high:+.4f})",
-    }
 
 
 def _tell_postprocessing(groups: Sequence[Sequence[int]], content: Mapping[str, Any]) -> None:
@@ -268,7 +238,7 @@ def _write_label_maps(
     maps = folder / "label_maps"
     shutil.rmtree(maps, ignore_errors=True)
     files = {file: maps / file.name for file in best.predictions.values()}
-    with _progress("writing label maps") as progress:
+    with common.progress_bar("writing label maps") as progress:
         failures = postprocess_files(files, groups, n_threads, progress)
     if failures:
         raise ValueError(failures[0])
@@ -338,25 +308,12 @@ def _write_record(
     print(f"\nwritten: {file}; label maps and postprocessing.json in {file.with_suffix('')}")
 
 
-def _train_command(model: Path, folds: Sequence[int], dataset: str) -> str:
+def _validation_command(dataset: str, folds: Sequence[int], model: Path) -> str:
+    """What validates a model folder anew."""
     from umamba.evaluation.candidates import is_mirrored, name_parts
 
     trainer, plans, configuration = name_parts(model)
     fold = folds[0] if len(folds) == 1 else "FOLD"
     if is_mirrored(model):
-        return f"nnUNetv2_train DATASET {configuration} {fold} -p {plans} -tr {trainer}"
-    return f"umamba train {dataset} {configuration} {fold} -p {plans}"
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], object]]:
-    """A bar that is told how many are done of how many."""
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit="case", disable=None, leave=False) as bar:
-
-        def tell(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield tell
+        return f"nnUNetv2_train DATASET {configuration} {fold} -p {plans} -tr {trainer} --val"
+    return f"umamba train {dataset} {configuration} {fold} -p {plans} --val"

@@ -224,6 +224,20 @@ def set_threads(n_threads: int | None) -> None:
         torch.set_num_threads(n_threads)
 
 
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], object]]:
+    """A bar of cases on a terminal, gone at the end; yields what is told n done, n in all."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="case", disable=None, leave=False) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tell
+
+
 def tell_failures(failures: list[str], n_done: int) -> int:
     """Prints what failed, one line each; the exit code: 0 nothing, 3 some, 1 all that there was."""
     if not failures:

@@ -21,23 +21,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Averages all cases; returns 0, or 3 where some failed, or 1 where all did."""
-    from tqdm import tqdm
-
     from umamba.inference.ensemble import ensemble_folders
 
     if len({folder.resolve() for folder in args.folders}) < 2:
         raise common.UsageError("an ensemble has two members at least: give different folders")
     if args.output.resolve() in {folder.resolve() for folder in args.folders}:
         raise common.UsageError("-o is one of the members; give a folder of its own")
-    with (
-        holding(args.output, "averaging"),
-        tqdm(desc="averaging", unit="case", disable=None) as bar,
-    ):
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with holding(args.output, "averaging"), common.progress_bar("averaging") as progress:
         failures, n_cases = ensemble_folders(args.folders, args.output, progress)
     n_written = n_cases - len(failures)
     print(f"{n_written} of {n_cases} cases averaged -> {args.output}")

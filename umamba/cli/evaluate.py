@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from umamba.cli.common import UsageError, add_command
+from umamba.cli.common import UsageError, add_command, progress_bar
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 METRICS = ("Dice", "NSD", "HD95")
@@ -47,8 +47,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates and prints a table; 3 when some cases could not be read."""
-    from tqdm import tqdm
-
     from umamba.evaluation import evaluate_folder
 
     for folder in (args.predictions, args.references):
@@ -56,12 +54,7 @@ def run(args: argparse.Namespace) -> int:
             raise FileNotFoundError(f"{folder}: no such folder; give PRED and GT as two folders")
     labels, ignore_label, ending = _what_to_evaluate(args)
     output = args.output or args.predictions
-    with tqdm(desc="evaluating", unit="case", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("evaluating") as progress:
         summary = evaluate_folder(
             args.predictions,
             args.references,

@@ -25,9 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes all label maps; returns 0, or 3 where some failed, or 1 where all did."""
-    from tqdm import tqdm
-
     from umamba.evaluation.postprocessing import postprocess_files, read_postprocessing
+    from umamba.files import replacing
 
     groups = read_postprocessing(args.postprocessing)
     if not args.input.is_dir():
@@ -38,11 +37,12 @@ def run(args: argparse.Namespace) -> int:
     files = {file: args.output / file.name for file in found if not file.name.startswith(".")}
     if not files:
         raise ValueError(f"{args.input} holds no label maps ({', '.join(ENDINGS)})")
-    with tqdm(total=len(files), desc="post-processing", unit="case", disable=None) as bar:
-        failures = postprocess_files(files, groups, args.threads, lambda *_: bar.update())
-    for name in ("dataset.json", "plans.json"):  # umamba evaluate reads the labels there
-        if (args.input / name).is_file():
-            shutil.copy(args.input / name, args.output / name)
+    with common.progress_bar("post-processing") as progress:
+        failures = postprocess_files(files, groups, args.threads, progress)
     n_written = len(files) - len(failures)
+    for name in ("dataset.json", "plans.json"):  # umamba evaluate reads the labels there
+        if n_written and (args.input / name).is_file():
+            with replacing(args.output / name) as temporary:
+                shutil.copy(args.input / name, temporary)
     print(f"{n_written} of {len(files)} label maps post-processed -> {args.output}")
     return common.tell_failures(failures, n_written)

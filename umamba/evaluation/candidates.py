@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umamba.evaluation.tables import case_of, read_summary, summarize
+from umamba.evaluation.statistics import compare_paired
+from umamba.evaluation.tables import case_of, mean_per_case, read_summary, summarize
 
 _PLAIN, _MIRRORED = "validation", "validation_mirrored"  # as umamba train writes them
 _OWN_TRAINER = "UMambaTrainer"
+_FEW_CASES = 5  # below, a bootstrap knows too little of the spread
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,30 @@ def validated_folds(model: Path, variants: Collection[str] = (_PLAIN, _MIRRORED)
     return {int(name) for name in names if name.isdigit()}
 
 
+def choose_folds(
+    models: Sequence[Path], asked: Sequence[int] | None
+) -> tuple[list[int], list[Path], list[str]]:
+    """Returns the folds to compare over, the models that have them, and what is left out.
+
+    asked: folds, by default those that all models have. Raises ValueError where there is none.
+    """
+    there = {model: validated_folds(model) for model in models}
+    listing = "".join(f"\n  {model.name}: {sorted(folds)}" for model, folds in there.items())
+    folds = sorted(set(asked or set.intersection(*there.values())))
+    if not folds:
+        raise ValueError(f"no fold is validated by all candidates (choose with -c, -p):{listing}")
+    chosen = [model for model in models if there[model].issuperset(folds)]
+    if not chosen:
+        raise ValueError(f"no candidate has the validation of folds {folds}:{listing}")
+    notes = []
+    for model, found in there.items():
+        if model not in chosen:
+            notes.append(f"{model.name}: left out, its validated folds are {sorted(found)}")
+        elif not asked and found - set(folds):
+            notes.append(f"{model.name}: has folds {sorted(found)}, others lack some of them")
+    return folds, chosen, notes
+
+
 def read_candidates(model: Path, folds: Sequence[int], file_ending: str) -> list[Candidate]:
     """Returns the validation of a model folder without and with mirroring, as far as it is there.
 
@@ -89,14 +115,12 @@ def read_candidates(model: Path, folds: Sequence[int], file_ending: str) -> list
         for fold in folds:
             folder = model / f"fold_{fold}" / variant
             for entry in read_summary(folder / "summary.json")["metric_per_case"]:
-                case = case_of(entry)
+                case, metrics = case_of(entry), _overlap_of(entry, folder)
                 if case in predictions:
                     raise ValueError(f"{folder}: case {case} is in the validation of two folds")
+                if entries and metrics.keys() != entries[0]["metrics"].keys():
+                    raise ValueError(f"{folder}: case {case} was evaluated on other labels; --val")
                 predictions[case] = folder / f"{case}{file_ending}"
-                metrics = {
-                    label: {name: values[name] for name in ("Dice", "n_pred", "n_ref")}
-                    for label, values in entry["metrics"].items()
-                }
                 entries.append({"case": case, "metrics": metrics})
         if not entries:
             raise ValueError(f"{model}: the validation of fold {folds} has no case")
@@ -115,3 +139,29 @@ def archives_of(model: Path, folds: Sequence[int]) -> dict[str, Path]:
 def is_mirrored(model: Path, variant: str = _PLAIN) -> bool:
     """Whether a validation is with mirroring; nnU-Net's own trainers have one, and it is."""
     return variant == _MIRRORED or name_parts(model)[0] != _OWN_TRAINER
+
+
+def compare_candidates(a: Candidate, b: Candidate) -> dict[str, Any]:
+    """Returns b - a in mean Dice per case, its interval, and whether the cases tell them apart."""
+    found = compare_paired(mean_per_case(a.summary), mean_per_case(b.summary), "mean Dice")
+    low, high = found.interval
+    return {
+        "difference": found.difference,
+        "interval": [low, high],
+        "n": found.n,
+        "indistinguishable": found.n < _FEW_CASES or low <= 0 <= high,
+        "text": f"{found.difference:+.4f} per case (95 % of bootstraps: {low:+.4f} to {high:+.4f})",
+    }
+
+
+def _overlap_of(entry: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns Dice, n_pred and n_ref of each label; raises ValueError naming the folder."""
+    names = ("Dice", "n_pred", "n_ref")
+    try:
+        return {
+            label: {name: values[name] for name in names}
+            for label, values in entry["metrics"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        message = f"{folder / 'summary.json'}: lacks {error} of a case; validate again (--val)"
+        raise ValueError(message) from error
