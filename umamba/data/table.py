@@ -32,10 +32,8 @@ def format_summary(summary: dict[str, Any]) -> str:
             row += [f"{mm3:.0f}" if mm3 >= 100 else f"{mm3:.3g}"]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     lines += ["", *_align(rows)]
-    lines.append(
-        "  components: voxels of a label that touch; per case: in the median case that has"
-    )
-    lines.append("  the label; sizes, over all cases: in voxels")
+    text = "components: touching voxels of a label; per case: median of the cases that show it;"
+    lines += [f"  {text}", "  smallest, median, largest: their sizes over all cases, in voxels"]
     return "\n".join(lines)
 
 
