@@ -244,7 +244,8 @@ def _add_no_images(folder: Path, ending: str, faults: Faults) -> None:
 
 def _explicit_cases(folder: Path, entries: Any) -> tuple[dict[str, CaseFiles], Faults]:
     cases, faults = {}, Faults()
-    for identifier, entry in entries.items() if isinstance(entries, dict) else [("any case", None)]:
+    by_case: dict[str, Any] = entries if isinstance(entries, dict) else {"any case": None}
+    for identifier, entry in by_case.items():
         try:
             images = [_expand(folder, name) for name in entry["images"]]
             label = _expand(folder, entry["label"])
