@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them, however it ends."""
+"""How many processors there are to use, and worker processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 CHECK_EVERY = 0.5  # seconds
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def die_with_parent() -> None:

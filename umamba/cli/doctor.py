@@ -118,14 +118,13 @@ def _hardware() -> dict[str, Any]:
 
     from umamba.memory import available_memory
     from umamba.planning.footprint import GIB
+    from umamba.processes import count_cores
 
     every = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.cuda.get_device_properties(index) for index in range(every)]
     return {
         "machine": platform.machine(),
-        "cpu_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu_cores": count_cores(),
         "torch_threads": torch.get_num_threads(),
         "ram_available_gb": round(available_memory() / GIB, 1),
         "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GIB, 1)} for gpu in gpus],

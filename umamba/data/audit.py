@@ -38,6 +38,7 @@ from umamba.data.layout import (
 from umamba.data.links import read_state
 from umamba.data.remembered import AuditMemory
 from umamba.data.summary import summarize
+from umamba.processes import count_cores
 
 OnCase = Callable[[str, list[ImageContent], ImageContent | None], None]
 SECONDS_BETWEEN = 30.0  # writing down what was found, so that a killed audit goes on from there
@@ -118,7 +119,7 @@ def audit_dataset(
         return inspect_case(everything[name], setup, shown, give)
 
     todo = [name for name in everything if name not in findings]
-    read = _inspect_all(todo, inspect, n_workers or default_workers(), remembered)
+    read = _inspect_all(todo, inspect, n_workers or min(count_cores(), 8), remembered)
     hidden = not progress or not todo
     findings |= tqdm(read, f"Checking {raw.name}", len(todo), disable=hidden, unit="case")
     of_cases = [findings[name] for name in cases]
@@ -196,13 +197,6 @@ def check_images(
     with ThreadPoolExecutor(2) as pool:
         found = zip(files_per_case, pool.map(faults_of, files_per_case), strict=True)
         return {case: faults for case, faults in found if faults}
-
-
-def default_workers() -> int:
-    """Return a thread per core this process may use, at most 8."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return min(8, n_cores)
 
 
 def _shown_names(raw: RawDataset) -> Callable[[Path], str]:

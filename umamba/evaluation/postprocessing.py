@@ -15,8 +15,8 @@ from scipy import ndimage, sparse
 
 from umamba.evaluation.images import read_label_map, rewrite_label_map
 from umamba.evaluation.overlap import Label, label_box, label_mask, label_values
-from umamba.evaluation.summary import count_cores
 from umamba.evaluation.tables import summarize
+from umamba.processes import count_cores
 
 Group = tuple[int, ...]
 _NNUNET_FUNCTION = "remove_all_but_largest_component_from_segmentation"

@@ -3,7 +3,6 @@
 import logging
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -16,6 +15,7 @@ from umamba.evaluation.images import read_geometry, read_label_map
 from umamba.evaluation.overlap import Label, compare_labels, label_values
 from umamba.evaluation.surface import surface_metrics
 from umamba.evaluation.tables import summarize, write_summary
+from umamba.processes import count_cores
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def evaluate_folder(
     one_empty_hd95: str = "exclude",
     voxel_count_nsd: bool = False,
     check_geometry: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Compares predictions with references case by case, writes and returns the summary.
 
@@ -115,11 +115,6 @@ def labels_of_dataset(dataset_json: Mapping[str, Any]) -> tuple[dict[str, Label]
     if not named:
         raise ValueError("dataset.json names no label but the background; add those to evaluate")
     return named, None if ignore is None else int(ignore)
-
-
-def count_cores() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 
 
 def _run_all(

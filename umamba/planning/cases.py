@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from umamba.planning.plans import digest, read_json
 from umamba.preprocessing.reading import Kept
-from umamba.processes import worker_pool
+from umamba.processes import count_cores, worker_pool
 
 Cases = dict[str, dict[str, Any]]
 
@@ -96,13 +96,6 @@ def default_workers(dataset_name: str) -> int:
     _, cases = read_dataset(dataset_name)
     n_bytes = sum(size for facts in case_facts(cases).values() for _, size, _ in facts)
     return max(1, min(count_cores(), 8, n_bytes // 200_000_000))
-
-
-def count_cores() -> int:
-    """Returns how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def count_threads(cases: Cases) -> int:

@@ -14,6 +14,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import cleanup_ddp, find_free_network_port, setup_ddp
 from torch.backends import cudnn
 
+from umamba.processes import count_cores
 from umamba.training.checkpoints import BEST
 from umamba.training.trainer import UMambaTrainer
 
@@ -45,8 +46,7 @@ class TrainingRun:
 def train_fold(run: TrainingRun) -> Path:
     """Trains and validates; returns the fold's folder. nnU-Net's variables must be set."""
     # Loading and augmenting take all cores but one, 12 at most (nnU-Net's usual number).
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    n_loaders = max(1, min((cores or 1) - 1, 12))
+    n_loaders = max(1, min(count_cores() - 1, 12))
     os.environ.setdefault("nnUNet_n_proc_DA", str(n_loaders))
     if run.n_gpus > 1:
         if not run.device.startswith("cuda"):
