@@ -91,6 +91,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=4) + "\n")
 
 
+def printable(path: Path | str) -> str:
+    """Return a path as text; bytes in it that are not UTF-8, which no encoder takes, become `?`."""
+    return str(path).encode("utf-8", "replace").decode()
+
+
 def describe_error(error: OSError) -> str:
     """Return one sentence for an error of the system, naming the file where it is known."""
     if error.errno is None or error.strerror is None:

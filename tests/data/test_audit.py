@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -290,6 +293,26 @@ def test_an_image_and_a_label_named_in_other_bytes_of_the_same_letters_are_told(
     cures = {Path(fault.file).name: fault.cure for fault in audit(source).faults}
     assert cures.keys() == {f"{one}.nii.gz", f"{two}.nii.gz"}
     assert "the same name in other bytes" in cures[f"{one}.nii.gz"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such a name")
+def test_names_that_are_not_utf8_are_faults_and_do_not_end_the_process(tmp_path):
+    source = make_nnunet(tmp_path / "Dataset123_Knee")
+    for name in (b"imagesTr/a1_0000.nii.gz", b"labelsTr/a1.nii.gz"):
+        path = os.path.join(os.fsencode(source), name)
+        os.rename(path, path.replace(b"a1", b"M\xfcller"))
+    code = "import sys; from umamba.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = ["audit", str(source), "--workspace", "W"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 1, done.stderr
+    assert "2 faults in" in done.stdout
+    for name in ("imagesTr/M?ller_0000.nii.gz ", "labelsTr/M?ller.nii.gz "):
+        assert f"  {name}" in done.stdout
 
 
 def test_constant_images_are_no_duplicates_of_each_other(tmp_path):

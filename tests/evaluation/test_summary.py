@@ -239,6 +239,11 @@ def test_a_cut_file_that_is_not_compressed_is_named_too(tmp_path: Path, ending: 
         read_label_map(file)
 
 
+def test_a_name_that_is_not_utf8_is_refused_before_it_ends_the_process(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"M\?ller\.nii\.gz: is not a name in UTF-8"):
+        read_label_map(tmp_path / "M\udcfcller.nii.gz")
+
+
 def test_the_voxels_of_a_scaled_nifti_are_counted_in_the_files_bits(tmp_path: Path) -> None:
     file = tmp_path / "a.nii"
     write(file, blocks())

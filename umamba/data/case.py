@@ -21,6 +21,7 @@ from umamba.data.images import (
     read_image,
 )
 from umamba.data.layout import CaseFiles
+from umamba.files import printable
 
 SPACING_TOLERANCE = 1e-3  # relative
 FAULT_OFFSET, WARNING_OFFSET = 0.5, 1e-2  # of a voxel, at the worst corner
@@ -114,7 +115,7 @@ def inspect_case(
             return read_image(path, setup.use_nibabel, is_label)
         except UnreadableImageError as error:
             fault = error.fault
-            file = shown(path) if fault.file == str(path) else fault.file
+            file = shown(path) if fault.file == printable(path) else fault.file
             found.faults.add(file, fault.what, fault.cure)
             return None
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from umamba.files import printable
+
 REPLACE = "replace it by a whole copy, or remove the case"
 
 
@@ -26,7 +28,7 @@ class Faults(list[Fault]):
 
     def add(self, file: Path | str, what: str, cure: str) -> None:
         """Append a Fault."""
-        self.append(Fault(str(file), what, cure))
+        self.append(Fault(printable(file), what, cure))
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class UnreadableImageError(ValueError):
     """An image file that nnU-Net could not read, or would read wrongly; `fault` says why."""
 
     def __init__(self, file: Path, what: str, cure: str = REPLACE) -> None:
-        self.fault = Fault(str(file), what, cure)
+        self.fault = Fault(printable(file), what, cure)
         super().__init__(str(self.fault))
 
 

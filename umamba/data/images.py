@@ -24,6 +24,7 @@ import numpy as np
 import SimpleITK
 
 from umamba.data.faults import UnreadableImageError
+from umamba.files import printable
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tiff", ".tif")
 NATURAL_ENDINGS = (".png", ".bmp", ".tif")
@@ -96,6 +97,9 @@ def read_image(path: Path, nibabel_geometry: bool = False, is_label: bool = Fals
     if not ending:
         cure = f"convert it to {', '.join(FILE_ENDINGS)}"
         raise UnreadableImageError(path, "has a file ending that nnU-Net cannot read", cure)
+    if printable(path) != str(path):  # of which SimpleITK ends the process
+        what = "has a name, or lies in a folder with a name, that is not UTF-8"
+        raise UnreadableImageError(path, what, "rename it, for instance with convmv")
     try:
         if path.stat().st_size == 0:
             raise UnreadableImageError(path, "is empty (0 bytes)")

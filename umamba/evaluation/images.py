@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 
-from umamba.files import replacing, write_text
+from umamba.files import printable, replacing, write_text
 
 _NATURAL_ENDINGS = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -49,8 +49,8 @@ class Geometry:
 def read_geometry(file: Path) -> Geometry:
     """Reads the header alone. Raises FileNotFoundError or ValueError naming the file."""
     reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(file))
     with _errors_of(file):
+        reader.SetFileName(str(file))
         reader.ReadImageInformation()
     shape, n_components = tuple(reader.GetSize()[::-1]), reader.GetNumberOfComponents()
     if file.suffix.lower() in _NATURAL_ENDINGS:
@@ -155,6 +155,8 @@ def _read(file: Path) -> SimpleITK.Image:
 @contextmanager
 def _errors_of(file: Path) -> Iterator[None]:
     """Puts the file's name and the cure into what goes wrong with it."""
+    if printable(file) != str(file):  # of which SimpleITK ends the process
+        raise ValueError(f"{printable(file)}: is not a name in UTF-8; rename it")
     try:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; check the name and the folder")
