@@ -6,7 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_makers import make_image, make_nnunet, open_raw, write_dataset_json, write_volume
+from dataset_makers import (
+    make_image,
+    make_label,
+    make_nnunet,
+    open_raw,
+    write_dataset_json,
+    write_picture,
+    write_volume,
+)
 
 from umamba.data.audit import AuditReport, audit_dataset
 from umamba.data.faults import Fault
@@ -63,6 +71,24 @@ def test_scanners_that_differ_tenfold_are_usual_and_a_hundredfold_is_not(tmp_pat
     assert "times more" in warnings[0].what
     write_images(source, [1, 1, 0.01, 1, 1, 1, 1, 1])
     assert "times less" in audit(source).warnings[0].what
+
+
+def test_channels_without_a_span_do_not_hide_what_is_unusual(tmp_path):
+    source, rng = tmp_path / "Dataset124_Cells", np.random.default_rng(0)
+    for i in range(7):
+        pixels = rng.integers(0, 255, (30, 30, 4), dtype=np.uint8)
+        if i < 2:
+            pixels[..., 3] = 255
+        if i == 6:
+            pixels[..., 3] = pixels[..., 3] // 100
+            pixels[4, 5, 3] = 255
+        write_picture(source / "imagesTr" / f"c{i}_0000.png", pixels)
+        write_picture(source / "labelsTr" / f"c{i}.png", make_label(shape=(30, 30)))
+    names = {str(i): color for i, color in enumerate("RGBA")}
+    write_dataset_json(source, 7, channel_names=names, file_ending=".png")
+    warnings = audit(source).warnings
+    assert {Path(w.file).name for w in warnings} == {"c6_0000.png"}
+    assert "far above the others" in warnings[-1].what
 
 
 def test_few_cases_make_no_habit(tmp_path):

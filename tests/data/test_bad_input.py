@@ -147,7 +147,7 @@ WARNINGS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "is cut short",
     ),
     "intensities of another unit": (
-        IMAGE, lambda p: write_volume(p, make_image(10) * 1e4), "where",
+        IMAGE, lambda p: write_volume(p, make_image(10) * 1e4), " times more)",
     ),
     "one absurd voxel": (
         IMAGE, lambda p: write_volume(p, spoil(make_image(10), 1e7)), "is far above the others",

@@ -55,6 +55,7 @@ def check_intensities(cases: Sequence[Findings], channel_names: Sequence[str], t
     """
     for channel, channel_name in enumerate(channel_names):
         rows = [row for found in cases if (row := found.intensities.get(channel))]
+        rows = [row for row in rows if row[4] > row[1]]  # not the alpha of a picture, say
         if len(rows) < FEWEST:
             continue
         names = [row[0] for row in rows]
