@@ -10,7 +10,16 @@ import nibabel
 import numpy as np
 import SimpleITK
 
-from umamba.data.images import NIFTI, PIXELS, READ_ERRORS, TIFF, ending_of, read_image, read_pixels
+from umamba.data.images import (
+    NIFTI,
+    PIXELS,
+    READ_ERRORS,
+    TIFF,
+    ending_of,
+    gunzip,
+    read_image,
+    read_pixels,
+)
 from umamba.data.links import LinkedFolder
 
 
@@ -29,7 +38,7 @@ def convert_format(source: Path, target: Path) -> None:
     endings = {ending_of(source), ending_of(target)}
     if endings <= set(NIFTI):
         data = source.read_bytes()
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        data = gunzip(source, data)
         is_plain = ending_of(target) == ".nii"
         target.write_bytes(data if is_plain else gzip.compress(data, 1, mtime=0))
     elif endings <= set(PIXELS):
@@ -60,6 +69,8 @@ def _split_channel(source: Path, target: Path, channel: int) -> None:
     """Write one channel (last axis) of a 4D NIfTI as 3D NIfTI; NaN and Inf stay as they are."""
     image = nibabel.load(source)
     assert isinstance(image, nibabel.Nifti1Image | nibabel.Nifti2Image)
+    # whole, since nibabel itself reads neither to the end nor the checksum
+    image = type(image).from_bytes(gunzip(source, source.read_bytes()))
     piece = image.slicer[..., channel]
     if np.asanyarray(piece.dataobj).dtype.kind == "f":  # scaled integers would be rounded again
         piece.set_data_dtype(np.float32)

@@ -16,7 +16,7 @@ import SimpleITK
 
 from umamba.data.dataset import RawDataset
 from umamba.data.faults import Repair
-from umamba.data.images import NIFTI, ending_of, read_image
+from umamba.data.images import NIFTI, ending_of, gunzip, read_image
 from umamba.data.layout import list_cases, list_files
 from umamba.data.links import link_file
 from umamba.files import replacing, write_json
@@ -140,9 +140,7 @@ def _write_nifti(
 
 def _read_nifti(path: Path) -> tuple[bytes, Any]:
     """Return the decompressed file and its header, in the file's own byte order."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+    data = gunzip(path, path.read_bytes())
     is_v2 = 540 in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big"))
     kind: Any = nibabel.Nifti2Header if is_v2 else nibabel.Nifti1Header
     return data, kind(data[: 540 if is_v2 else 348])

@@ -126,7 +126,7 @@ def read_image(path: Path, nibabel_geometry: bool = False, is_label: bool = Fals
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             what, cure = "is a link that leads in a circle", "restore the file"
             raise UnreadableImageError(path, what, cure) from None
-        raise UnreadableImageError(path, f"cannot be read ({_last_line(error)})") from error
+        raise UnreadableImageError(path, f"cannot be read ({last_line(error)})") from error
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -174,9 +174,7 @@ def _count(values: np.ndarray) -> dict[float, int]:
 
 
 def _read_nifti(path: Path, nibabel_geometry: bool) -> ImageContent:
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = _gunzip(path, data)
+    data = gunzip(path, path.read_bytes())
     is_v2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
     header_class: Any = nibabel.Nifti2Header if is_v2 else nibabel.Nifti1Header
     n_header = 540 if is_v2 else 348
@@ -187,7 +185,7 @@ def _read_nifti(path: Path, nibabel_geometry: bool) -> ImageContent:
         dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
         slope, intercept = header.get_slope_inter()
     except Exception as error:  # nibabel's own types share no base class but Exception
-        what = f"has a broken NIfTI header ({_last_line(error)})"
+        what = f"has a broken NIfTI header ({last_line(error)})"
         raise UnreadableImageError(path, what) from error
     shape = tuple(int(n) for n in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:
@@ -212,8 +210,13 @@ def _read_nifti(path: Path, nibabel_geometry: bool) -> ImageContent:
     return ImageContent(*_as_3d(array, spacing), affine, slope, intercept)
 
 
-def _gunzip(path: Path, data: bytes) -> bytes:
-    """Decompress every member and insist on the end mark and checksum that SimpleITK ignores."""
+def gunzip(path: Path, data: bytes) -> bytes:
+    """Return the bytes of a file, decompressed if they are gzip's.
+
+    Insists on the end mark and checksum of every member, which SimpleITK ignores.
+    """
+    if data[:2] != b"\x1f\x8b":
+        return data
     pieces = []
     while data[:2] == b"\x1f\x8b":
         member = zlib.decompressobj(wbits=31)
@@ -235,7 +238,7 @@ def _itk_geometry(path: Path) -> tuple[tuple[float, ...], np.ndarray]:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        what, cure = _last_line(error), "save it again with a valid header"
+        what, cure = last_line(error), "save it again with a valid header"
         if "orthonormal" in str(error):
             what = "its direction vectors are not orthonormal"
             cure = (
@@ -368,7 +371,7 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
         raise UnreadableImageError(path, what, cure)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """Return the last line of an error's message, which names the cause."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip()[:160] if lines else type(error).__name__

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from umamba.data.faults import Faults
-from umamba.files import replacing, write_json
+from umamba.data.faults import REPLACE, Fault, Faults, UnreadableImageError
+from umamba.data.images import last_line
+from umamba.files import OutputError, printable, replacing, write_json
 
 STATE = "umamba_source.json"
 
@@ -55,18 +56,35 @@ class LinkedFolder:
             self._jobs[name] = make
 
     def finish(self, dataset_json: dict[str, Any]) -> None:
-        """Carry out what is due, remove what no longer belongs here, write dataset.json."""
+        """Carry out what is due, remove what no longer belongs here, write dataset.json.
+
+        A file that cannot be made, since its source is damaged, is a fault and is not there.
+        """
         for name in self._known.keys() - self._entries.keys():
             (self.folder / name).unlink(missing_ok=True)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(self._make, self._jobs))
+            failures = pool.map(self._make, self._jobs)
+            self.faults += dict.fromkeys(fault for fault in failures if fault)
         write_json(self.folder / "dataset.json", dataset_json)
         state = {"source": str(self.source), "memory": self.memory, "entries": self._entries}
         write_json(self.folder / STATE, state)
 
-    def _make(self, name: str) -> None:
-        with replacing(self.folder / name) as temporary:
-            self._jobs[name](temporary)
+    def _make(self, name: str) -> Fault | None:
+        """Make one file; return what is wrong with its source."""
+        try:
+            with replacing(self.folder / name) as temporary:
+                self._jobs[name](temporary)
+            return None
+        except OutputError:
+            raise
+        except UnreadableImageError as error:
+            fault = error.fault
+        except Exception as error:  # a decoder raises anything on bytes it does not understand
+            source = printable(self._entries[name][0])
+            fault = Fault(source, f"cannot be read ({last_line(error)})", REPLACE)
+        (self.folder / name).unlink(missing_ok=True)  # of an earlier state of the source
+        del self._entries[name]
+        return fault
 
 
 def read_state(folder: Path) -> dict[str, Any]:
