@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -57,13 +58,14 @@ def build_library(target: Path) -> None:
             file=sys.stderr,
         )
         return
+    digest = runpy.run_path(str(SOURCES.with_name("sources.py")))["digest_sources"](SOURCES)
     x86 = platform.machine() in ("x86_64", "AMD64")
     variants = INSTRUCTION_SETS if x86 else {"kernels_base": []}
     with tempfile.TemporaryDirectory() as folder:
         objects = []
         for source, name, extra in (
             ("threads.c", "threads", []),
-            ("api.c", "api", []),
+            ("api.c", "api", [f'-DUMAMBA_SOURCES="{digest}"']),
             *(("kernels.c", name, [*f, f"-DKERNELS={name}"]) for name, f in variants.items()),
         ):
             objects.append(str(Path(folder) / f"{name}.o"))

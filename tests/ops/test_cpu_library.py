@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from scan_cases import OPTIONS, make_inputs
 from torch import Tensor
 
 from umamba.ops import cpu, layout
+from umamba.ops.sources import digest_sources
 from umamba.ops.walks import sequence_walk
 
 REASON = cpu.why_unavailable()
@@ -398,3 +400,16 @@ def wait_for(child: int, seconds: float) -> int | None:
     os.kill(child, 9)
     os.waitpid(child, 0)
     return None
+
+
+def test_a_library_of_other_sources_is_not_called(monkeypatch, tmp_path):
+    """The fields of a call may have changed since: it would answer with wrong numbers."""
+    changed = tmp_path / "csrc"
+    shutil.copytree(cpu.LIBRARY.with_name("csrc"), changed)
+    assert digest_sources(changed) == digest_sources(cpu.LIBRARY.with_name("csrc"))
+    with (changed / "umamba.h").open("a") as header:
+        header.write("/* another field */\n")
+    monkeypatch.setattr(cpu, "digest_sources", lambda folder: digest_sources(changed))
+    library, reason, _ = cpu._load.__wrapped__()
+    assert library is None
+    assert "other sources" in str(reason) and "pip install" in str(reason)

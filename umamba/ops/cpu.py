@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from umamba.ops.layout import CHUNK, empty_matrix, empty_walked
+from umamba.ops.sources import digest_sources
 from umamba.ops.walks import WALK
 
 TAKES_WALKS = True
@@ -228,6 +229,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str | None]:
     except OSError as error:
         reason = f"{LIBRARY.name} cannot be loaded ({error}): install umamba again on this machine"
         return None, reason, None
+    sources = LIBRARY.with_name("csrc")
+    built_of = getattr(library, "umamba_sources", None)
+    if built_of is not None:
+        built_of.restype = ctypes.c_char_p
+    if built_of is None or built_of().decode() != digest_sources(sources):
+        cure = "run `pip install` on umamba again"
+        return None, f"the C library was built of other sources than are there now: {cure}", None
     library.umamba_select.restype = ctypes.c_char_p
     wanted = os.environ.get("UMAMBA_CPU_ISA", "")
     chosen = library.umamba_select(wanted.encode())

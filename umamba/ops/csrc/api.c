@@ -42,6 +42,9 @@ static const struct {
 } choices[] = {{"base", &kernels_base, has_base}};
 #endif
 
+/* A digest of the sources: a library that is older than they are must not be called. */
+EXPORT const char *umamba_sources(void) { return UMAMBA_SOURCES; }
+
 /* Takes the named instruction set, or the best one for an empty name; returns its name, or NULL. */
 EXPORT const char *umamba_select(const char *name) {
 #if defined(__x86_64__)
