@@ -37,6 +37,15 @@ def test_tiles_are_weighted_and_summed(monkeypatch, compiled, n_held, order):
     torch.testing.assert_close(total, expected)
 
 
+def test_half_sums_are_rounded_as_nnunets():
+    total, tile = torch.randn(2, 3, 4, 50).half(), torch.randn(2, 3, 4, 50).half()
+    weight = torch.rand(3, 4, 50).half()
+    expected = total.clone()
+    expected += tile.clone().mul_(weight)
+    add_tile(total, tile, weight, 50)
+    assert torch.equal(total, expected)
+
+
 SHAPES = {
     "larger": ((3, 5, 7), (8, 71, 19)),
     "smaller": ((9, 11, 13), (4, 5, 6)),

@@ -52,9 +52,9 @@ def add_tile(total: Tensor, tile: Tensor, weight: Tensor, n_held: int) -> None:
     total (K, z, y, x), tile (K, z, y, x) of any strides, weight (z, y, x).
     """
     if not _usable(total, tile, weight) or total.stride(3) != 1 or weight.stride(2) != 1:
-        if tile.dtype == total.dtype:
+        if total.dtype == tile.dtype == torch.float32:
             total[..., :n_held].addcmul_(tile[..., :n_held], weight[..., :n_held])
-        else:
+        else:  # products of half precision are rounded before they are added, as nnU-Net's are
             total[..., :n_held] += tile[..., :n_held] * weight[..., :n_held]
         torch.mul(tile[..., n_held:], weight[..., n_held:], out=total[..., n_held:])
         return
