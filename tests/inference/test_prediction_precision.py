@@ -87,7 +87,7 @@ def test_each_fold_computes_with_its_own_weights(tmp_path):
     alone = []
     # without inference mode, where newer versions of torch keep no cast weights
     with torch.no_grad(), weights.in_turn() as use:
-        ((_, mean),) = mean_tiles(predictor, use, 2)(tiles)
+        ((_, mean),) = mean_tiles(predictor, use, 2, predictor.autocast)(tiles)
         for fold in (0, 1):
             use(fold)
             with predictor.autocast():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -12,9 +11,6 @@ from torch import nn
 
 from umamba.inference.sliding_window import predict_mirrored, tiles_per_batch
 from umamba.inference.streaming import Predict
-
-if TYPE_CHECKING:
-    from umamba.inference.predictor import UMambaPredictor
 
 
 class FoldWeights:
@@ -72,8 +68,13 @@ def exact_tiles(predictor: nnUNetPredictor, use: Callable[[int], object], n_fold
     return predict
 
 
-def mean_tiles(predictor: UMambaPredictor, use: Callable[[int], object], n_folds: int) -> Predict:
-    """The float32 mean of the folds and of mirrored passes."""
+def mean_tiles(
+    predictor: nnUNetPredictor,
+    use: Callable[[int], object],
+    n_folds: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Predict:
+    """The float32 mean of the folds and of mirrored passes; `autocast` makes the region of each."""
     manager = predictor.configuration_manager
     axes = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
     max_batch = tiles_per_batch(manager.patch_size, manager.batch_size, predictor.device)
@@ -83,7 +84,7 @@ def mean_tiles(predictor: UMambaPredictor, use: Callable[[int], object], n_folds
         for fold in range(n_folds):
             use(fold)
             # one region for each: older versions of torch keep the cast weights of the first
-            with predictor.autocast():
+            with autocast():
                 found = predict_mirrored(predictor.network, tiles, axes, max_batch)
             total = found if total is None else total.add_(found)
             del found

@@ -301,7 +301,9 @@ class UMambaPredictor(nnUNetPredictor):
                     self._fold_weights = FoldWeights(self.network, self.list_of_parameters)
                 use = stack.enter_context(self._fold_weights.in_turn())
             yield from stream_windows(
-                (exact_tiles if exact else mean_tiles)(self, use, n_folds),
+                exact_tiles(self, use, n_folds)
+                if exact
+                else mean_tiles(self, use, n_folds, self.autocast),
                 data.cpu(),
                 windows,
                 weight,
