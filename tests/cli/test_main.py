@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -75,6 +76,34 @@ def test_a_reader_of_the_output_that_ends_first_is_no_error():
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_command_ends_with_its_code_after_all_that_was_to_be_done():
+    """Although the process is not taken apart: exit handlers run, threads are waited for."""
+    body = """
+        import atexit, threading, time
+        from umamba.cli import env, main
+        def run(args):
+            atexit.register(lambda: print("handler"))
+            threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+            print("command")
+            return 3
+        env.run = run
+        main.run_and_leave()"""
+    words = [sys.executable, "-c", textwrap.dedent(body), "env"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "command\nthread\nhandler\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_cannot_be_written_is_an_error():
+    words = [sys.executable, "-m", "umamba.cli.main", "env"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no space is left") and done.stderr.count("\n") == 1
 
 
 STUCK = "threading.Thread(target=time.sleep, args=(60,)).start()"

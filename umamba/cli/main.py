@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import umamba
 from umamba.cli.common import UsageError
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with stopping_quickly():
-            return run_command([word for word in words if word != "--debug"])
+            code = run_command([word for word in words if word != "--debug"])
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to continue", file=sys.stderr)
         return 1
@@ -145,5 +148,19 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, -1)
 
 
+def run_and_leave() -> NoReturn:
+    """Runs the command of sys.argv and ends the process, as multiprocessing ends its children.
+
+    Python would first take apart all that torch has loaded: up to a second more.
+    """
+    code = main()
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # told by main
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave()
