@@ -35,6 +35,11 @@ def test_tiles_are_weighted_and_summed(monkeypatch, compiled, n_held, order):
     total[..., n_held:] = torch.nan  # memory as it comes
     add_tile(total, tile, weight, n_held)
     torch.testing.assert_close(total, expected)
+    weights = torch.randn(1, 4, 6, 7)
+    expected = weight + torch.where(torch.arange(7) < n_held, weights, 0)
+    weights[..., n_held:] = torch.nan
+    add_tile(weights, None, weight, n_held)
+    torch.testing.assert_close(weights, expected)
 
 
 def test_half_sums_are_rounded_as_nnunets():

@@ -164,9 +164,7 @@ class BlockSums:
             channels = slice(channel, channel + len(tile))
             add_tile(total[(channels, *in_block)], part, of_part, n_held)
             if channel == 0:
-                total_weight = total[-1][in_block]
-                total_weight[..., :n_held] += of_part[..., :n_held]
-                total_weight[..., n_held:] = of_part[..., n_held:]
+                add_tile(total[(slice(-1, None), *in_block)], None, of_part, n_held)
 
     def _covered(self, block: Block, window: int) -> int:
         """Where along x the sums end that a block holds before this window adds to them.

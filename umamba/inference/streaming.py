@@ -19,7 +19,7 @@ Predict = Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
 # Writes the logits of sums, whose last channel is that of the weights, to a second tensor.
 Combine = Callable[[torch.Tensor, torch.Tensor], object]
 # Finished logits are handed on in pieces of about so many bytes.
-PIECE_BYTES = 2**24
+PIECE_BYTES = 2**23
 
 
 class Piece(NamedTuple):
@@ -100,14 +100,19 @@ def _copied_ahead(
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """Tiles (B, C, *patch) of each chunk on the device; on a GPU the next ones are under way."""
+
+    def cut(chunk: Sequence[int]) -> torch.Tensor:
+        tiles = [data[windows[i]] for i in chunk]
+        return tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
+
     if device.type != "cuda" or data.device.type != "cpu":
         for chunk in chunks:
-            yield torch.stack([data[windows[i]] for i in chunk]).to(device)
+            yield cut(chunk).to(device)
         return
     copying = torch.cuda.Stream(device)
 
     def copy(chunk: Sequence[int]) -> torch.Tensor:
-        tiles = torch.stack([data[windows[i]] for i in chunk]).pin_memory()
+        tiles = cut(chunk).pin_memory()
         with torch.cuda.stream(copying):
             return tiles.to(device, non_blocking=True)
 

@@ -46,12 +46,17 @@ class LinearAxis:
         return cls(low.int(), high.int(), torch.stack([first, second]).float())
 
 
-def add_tile(total: Tensor, tile: Tensor, weight: Tensor, n_held: int) -> None:
+def add_tile(total: Tensor, tile: Tensor | None, weight: Tensor, n_held: int) -> None:
     """Adds tile * weight to the first n_held values of each row of total, and puts it behind them.
 
-    total (K, z, y, x), tile (K, z, y, x) of any strides, weight (z, y, x).
+    total (K, z, y, x), tile (K, z, y, x) of any strides or None for ones, weight (z, y, x).
     """
-    if not _usable(total, tile, weight) or total.stride(3) != 1 or weight.stride(2) != 1:
+    given = (total, weight) if tile is None else (total, weight, tile)
+    if not _usable(*given) or total.stride(3) != 1 or weight.stride(2) != 1:
+        if tile is None:
+            total[..., :n_held] += weight[..., :n_held]
+            total[..., n_held:] = weight[..., n_held:]
+            return
         if total.dtype == tile.dtype == torch.float32:
             total[..., :n_held].addcmul_(tile[..., :n_held], weight[..., :n_held])
         else:  # products of half precision are rounded before they are added, as nnU-Net's are
@@ -59,8 +64,9 @@ def add_tile(total: Tensor, tile: Tensor, weight: Tensor, n_held: int) -> None:
         torch.mul(tile[..., n_held:], weight[..., n_held:], out=total[..., n_held:])
         return
     arguments = _AddTile(
-        *total.shape, n_held, torch.get_num_threads(), *total.stride()[:3], *tile.stride(),
-        *weight.stride()[:2], total.data_ptr(), tile.data_ptr(), weight.data_ptr(),
+        *total.shape, n_held, torch.get_num_threads(), *total.stride()[:3],
+        *((0, 0, 0, 1) if tile is None else tile.stride()), *weight.stride()[:2],
+        total.data_ptr(), None if tile is None else tile.data_ptr(), weight.data_ptr(),
     )  # fmt: skip
     cpu._call("umamba_add_tile", arguments)
 

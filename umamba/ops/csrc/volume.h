@@ -42,7 +42,23 @@ static void add_item(void *context, int64_t item, int64_t worker) {
     }
 }
 
+/* An item is one plane. */
+static void add_weight_item(void *context, int64_t z, int64_t worker) {
+    const AddTile *s = context;
+    (void)worker;
+    for (int64_t y = 0; y < s->n_y; y++) {
+        float *restrict sum = s->sum + z * s->s_z + y * s->s_y;
+        const float *restrict weight = s->weight + z * s->w_z + y * s->w_y;
+        for (int64_t x = 0; x < s->n_held; x++) sum[x] += weight[x];
+        for (int64_t x = s->n_held; x < s->n_x; x++) sum[x] = weight[x];
+    }
+}
+
 static int add_tile(const AddTile *s) {
+    if (!s->tile) {
+        umamba_parallel(s->n_threads, s->n_z, add_weight_item, (void *)s);
+        return STATUS_DONE;
+    }
     umamba_parallel(s->n_threads, s->t_x != 1 ? s->n_z : s->K, add_item, (void *)s);
     return STATUS_DONE;
 }
