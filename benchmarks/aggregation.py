@@ -5,8 +5,9 @@
 
 Each runs in turn, `--repeats` times; CPU seconds of the process, the network's included in all.
 "streamed" hands finished logits on piece by piece, as predictions do; "whole" gathers them in one
-array, as MONAI does.  The error is against the network run on the whole volume.  Exit code 1 where
-streaming takes longer than MONAI, or is off by 1e-4 or more.
+array, as MONAI does.  All take memory as umamba's commands do: in huge pages, and what is freed is
+kept for the next array.  The error is against the network run on the whole volume.  Exit code 1
+where streaming takes longer than MONAI, or is off by 1e-4 or more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
+from umamba.cli.main import keep_freed_memory
 from umamba.inference.blocks import BlockSums, WindowGrid
 from umamba.inference.sliding_window import predict_mirrored, window_weight
 from umamba.inference.streaming import Piece, mean_of_sums, stream_windows
@@ -40,7 +42,10 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plain-memory", action="store_true", help="as Python takes it")
     args = parser.parse_args()
+    if not args.plain_memory:
+        keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = torch.nn.Conv3d(1, args.classes, 1).requires_grad_(False)
