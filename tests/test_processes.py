@@ -1,6 +1,7 @@
 """Worker processes leave nothing behind: not after SIGKILL of the parent, not after Ctrl-C."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from umamba import processes
 from umamba.processes import worker_pool
 
 PARENT = """
 import os, signal, time
+from umamba import processes
 from umamba.processes import worker_pool
 if __name__ == "__main__":
     # a shell starts what runs in the background with this signal ignored
@@ -83,3 +86,14 @@ def test_workers_begin_with_ctrl_c_held_back_and_their_parent_does_not():
     with worker_pool(1) as pool:
         assert pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result() == {signal.SIGINT}
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_pools_of_processes_are_made_in_one_place():
+    """Those of `worker_pool` end with the process that made them, others stay."""
+    package = Path(processes.__file__).parent
+    own = [
+        str(file.relative_to(package))
+        for file in sorted(package.rglob("*.py"))
+        if re.search(r"ProcessPoolExecutor\(|\bPool\(", file.read_text())
+    ]
+    assert own == ["processes.py"]

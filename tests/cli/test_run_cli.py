@@ -148,8 +148,7 @@ def test_a_folder_goes_in_and_a_validated_segmentation_comes_out(folder, tmp_pat
     said = capsys.readouterr().out
     (fold,) = (folder / "umamba-work" / "results").glob("*/*/fold_0")
     summary = json.loads((fold / "validation" / "summary.json").read_text())
-    # 0.8 on a quiet machine; 0.37 was seen where others left little of the time to it
-    assert summary["foreground_mean"]["Dice"] > 0.2
+    assert summary["foreground_mean"]["Dice"] > 0.5
     assert (fold / "report.html").stat().st_size > 10_000
     assert "umamba predict -m" in said
 

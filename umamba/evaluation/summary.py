@@ -2,9 +2,7 @@
 
 import logging
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from umamba.evaluation.images import read_geometry, read_label_map
 from umamba.evaluation.overlap import Label, compare_labels, label_values
 from umamba.evaluation.surface import surface_metrics
 from umamba.evaluation.tables import summarize, write_summary
-from umamba.processes import count_cores
+from umamba.processes import count_cores, worker_pool
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +124,7 @@ def _run_all(
     if n_workers <= 1:
         yield from map(evaluate, listed)
         return
-    # spawn: a fork of a process that has run torch or a GPU may hang
-    with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(n_workers) as pool:
         yield from pool.map(evaluate, listed)
 
 

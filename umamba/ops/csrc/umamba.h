@@ -61,7 +61,8 @@ typedef struct {
 #define CONV_SEGMENT 256
 
 /* sum (K, n_z, n_y, n_x) += tile * weight in the first n_held of each row, = behind them; without a
- * tile (K = 1) the weight itself. Steps in elements along each axis; those of sum and weight along x are 1. */
+ * tile (K = 1) the weight itself. Steps in elements along each axis; those of sum and weight along
+ * x are 1. */
 typedef struct {
     int64_t K, n_z, n_y, n_x, n_held, n_threads;
     int64_t s_k, s_z, s_y, t_k, t_z, t_y, t_x, w_z, w_y;
